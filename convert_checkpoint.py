@@ -1,0 +1,96 @@
+"""Convert a GPT checkpoint and its tokenizer JSON to a Hugging Face folder, and check it against its source."""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+
+def shard_size(text: str) -> str:
+    if not re.fullmatch(r"[1-9]\d*(\.\d+)?([KMGT]B)?", text, re.IGNORECASE):
+        raise argparse.ArgumentTypeError(f"must be a size such as 500MB or 5GB, got {text}")
+    return text.upper()
+
+
+def heads(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint_path", default="out/finetune/ckpt.pt", help="default: %(default)s")
+    parser.add_argument(
+        "--tokenizer_path", default="data/tokenizer/custom_gpt_tokenizer.json", help="default: %(default)s"
+    )
+    parser.add_argument("--output_dir", help="default: hf/ beside the checkpoint")
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto", help="default: the file's own"
+    )
+    parser.add_argument("--max_shard_size", type=shard_size, default="5GB", help="default: %(default)s")
+    parser.add_argument("--n_head", type=heads, help="number of heads, where the checkpoint does not tell")
+    parser.add_argument(
+        "--activation", choices=("gelu", "gelu_new"), default="gelu", help="exact (default) or tanh GELU"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the model that is in the output folder")
+    parser.add_argument("--no_verify", action="store_true", help="do not compare the folder with its source")
+    parser.add_argument("--push_to_hub", metavar="REPO", help="upload the folder to this repository, private if new")
+
+    args = parser.parse_args(argv)
+    for name in ("checkpoint_path", "tokenizer_path"):
+        if not Path(getattr(args, name)).is_file():
+            parser.error(f"argument --{name}: there is no file {getattr(args, name)}")
+    args.output_dir = Path(args.output_dir or Path(args.checkpoint_path).parent / "hf")
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    # Imported here, after the arguments are known to be right: these imports take seconds.
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    from hf_model.conversion import convert, push
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+        disable_progress_bars()
+
+    folder = convert(
+        args.checkpoint_path,
+        args.tokenizer_path,
+        args.output_dir,
+        dtype=args.dtype,
+        max_shard_size=args.max_shard_size,
+        n_head=args.n_head,
+        activation=args.activation,
+        overwrite=args.overwrite,
+        verify=not args.no_verify,
+        report=lambda line: print(line, flush=True),
+    )
+    print(f'\nTry it:\n  python generate.py --checkpoint_path {folder} --prompt "What is the capital of France?"')
+    print(f"  transformers serve {folder} --trust_remote_code")
+    if args.push_to_hub:
+        print(f"\npushed        {push(folder, args.push_to_hub)}")
+
+
+def main() -> int:
+    args = parse_arguments()
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    except Exception as error:
+        from hf_model.errors import UserError
+
+        if not isinstance(error, UserError):
+            raise
+        print(f"convert_checkpoint.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

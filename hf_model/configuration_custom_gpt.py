@@ -1,0 +1,86 @@
+"""Configuration of the CustomGPT model: the names of the checkpoint's own `model_args`, mapped to the standard ones."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+
+@strict
+class CustomGPTConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`CustomGPTModel`], a GPT-2 style decoder in the nanoGPT tradition.
+
+    Args:
+        vocab_size (`int`, *optional*, defaults to 32000):
+            Number of rows of the token embedding and of the output head, padding rows included.
+        block_size (`int`, *optional*, defaults to 1024):
+            Context length in tokens: the number of learned positions (`max_position_embeddings`).
+        n_layer (`int`, *optional*, defaults to 12):
+            Number of blocks (`num_hidden_layers`).
+        n_head (`int`, *optional*, defaults to 12):
+            Number of attention heads (`num_attention_heads`). Must divide `n_embd`.
+        n_embd (`int`, *optional*, defaults to 768):
+            Width of the residual stream (`hidden_size`). The MLP is four times as wide.
+        bias (`bool`, *optional*, defaults to `True`):
+            Whether every Linear (but `lm_head`) and every LayerNorm has a bias.
+        dropout (`float`, *optional*, defaults to 0.1):
+            Dropout probability of the embedding sum, the attention weights and both output projections.
+        activation_function (`str`, *optional*, defaults to `"gelu"`):
+            Activation of the MLP, a key of `transformers.activations.ACT2FN`: `"gelu"` is the exact (erf) form,
+            `"gelu_new"` the tanh form of GPT-2 and of older relatives.
+        layer_norm_epsilon (`float`, *optional*, defaults to 1e-5):
+            Epsilon of every LayerNorm.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation that new Linear and Embedding weights are drawn with.
+        use_cache (`bool`, *optional*, defaults to `True`):
+            Whether the model returns its keys and values for the next step.
+        bos_token_id, eos_token_id, pad_token_id (`int`, *optional*, defaults to 2, 3 and 1):
+            Ids of `[BOS]`, `[EOS]` and `[PAD]`.
+        tie_word_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether `lm_head.weight` is `transformer.wte.weight`.
+
+    Raises:
+        `huggingface_hub.errors.StrictDataclassError`: a value of the wrong type, a size below 1, `n_embd` not divisible
+            by `n_head`, `dropout` outside of [0, 1), or an `activation_function` that `transformers` does not know.
+    """
+
+    model_type = "custom_gpt"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "block_size",
+    }
+
+    vocab_size: int = 32000
+    block_size: int = 1024
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    bias: bool = True
+    dropout: float | int = 0.1
+    activation_function: str = "gelu"
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    bos_token_id: int | None = 2
+    eos_token_id: int | list[int] | None = 3
+    pad_token_id: int | None = 1
+    tie_word_embeddings: bool = False
+
+    def validate_architecture(self) -> None:
+        """Part of `@strict`-powered validation."""
+        from transformers.activations import ACT2FN  # here, so that reading a configuration does not import torch
+
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"`n_embd` ({self.n_embd}) must be divisible by `n_head` ({self.n_head}).")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"`dropout` must be in [0, 1), got {self.dropout}.")
+        if self.activation_function not in ACT2FN:
+            raise ValueError(f"`activation_function` {self.activation_function!r} is not one of {', '.join(ACT2FN)}.")
+
+
+__all__ = ["CustomGPTConfig"]

@@ -1,0 +1,41 @@
+"""What can be told of a model from its weights: values that are not finite, a stutter learnt in fine-tuning."""
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_model.prompt import format_example
+
+# Ordinary instructions and answers. A model need not know them: whether it was trained on the next token or on the
+# current one shows on any text.
+PROBES = (
+    ("What is the capital of France?", "The capital of France is Paris, a city on the river Seine.", ""),
+    ("Name three primary colors.", "The three primary colors are red, blue and yellow.", ""),
+    ("Summarize the following text.", "The cat slept all day.", "The cat lay on the mat and slept from dawn to dusk."),
+    ("Give a tip for staying healthy.", "Eat fruit and vegetables, drink water and sleep well.", ""),
+)
+STUTTER_SHARE = 0.5
+
+
+def non_finite(state_dict: dict[str, torch.Tensor]) -> list[str]:
+    """The names of the tensors that hold NaN or an infinity."""
+    return [
+        name
+        for name, tensor in state_dict.items()
+        if not all(extreme.isfinite() for extreme in torch.aminmax(tensor))  # NaN is passed on by both
+    ]
+
+
+@torch.inference_mode()
+def copied_share(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
+    """The share of positions of instruction texts at which the model's arg-max prediction is the current token.
+
+    A model whose labels were not shifted in fine-tuning has learnt to repeat: its share is near 1.
+    """
+    copied = seen = 0
+    for instruction, response, input_text in PROBES:
+        text = format_example(instruction, response, input_text)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids  # (1, T)
+        ids = ids[:, : model.config.block_size].to(model.device)
+        copied += int((model(ids).logits.argmax(dim=-1) == ids).sum())
+        seen += ids.numel()
+    return copied / seen

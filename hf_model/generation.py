@@ -1,0 +1,252 @@
+"""Text from a prompt, on the stock `model.generate`: what `generate.py` does between its arguments and its output."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers.decoders import DecodeStream
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from hf_model.configuration_custom_gpt import CustomGPTConfig
+from hf_model.conversion import load_original
+from hf_model.errors import UserError
+from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
+from hf_model.tokenization import convert_tokenizer
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device of that name, or the best one there is: cuda, then mps, then the CPU.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    accelerators = [
+        *(f"cuda:{index}" for index in range(torch.cuda.device_count())),
+        *(["mps"] if torch.backends.mps.is_available() else []),
+    ]
+    if name is None:
+        return torch.device(accelerators[0] if accelerators else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("holds no values")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):  # each backend has its own way of not being there
+        raise UserError(
+            f"--device {name}: there is no such device here; there is {', '.join([*accelerators, 'cpu'])}"
+        ) from None
+    return device
+
+
+def load(
+    checkpoint_path: str | Path,
+    tokenizer_path: str | Path | None,
+    *,
+    device: torch.device,
+    dtype: str = "auto",
+    n_head: int | None = None,
+    activation: str = "gelu",
+) -> tuple[CustomGPTForCausalLM, PreTrainedTokenizerFast]:
+    """Load the original's checkpoint file, or a converted folder.
+
+    Args:
+        checkpoint_path: a `.pt` file (converted in memory, memory-mapped, nothing written) or a folder.
+        tokenizer_path: the original's tokenizer JSON; None takes the folder's own.
+        device: where the model goes.
+        dtype: `"auto"` for that of the weights, or the name of a torch dtype.
+        n_head, activation: as in `load_original`, for a file.
+
+    Raises:
+        UserError: a file or the folder is not what it should be.
+    """
+    if Path(checkpoint_path).is_dir():
+        model, tokenizer = _load_folder(Path(checkpoint_path), tokenizer_path, dtype)
+    else:
+        if tokenizer_path is None:
+            raise UserError(f"{checkpoint_path}: is a file, so the tokenizer must be given too")
+        model, tokenizer, _ = load_original(
+            checkpoint_path, tokenizer_path, dtype=dtype, n_head=n_head, activation=activation
+        )
+    return model.to(device), tokenizer
+
+
+def _load_folder(
+    folder: Path, tokenizer_path: str | Path | None, dtype: str
+) -> tuple[CustomGPTForCausalLM, PreTrainedTokenizerFast]:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: holds no model (no config.json)")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        if not isinstance(config, CustomGPTConfig):
+            raise UserError(
+                f"{folder}: holds a model of type {config.model_type!r}, not {CustomGPTConfig.model_type!r}"
+            )
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        if tokenizer_path is None:
+            return model, AutoTokenizer.from_pretrained(folder)
+    except UserError:
+        raise
+    # The folder's files are not to be trusted in anything: whatever they trip in the library is their fault.
+    except Exception as error:
+        raise UserError(f"{folder}: cannot be loaded ({' '.join(str(error).split())})") from None
+    return model, convert_tokenizer(tokenizer_path, model_max_length=config.block_size)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample; the defaults are the original script's."""
+
+    max_new_tokens: int = 150
+    temperature: float = 0.8
+    """0 means greedy decoding."""
+    top_k: int = 50
+    """0 means all tokens."""
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    num_return_sequences: int = 1
+    seed: int = 1337
+
+    def kwargs(self) -> dict[str, Any]:
+        """Arguments of `model.generate`."""
+        how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+        if self.temperature > 0:
+            how = {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        return {
+            **how,
+            "max_new_tokens": self.max_new_tokens,
+            "repetition_penalty": self.repetition_penalty,
+            "num_return_sequences": self.num_return_sequences,
+        }
+
+
+class TokenStream(BaseStreamer):
+    """Gathers the tokens of a generation as they come, and gives each new piece of text to a function.
+
+    The pieces of a single sequence add up to its text in `Generation`. (The library's `TextStreamer` decodes everything
+    anew for each token, which is slow in long texts.)
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, on_text: Callable[[str], None], prompt_text: bool):
+        self.tokenizer = tokenizer
+        self.on_text = on_text
+        self.prompt_text = prompt_text
+        """Whether the prompt and special tokens belong to the text."""
+        self.columns: list[torch.Tensor] = []
+        """What was generated so far, one tensor of shape (B,) for each step; the prompt (B, T) comes first."""
+        self.decoder = DecodeStream(skip_special_tokens=not prompt_text)
+        self.text = ""
+
+    def put(self, value: torch.Tensor) -> None:
+        is_prompt = not self.columns
+        self.columns.append(value)
+        if value.shape[0] == 1 and (self.prompt_text or not is_prompt):
+            for token_id in value.flatten().tolist():
+                self._emit(self.decoder.step(self.tokenizer.backend_tokenizer, token_id) or "")
+
+    def end(self) -> None:
+        """Give what the decoder still holds: bytes that never became a character."""
+        if self.columns and self.columns[0].shape[0] == 1:
+            first = 0 if self.prompt_text else 1
+            ids = [token_id for column in self.columns[first:] for token_id in column.flatten().tolist()]
+            text = self.tokenizer.decode(ids, skip_special_tokens=not self.prompt_text)
+            self._emit(text[len(self.text) :])
+
+    def _emit(self, piece: str) -> None:
+        # The space between "Response:" and the response belongs to the format.
+        shown = piece if self.prompt_text or self.text.strip() else piece.lstrip()
+        self.text += piece
+        if shown:
+            self.on_text(shown)
+
+
+class NoNaN(LogitsProcessor):
+    """Stops a generation whose logits are not numbers, which would otherwise go on with arbitrary tokens."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if scores.isnan().any():
+            raise UserError(
+                "the model's logits are NaN: its weights hold NaN or infinite values, or overflow in this --dtype"
+            )
+        return scores
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What came out of one call."""
+
+    texts: list[str]
+    """Each sequence with its prompt and special tokens, or the bare response."""
+    new_tokens: int
+    """Over all sequences, [EOS] included."""
+    seconds: float
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, content: str, parse_special_tokens: bool = False) -> torch.Tensor:
+    """Token ids of shape (1, T): `[BOS]` and the content.
+
+    `parse_special_tokens` says whether "[EOS]" typed by a user is the special token (as in the original) or text.
+    """
+    # A command line's bytes that are no UTF-8 arrive as unpaired surrogates, which no tokenizer takes.
+    content = content.encode("utf-8", "replace").decode("utf-8")
+    return tokenizer(content, return_tensors="pt", split_special_tokens=not parse_special_tokens).input_ids
+
+
+def generate(
+    model: CustomGPTForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    input_ids: torch.Tensor,
+    sampling: Sampling,
+    *,
+    response_only: bool = False,
+    on_text: Callable[[str], None] = lambda piece: None,
+) -> Generation:
+    """Continue a prompt with the stock `model.generate`.
+
+    Args:
+        input_ids: the prompt, of shape (1, T).
+        response_only: leave the prompt and special tokens out of the texts.
+        on_text: called with each piece of text as it comes, where there is one sequence.
+
+    Raises:
+        UserError: the model's logits are NaN.
+        KeyboardInterrupt: passed on, after `on_text` has had everything there is.
+    """
+    stream = TokenStream(tokenizer, on_text, prompt_text=not response_only)
+    input_ids = input_ids.to(model.device)
+    torch.manual_seed(sampling.seed)
+    start = time.perf_counter()
+    try:
+        sequences = model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            streamer=stream,
+            logits_processor=LogitsProcessorList([NoNaN()]),
+            **sampling.kwargs(),
+        )  # (num_return_sequences, T + new)
+    except KeyboardInterrupt:
+        stream.end()
+        raise
+    seconds = time.perf_counter() - start
+    prompt = input_ids[0].tolist()
+    responses = [_until(row, tokenizer.eos_token_id) for row in sequences[:, len(prompt) :].tolist()]
+    if response_only:
+        texts = [tokenizer.decode(ids, skip_special_tokens=True).lstrip() for ids in responses]
+    else:
+        texts = [tokenizer.decode(prompt + ids) for ids in responses]
+    return Generation(texts, new_tokens=sum(map(len, responses)), seconds=seconds)
+
+
+def _until(ids: list[int], eos_token_id: int) -> list[int]:
+    """The ids up to and including the first [EOS]; a sequence that ends before its neighbours is padded after it."""
+    return ids[: ids.index(eos_token_id) + 1] if eos_token_id in ids else ids

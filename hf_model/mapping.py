@@ -1,0 +1,175 @@
+"""The mapping, as data: which tensors a checkpoint holds under which names, in which shapes.
+
+The names of the Hugging Face model are the checkpoint's own, so there is nothing to rename or transpose: the table is
+what a state dict is checked against, and what its sizes are read from.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hf_model.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+# C = n_embd, V = vocab_size, T = block_size; {i} is the layer. Linear weights are (out, in).
+WEIGHTS = {
+    "transformer.wte.weight": ("V", "C"),
+    "transformer.wpe.weight": ("T", "C"),
+    "transformer.h.{i}.ln_1.weight": ("C",),
+    "transformer.h.{i}.attn.c_attn.weight": ("3C", "C"),  # q, k, v stacked
+    "transformer.h.{i}.attn.c_proj.weight": ("C", "C"),
+    "transformer.h.{i}.ln_2.weight": ("C",),
+    "transformer.h.{i}.mlp.c_fc.weight": ("4C", "C"),
+    "transformer.h.{i}.mlp.c_proj.weight": ("C", "4C"),
+    "transformer.ln_f.weight": ("C",),
+    "lm_head.weight": ("V", "C"),
+}
+BIASES = {
+    "transformer.h.{i}.ln_1.bias": ("C",),
+    "transformer.h.{i}.attn.c_attn.bias": ("3C",),
+    "transformer.h.{i}.attn.c_proj.bias": ("C",),
+    "transformer.h.{i}.ln_2.bias": ("C",),
+    "transformer.h.{i}.mlp.c_fc.bias": ("4C",),
+    "transformer.h.{i}.mlp.c_proj.bias": ("C",),
+    "transformer.ln_f.bias": ("C",),
+}
+CAUSAL_MASK = re.compile(r"transformer\.h\.\d+\.attn\.bias")  # a buffer of builds without fused attention
+WRAPPERS = {"_orig_mod", "module"}  # torch.compile, DistributedDataParallel
+SIZES = ("n_layer", "n_embd", "block_size", "vocab_size")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a state dict and its `model_args` say of the model; the fields are `CustomGPTConfig`'s."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    block_size: int
+    vocab_size: int
+    bias: bool
+    dropout: float
+    tie_word_embeddings: bool
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name to shape of every tensor that the model has, a tied head left out."""
+        C = self.n_embd
+        size = {"C": C, "3C": 3 * C, "4C": 4 * C, "V": self.vocab_size, "T": self.block_size}
+        table = WEIGHTS | (BIASES if self.bias else {})
+        return {
+            template.format(i=layer): tuple(size[dim] for dim in dims)
+            for template, dims in table.items()
+            for layer in (range(self.n_layer) if "{i}" in template else (0,))
+            if not (self.tie_word_embeddings and template == "lm_head.weight")
+        }
+
+
+def clean_names(state_dict: Mapping[Any, Any]) -> dict[str, Any]:
+    """The same values under the names of the table: wrappers' prefixes stripped, causal masks left out.
+
+    Raises:
+        UserError: a name is not a string, or two names become the same.
+    """
+    clean: dict[str, Any] = {}
+    source: dict[str, str] = {}
+    for name, tensor in state_dict.items():
+        if not isinstance(name, str):
+            raise UserError(f"its state dict has the key {name!r}, which is not a name")
+        stripped = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        if CAUSAL_MASK.fullmatch(stripped):
+            continue
+        if stripped in clean:
+            raise UserError(f"the weights {source[stripped]!r} and {name!r} are both {stripped!r}")
+        clean[stripped], source[stripped] = tensor, name
+    return clean
+
+
+def infer_architecture(
+    state_dict: Mapping[str, "torch.Tensor"], model_args: Mapping[str, Any], n_head: int | None = None
+) -> Architecture:
+    """Read the sizes from the tensors' shapes, and check every tensor and every size in `model_args` against them.
+
+    Args:
+        state_dict: tensors under clean names; a tied `lm_head.weight` may be there or not.
+        model_args: the checkpoint's own, possibly empty. `bias` is ignored: the weights tell.
+        n_head: overrides `model_args["n_head"]`, the one size that no shape tells.
+
+    Raises:
+        UserError: a weight is missing, unknown or of the wrong shape, `model_args` contradicts the weights, or the
+            number of heads is unknown or impossible.
+    """
+    wte, wpe = (_matrix(state_dict, f"transformer.{name}.weight") for name in ("wte", "wpe"))
+    layers = {int(match[1]) for name in state_dict if (match := re.match(r"transformer\.h\.(\d{1,6})\.", name))}
+    sizes = {
+        "n_layer": len(layers),
+        "n_embd": wte.shape[1],
+        "block_size": wpe.shape[0],
+        "vocab_size": wte.shape[0],
+    }
+    for name in SIZES:
+        if model_args.get(name, sizes[name]) != sizes[name]:
+            raise UserError(
+                f"model_args says {name}={model_args[name]!r}, but the weights say {sizes[name]}: "
+                "one of them belongs to another model"
+            )
+    architecture = Architecture(
+        **sizes,
+        n_head=_heads(n_head if n_head is not None else model_args.get("n_head"), sizes["n_embd"]),
+        bias=any(name.endswith(".bias") for name in state_dict),
+        dropout=_dropout(model_args.get("dropout", 0.1)),
+        tie_word_embeddings=is_tied(state_dict),
+    )
+    _check_shapes(state_dict, architecture.shapes())
+    return architecture
+
+
+def is_tied(state_dict: Mapping[str, "torch.Tensor"]) -> bool:
+    """Whether the head is the token embedding: left out, or the same memory."""
+    head, embedding = state_dict.get("lm_head.weight"), state_dict["transformer.wte.weight"]
+    return head is None or (
+        head.data_ptr() == embedding.data_ptr()
+        and (head.shape, head.stride(), head.dtype) == (embedding.shape, embedding.stride(), embedding.dtype)
+    )
+
+
+def _matrix(state_dict: Mapping[str, "torch.Tensor"], name: str) -> "torch.Tensor":
+    if name not in state_dict:
+        names = ", ".join(list(state_dict)[:5])
+        raise UserError(
+            f"there is no {name!r} among its {len(state_dict)} tensors ({names}, …): not a GPT of this family"
+        )
+    if state_dict[name].ndim != 2 or 0 in state_dict[name].shape:
+        raise UserError(f"{name!r} has shape {tuple(state_dict[name].shape)}, not that of an embedding")
+    return state_dict[name]
+
+
+def _heads(n_head: Any, n_embd: int) -> int:
+    if n_head is None:
+        raise UserError("its model_args do not tell the number of attention heads: give it with --n_head")
+    if not isinstance(n_head, int) or isinstance(n_head, bool) or n_head < 1 or n_embd % n_head:
+        raise UserError(f"n_head={n_head!r} does not divide n_embd={n_embd}: give the right number with --n_head")
+    return n_head
+
+
+def _dropout(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise UserError(f"model_args says dropout={value!r}, which is not in [0, 1)")
+    return float(value)
+
+
+def _check_shapes(state_dict: Mapping[str, "torch.Tensor"], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    if missing := [name for name in shapes if name not in state_dict]:
+        raise UserError(f"it lacks {_some(missing)}")
+    if unknown := [name for name in state_dict if name not in shapes and name != "lm_head.weight"]:
+        raise UserError(f"it holds {_some(unknown)}, which this model has no place for")
+    for name, shape in shapes.items():
+        if tuple(state_dict[name].shape) != shape:
+            raise UserError(f"{name!r} has shape {tuple(state_dict[name].shape)}, expected {shape}")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(repr(name) for name in names[:5]) + more

@@ -1,0 +1,56 @@
+"""The prompt format that the original fine-tunes and generates with: one function, and its chat template."""
+
+BOS, EOS, PAD, UNK = "[BOS]", "[EOS]", "[PAD]", "[UNK]"
+
+
+def format_prompt(instruction: str, input_text: str = "") -> str:
+    """The content that is encoded for generation; the tokenizer puts `[BOS]` in front.
+
+    >>> format_prompt("Name the capital of the country.", "France")
+    'Instruction: Name the capital of the country. Input: France Response:'
+    """
+    input_field = f" Input: {input_text}" if input_text else ""
+    return f"Instruction: {instruction}{input_field} Response:"
+
+
+def format_example(instruction: str, response: str, input_text: str = "") -> str:
+    """The fine-tuning text, to be encoded without adding special tokens. The loss is masked up to `Response:`.
+
+    >>> format_example("What is the capital of France?", "Paris")
+    '[BOS]Instruction: What is the capital of France? Response: Paris[EOS]'
+    """
+    return f"{BOS}{format_prompt(instruction, input_text)} {response}{EOS}"
+
+
+# The same in Jinja, for `tokenizer.apply_chat_template`. A user message may carry an "input" field, and its content may
+# be a string or the list of text parts that servers pass on. The prompt ends in "Response:" whether or not a generation
+# prompt is asked for: a user's turn ends there in training too. Whatever stands in a generation block is trained on.
+CHAT_TEMPLATE = """\
+{%- macro text(content) -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- else -%}
+        {%- for part in content -%}
+            {%- if part.type != "text" -%}
+                {{- raise_exception("This model reads text only, not " ~ part.type) -}}
+            {%- endif -%}
+            {{- part.text -}}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- for message in messages -%}
+    {%- if message.role == "user" -%}
+        {{- bos_token ~ "Instruction: " ~ text(message.content) -}}
+        {%- if message.input -%}
+            {{- " Input: " ~ message.input -}}
+        {%- endif -%}
+        {{- " Response:" -}}
+    {%- elif message.role == "assistant" -%}
+        {%- generation -%}
+            {{- " " ~ text(message.content) ~ eos_token -}}
+        {%- endgeneration -%}
+    {%- else -%}
+        {{- raise_exception("This prompt format has the roles user and assistant, not " ~ message.role) -}}
+    {%- endif -%}
+{%- endfor -%}
+"""
