@@ -1,9 +1,19 @@
 """Convert a GPT checkpoint and its tokenizer JSON to a Hugging Face folder, and check it against its source."""
 
 import argparse
+import io
+import os
 import re
+import shlex
 import sys
 from pathlib import Path
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage of a dozen arguments in front."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def shard_size(text: str) -> str:
@@ -19,7 +29,7 @@ def heads(text: str) -> int:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--checkpoint_path", default="out/finetune/ckpt.pt", help="default: %(default)s")
     parser.add_argument(
         "--tokenizer_path", default="data/tokenizer/custom_gpt_tokenizer.json", help="default: %(default)s"
@@ -67,20 +77,31 @@ def run(args: argparse.Namespace) -> None:
         activation=args.activation,
         overwrite=args.overwrite,
         verify=not args.no_verify,
-        report=lambda line: print(line, flush=True),
+        report=say,
     )
-    print(f'\nTry it:\n  python generate.py --checkpoint_path {folder} --prompt "What is the capital of France?"')
-    print(f"  transformers serve {folder} --trust_remote_code")
+    path = shlex.quote(str(folder))
+    say(f'\nTry it:\n  python generate.py --checkpoint_path {path} --prompt "What is the capital of France?"')
+    say(f"  transformers serve {path} --trust_remote_code")
     if args.push_to_hub:
-        print(f"\npushed        {push(folder, args.push_to_hub)}")
+        say(f"\npushed        {push(folder, args.push_to_hub)}")
+
+
+def say(line: str) -> None:
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:  # `| head`: that nobody reads on is no reason to stop converting
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main() -> int:
     args = parse_arguments()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows a "?" rather than a traceback
     try:
         run(args)
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
         from hf_model.errors import UserError

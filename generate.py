@@ -4,11 +4,25 @@ import argparse
 import io
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from hf_model.generation import Sampling
+    from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 
 DEFAULT_CHECKPOINT = "out/finetune/ckpt.pt"
 DEFAULT_TOKENIZER = "data/tokenizer/custom_gpt_tokenizer.json"
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage of twenty arguments in front."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def number(
@@ -29,7 +43,7 @@ def number(
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     files = parser.add_argument_group("files")
     files.add_argument("--checkpoint_path", default=DEFAULT_CHECKPOINT, help="checkpoint (.pt) or converted folder")
     files.add_argument(
@@ -39,7 +53,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     files.add_argument("--activation", choices=("gelu", "gelu_new"), default="gelu", help="exact or tanh GELU")
 
     prompt = parser.add_argument_group("prompt")
-    prompt.add_argument("--prompt", required=True, help="the instruction or question")
+    source = prompt.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="the instruction or question")
+    source.add_argument(
+        "--prompts_file", type=Path, help="JSON Lines of records with an instruction and perhaps an input"
+    )
     prompt.add_argument("--input_text", default="", help="text that the instruction is about")
     prompt.add_argument(
         "--parse_special_tokens", action="store_true", help='read "[EOS]" in the prompt as the token, not as text'
@@ -62,7 +80,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="above 1 discourages repetition",
     )
     sampling.add_argument("--num_return_sequences", type=number(int, 1), default=1, help="how many answers")
-    sampling.add_argument("--seed", type=int, default=1337, help="makes a run repeatable")
+    sampling.add_argument(
+        "--seed", type=number(int, -(2**63), maximum=2**64 - 1), default=1337, help="makes a run repeatable"
+    )
+
+    batch = parser.add_argument_group("many prompts (with --prompts_file)")
+    batch.add_argument("--output_file", type=Path, help="JSON Lines of the same records, each with its response")
+    batch.add_argument("--batch_size", type=number(int, 1), default=16, help="records at a time")
 
     run = parser.add_argument_group("run")
     run.add_argument("--device", help="such as cuda, cuda:1, mps or cpu (default: the best there is)")
@@ -73,8 +97,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--response_only", action="store_true", help="print the answer alone; the rest goes to stderr")
 
     args = parser.parse_args(argv)
-    if not args.prompt.strip():
+    if args.prompts_file is None and not args.prompt.strip():
         parser.error("argument --prompt: must not be empty")
+    if (args.prompts_file is None) != (args.output_file is None):
+        parser.error("arguments --prompts_file and --output_file: go together")
+    if args.prompts_file is not None and not args.prompts_file.is_file():
+        parser.error(f"argument --prompts_file: there is no file {args.prompts_file}")
+    if args.prompts_file is not None and args.num_return_sequences > 1:
+        parser.error("argument --num_return_sequences: --prompts_file gives each record one response")
     if not Path(args.checkpoint_path).exists():
         parser.error(f"argument --checkpoint_path: there is no {args.checkpoint_path}")
     if args.tokenizer_path is None and not Path(args.checkpoint_path).is_dir():
@@ -90,7 +120,6 @@ def run(args: argparse.Namespace) -> None:
 
     from hf_model import generation
     from hf_model.conversion import describe_architecture, describe_parameters
-    from hf_model.prompt import format_prompt
 
     logging.set_verbosity_error()  # the library's reminders about lengths and flags are answered in the README
     logging.disable_progress_bar()
@@ -112,25 +141,38 @@ def run(args: argparse.Namespace) -> None:
     )
     note(f"model       {describe_architecture(model.config)}")
     note(f"parameters  {describe_parameters(model)}")
-    content = format_prompt(args.prompt, args.input_text)
-    note(f"content     {content}")
-    note()
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "num_return_sequences", "seed")
+    sampling = generation.Sampling(**{name: getattr(args, name) for name in names})
+    answer = answer_prompt if args.prompts_file is None else answer_records
+    answer(args, model, tokenizer, sampling, note)
 
-    pieces: list[str] = []
+
+def answer_prompt(
+    args: argparse.Namespace,
+    model: "CustomGPTForCausalLM",
+    tokenizer: "PreTrainedTokenizerFast",
+    sampling: "Sampling",
+    note: Callable[[str], None],
+) -> None:
+    from hf_model.generation import encode, generate
+    from hf_model.prompt import format_prompt
+
+    content = format_prompt(args.prompt, args.input_text)
+    note(f"content     {content}\n")
     streams = args.num_return_sequences == 1 and not args.no_stream
+    pieces: list[str] = []
 
     def show(piece: str) -> None:
         pieces.append(piece)
         if streams:
             print(piece, end="", flush=True)
 
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "num_return_sequences", "seed")
     try:
-        output = generation.generate(
+        output = generate(
             model,
             tokenizer,
-            generation.encode(tokenizer, content, args.parse_special_tokens),
-            generation.Sampling(**{name: getattr(args, name) for name in names}),
+            encode(tokenizer, content, args.parse_special_tokens),
+            sampling,
             response_only=args.response_only,
             on_text=show,
         )
@@ -138,8 +180,32 @@ def run(args: argparse.Namespace) -> None:
         print("" if streams else "".join(pieces))
         raise
     print("\n".join([""] if streams else output.texts))
-    note()
-    note(f"{output.new_tokens} tokens in {output.seconds:.2f} s, {output.new_tokens / output.seconds:.1f} tokens/s")
+    note(f"\n{output.new_tokens} tokens in {output.seconds:.2f} s, {output.new_tokens / output.seconds:.1f} tokens/s")
+
+
+def answer_records(
+    args: argparse.Namespace,
+    model: "CustomGPTForCausalLM",
+    tokenizer: "PreTrainedTokenizerFast",
+    sampling: "Sampling",
+    note: Callable[[str], None],
+) -> None:
+    from hf_model.batch import answer_file, read_records
+
+    records = read_records(args.prompts_file)
+    start = time.perf_counter()
+    answered = answer_file(
+        model,
+        tokenizer,
+        records,
+        args.output_file,
+        args.batch_size,
+        sampling,
+        parse_special_tokens=args.parse_special_tokens,
+    )
+    seconds = time.perf_counter() - start
+    note(f"written     {args.output_file} ({len(records)} records, {answered} of them answered now)")
+    note(f"\n{answered} records in {seconds:.2f} s, {answered / seconds:.1f} records/s")
 
 
 def main() -> int:
@@ -149,11 +215,15 @@ def main() -> int:
             stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows a "?" rather than a traceback
     try:
         run(args)
-        sys.stdout.flush()
+        print(end="", flush=True)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `| head`: whoever read this has seen enough
+    except OSError as error:  # of the output: the library turns all others into a UserError
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # `| head`: whoever read this has seen enough
+            return 0
+        print(f"generate.py: error: the output cannot be written ({error.strerror or error})", file=sys.stderr)
+        return 2
     except Exception as error:
         from hf_model.errors import UserError
 

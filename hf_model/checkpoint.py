@@ -1,33 +1,52 @@
 """Reads a training checkpoint, a `torch.save` file, without running anything in it. Knows nothing of transformers."""
 
-import pickle
-import pickletools
+import io
 import re
 import struct
 import sys
+import threading
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch.serialization import safe_globals
 
-from hf_model.errors import UserError
-from hf_model.mapping import Architecture, clean_names, infer_architecture
+from hf_model.errors import UserError, memory_for, one_line
+from hf_model.mapping import Architecture, clean_names, infer_architecture, is_tied
+from hf_model.pickle_scan import MAX_PICKLE_BYTES, scan_pickle
 
 WEIGHT_KEYS = ("model_state_dict", "model", "state_dict")
 MODEL_ARGS_KEYS = ("model_args", "config")
+WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-ZIP, PICKLE = b"PK\x03\x04", b"\x80\x02"
+ZIP = b"PK\x03\x04"
+LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of torch's magic number
 OTHER_FORMATS = {
+    b"\x80": "is a plain pickle, which can run code: it was not opened. Save it with torch.save",
     b"version https://git-lfs": "is a git-lfs pointer, not the file itself: run `git lfs pull`",
     b"<": "is a web page, not a checkpoint: download the file itself",
     b"\x1f\x8b": "is gzip-compressed: unpack it first",
     b"{": "is a JSON file, not a checkpoint",
 }
+
+# What torch needs to make tensors and bytes, and no more of what its own safe loading lets pass.
+TORCH_GLOBALS = re.compile(
+    r"collections\.(OrderedDict|Counter)|_codecs\.encode|builtins\.(set|complex)"
+    r"|torch\.(\w+Storage|storage\.\w+Storage|Size|device|b?float\w+|u?int\d+|bool|complex\d+)"
+    r"|torch\._utils\._rebuild_(tensor(_v2|_v3)?|parameter)|torch\.nn\.parameter\.Parameter"
+)
+# Plain records of the standard library and of NumPy that trainers of this family pickle.
+HARMLESS = re.compile(
+    r"argparse\.Namespace|types\.SimpleNamespace|pathlib\.(_local\.)?(Pure)?(Posix|Windows)?Path"
+    r"|numpy\.(dtype|ndarray)|numpy\._?core\.multiarray\.(scalar|_reconstruct)"
+)
+LOADING = threading.Lock()  # torch keeps the globals that it lets pass in one place for all threads
 
 
 @dataclass
@@ -63,19 +82,30 @@ class Checkpoint:
         return dtype
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def read_checkpoint(path: str | Path, check_bytes: bool = True) -> Checkpoint:
     """Read the model's part of a checkpoint; optimizer state is never read into memory from a zip-format file.
 
     The weights stand under `model_state_dict`, `model` or `state_dict`, or the file is the state dict itself.
+
+    Args:
+        path: the file.
+        check_bytes: compare every weight with its CRC32. It costs a pass over the weights; the older format has none.
 
     Raises:
         UserError: no such file, another kind of file, a damaged one, one that would run code, or one without weights.
     """
     path = Path(path)
     with _naming(path):
-        content = _load(path)
+        is_zip = _is_zip(path)
+        loaded = _load(path, is_zip)
+        content = _plain_dict(loaded)
+        if content is None:
+            raise UserError(f"holds a {type(loaded).__name__}, not a dict: save model.state_dict() with torch.save")
         weights_key, weights = _find_weights(content)
         state_dict = _checked(clean_names(weights))
+        if is_zip and check_bytes:
+            _check_bytes(path, state_dict)
+        _check_places(state_dict)
     wrapper = content if weights_key is not None else {}
     return Checkpoint(
         path=path,
@@ -99,34 +129,13 @@ def _naming(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: {error}") from None
 
 
-def _load(path: Path) -> Any:
-    """The unpickled content, with stand-ins for the harmless classes that it names."""
-    is_zip = _is_zip(path)
-    try:
-        globals_named = _globals_in_zip(path) if is_zip else _globals_in_legacy_file(path)
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError, struct.error, RuntimeError) as error:
-        raise UserError(f"is damaged or was not written to its end ({_one_line(error)})") from None
-    stand_ins = [(StandIn, name) for name in globals_named if _is_harmless(name)]
-    try:
-        with safe_globals(stand_ins):  # type: ignore[arg-type]
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        if found := re.search(r"(?:unsupported GLOBAL|Unsupported global: GLOBAL) (\S+)", str(error)):
-            raise UserError(
-                f"names {found[1]}, which is not data: it was not loaded, since that could run code. Save only the "
-                "state dict and plain values: torch.save({'model': model.state_dict(), 'model_args': {...}}, path)"
-            ) from None
-        raise UserError(f"is not a checkpoint that can be read safely ({_one_line(error)})") from None
-    # The file is not to be trusted in anything: whatever it trips in the reader is its fault.
-    except Exception as error:
-        raise UserError(f"is damaged or was not written to its end ({_one_line(error)})") from None
-
-
 def _is_zip(path: Path) -> bool:
     """Whether the file is of the zip format of `torch.save`, or of the older one of bare pickles."""
-    if path.is_dir():
-        raise UserError("is a folder, not a checkpoint file")
     try:
+        if path.is_dir():
+            raise UserError("is a folder, not a checkpoint file")
+        if path.exists() and not path.is_file():  # a pipe would keep us waiting
+            raise UserError("is not a regular file")
         with path.open("rb") as file:
             head = file.read(64)
     except FileNotFoundError:
@@ -137,7 +146,7 @@ def _is_zip(path: Path) -> bool:
         raise UserError("is empty")
     if head.startswith(ZIP):
         return True
-    if head.startswith(PICKLE):
+    if head.startswith(LEGACY):
         return False
     if head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < path.stat().st_size:
         raise UserError("is a safetensors file, not a torch.save checkpoint")
@@ -147,39 +156,64 @@ def _is_zip(path: Path) -> bool:
     raise UserError("is not a torch.save checkpoint")
 
 
+def _load(path: Path, is_zip: bool) -> Any:
+    """The unpickled content, with stand-ins for the harmless classes that it names."""
+    try:
+        globals_named = _globals_in_zip(path) if is_zip else _globals_in_legacy_file(path)
+        stand_ins = []
+        for name in sorted(globals_named):
+            if _is_harmless(name):
+                stand_ins.append((type(name.rpartition(".")[2], (StandIn,), {}), name))
+            elif not TORCH_GLOBALS.fullmatch(name):
+                raise UserError(
+                    f"names {name}, which is not data: it was not loaded, since that could run code. Save only the "
+                    "state dict and plain values: torch.save({'model': model.state_dict(), 'model_args': {...}}, path)"
+                )
+        with memory_for("to load it"), LOADING, safe_globals(stand_ins):  # type: ignore[arg-type]
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except UserError:
+        raise
+    # The file is not to be trusted in anything: whatever it trips in the reader is its fault.
+    except Exception as error:
+        raise UserError(f"is damaged or was not written to its end ({one_line(error, 120)})") from None
+
+
 def _globals_in_zip(path: Path) -> set[str]:
     """The globals that the archive's pickle names, after a check of the archive itself."""
-    size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
-        names = [entry.filename for entry in archive.infolist()]
+        entries = archive.infolist()
+        names = [entry.filename for entry in entries]
         if len(set(names)) < len(names):
             raise UserError("holds two entries of one name")
         if any(name.startswith("/") or ".." in name.split("/") for name in names):
             raise UserError("holds entries with paths outside of the archive")
-        if sum(entry.file_size for entry in archive.infolist()) > size:
-            raise UserError("claims to hold more than its size, or is compressed: not written by torch.save")
-        pickles = [name for name in names if name.split("/")[-1] == "data.pkl"]
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise UserError("is a compressed archive, which torch.save does not write: unpack it first")
+        if sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise UserError("claims to hold more than its size")
+        if any(name.split("/")[-1] == "constants.pkl" for name in names):
+            raise UserError("is a TorchScript archive, not a checkpoint: save the model's state_dict() with torch.save")
+        pickles = [entry for entry in entries if entry.filename.split("/")[-1] == "data.pkl"]
         if len(pickles) != 1:
             raise UserError("is a zip file, but not one written by torch.save (no data.pkl)")
-        with archive.open(pickles[0]) as file:
-            return _globals_in_pickle(file)
+        if pickles[0].file_size > MAX_PICKLE_BYTES:
+            raise UserError(f"holds {pickles[0].file_size} bytes of values beside its tensors: more than a model's")
+        return scan_pickle(io.BytesIO(_read_entry(archive, pickles[0])))
+
+
+def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    """An entry's bytes, compared with its CRC32 where there is one: `set_crc32_options(False)` writes 0 for all."""
+    if entry.CRC == 0:
+        entry.CRC = None  # type: ignore[assignment]
+    return archive.read(entry)
 
 
 def _globals_in_legacy_file(path: Path) -> set[str]:
-    """The globals that the pickles at the start of an older file name: magic number, version, system, content."""
+    """The globals of the pickles at the start of an older file: magic number, version, system, content, storages."""
     with path.open("rb") as file:
-        return set().union(*(_globals_in_pickle(file) for _ in range(4)))
-
-
-def _globals_in_pickle(file: IO[bytes]) -> set[str]:
-    return {
-        str(argument).replace(" ", ".") for opcode, argument, _ in pickletools.genops(file) if opcode.name == "GLOBAL"
-    }
-
-
-HARMLESS = re.compile(
-    r"argparse\.Namespace|pathlib\.(Pure)?(Posix|Windows)?Path|numpy\.dtype|numpy\._?core\.multiarray\.scalar"
-)
+        head = io.BytesIO(file.read(MAX_PICKLE_BYTES))
+    head.seek(len(LEGACY))
+    return set().union(*(scan_pickle(head) for _ in range(4)))
 
 
 def _is_harmless(name: str) -> bool:
@@ -208,15 +242,16 @@ class StandIn:
         self.state = state
 
 
-def _find_weights(content: Any) -> tuple[str | None, Mapping[str, Any]]:
+def _plain_dict(value: Any) -> dict[Any, Any] | None:
+    """A dict of the file's as nothing but a dict: the file can give an OrderedDict attributes that hide its methods."""
+    return dict(dict.items(value)) if isinstance(value, dict) else None
+
+
+def _find_weights(content: dict[Any, Any]) -> tuple[str | None, dict[Any, Any]]:
     """The key under which the state dict stands, None where it is the content itself, and the state dict."""
-    if not isinstance(content, Mapping):
-        raise UserError(
-            f"holds a {type(content).__name__}, not a dict: save model.state_dict(), not the model, with torch.save"
-        )
     for key in WEIGHT_KEYS:
-        if isinstance(content.get(key), Mapping):
-            return key, content[key]
+        if (weights := _plain_dict(content.get(key))) is not None:
+            return key, weights
     if any(isinstance(value, torch.Tensor) for name, value in content.items() if "." in str(name)):
         return None, content
     raise UserError(
@@ -225,28 +260,62 @@ def _find_weights(content: Any) -> tuple[str | None, Mapping[str, Any]]:
 
 
 def _checked(state_dict: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors of a state dict, each one dense, of a floating-point dtype and all in the file."""
+    """The tensors of a state dict, each one of a floating-point dtype and all in its storage."""
     checked: dict[str, torch.Tensor] = {}
     for name, tensor in state_dict.items():
         if not isinstance(tensor, torch.Tensor):
             raise UserError(f"{name!r} in its state dict is a {type(tensor).__name__}, not a tensor")
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_floating_point():
-            raise UserError(f"{name!r} is not a dense floating-point tensor ({tensor.dtype}, {tensor.layout})")
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        if tensor.dtype not in WEIGHT_DTYPES:
+            raise UserError(f"{name!r} is not a dense floating-point tensor of 16, 32 or 64 bits ({tensor.dtype})")
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
             raise UserError(f"{name!r} claims more values than the file holds")
         checked[name] = tensor.detach()
     return checked
+
+
+def _check_places(state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Refuse weights that overlap, a tied head aside: a small file could make a large model, and safetensors none."""
+    tied = {"lm_head.weight"} if "transformer.wte.weight" in state_dict and is_tied(state_dict) else set()
+    places = sorted((tensor.data_ptr(), tensor.nbytes, name) for name, tensor in state_dict.items() if name not in tied)
+    for (start, size, name), (next_start, _, next_name) in pairwise(places):
+        if start + size > next_start:
+            raise UserError(f"{name!r} and {next_name!r} share their values, which only the embedding and lm_head may")
+
+
+def _check_bytes(path: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Find every weight's storage among the archive's records by its size and CRC32: mapping a file compares neither.
+
+    Raises:
+        UserError: a weight is not what was written.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        orders = [_read_entry(archive, entry) for entry in entries if entry.filename.endswith("/byteorder")]
+    if orders and orders[0].decode() != sys.byteorder:
+        return  # written on the other kind of machine: the bytes were swapped in loading
+    records = {(entry.file_size, entry.CRC or 0) for entry in entries}
+    intact: set[int] = set()
+    for name, tensor in state_dict.items():
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in intact:
+            continue
+        content = torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data
+        if not records & {(storage.nbytes(), 0), (storage.nbytes(), zlib.crc32(content))}:
+            raise UserError(f"is damaged: the bytes of {name!r} are not those that were written (their CRC32 differs)")
+        intact.add(storage.data_ptr())
 
 
 def _find_model_args(content: Mapping[str, Any]) -> dict[str, Any]:
     """The stated sizes, from a dict or from the attributes of a configuration object."""
     for key in MODEL_ARGS_KEYS:
         stated = content.get(key)
-        if isinstance(stated, StandIn):
-            stated = stated.state
-        if isinstance(stated, Mapping):
+        if (plain := _plain_dict(stated.state if isinstance(stated, StandIn) else stated)) is not None:
             wanted = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout")
-            return {name: _number(stated[name], stated[name]) for name in wanted if stated.get(name) is not None}
+            return {
+                name: _number(value, f"a {type(value).__name__}")
+                for name in wanted
+                if (value := plain.get(name)) is not None
+            }
     return {}
 
 
@@ -255,18 +324,13 @@ NUMPY_FORMATS = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "u8": "Q", "u4": "I
 
 def _number(value: Any, default: Any = None) -> int | float | Any:
     """A plain number from a number, a tensor of one element or a pickled NumPy scalar; else the default."""
-    if isinstance(value, (int, float)):
+    if isinstance(value, float) or (isinstance(value, int) and value.bit_length() < 64):
         return value
     if isinstance(value, torch.Tensor) and value.numel() == 1:
-        return value.item()
+        return _number(value.item(), default)
     if isinstance(value, StandIn) and len(value.args) == 2 and isinstance(value.args[0], StandIn):
         dtype, raw = value.args
-        code = NUMPY_FORMATS.get(dtype.args[0]) if dtype.args else None
+        code = NUMPY_FORMATS.get(str(dtype.args[0])) if dtype.args else None
         if code and isinstance(raw, bytes) and struct.calcsize(code) == len(raw):
             return struct.unpack("<" + code, raw)[0]
     return default
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 120 else text[:119] + "…"

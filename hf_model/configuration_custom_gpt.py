@@ -51,6 +51,28 @@ class CustomGPTConfig(PreTrainedConfig):
         "num_attention_heads": "n_head",
         "max_position_embeddings": "block_size",
     }
+    # Query, key and value are one weight, so a contiguous shard of it is no set of heads: `c_attn` is computed in
+    # shards and gathered, and every rank runs all the heads.
+    base_model_tp_plan = {
+        "wte": "embedding_rowwise",
+        "h.*.attn.c_attn": "colwise_gather_output",
+        "h.*.attn.c_proj": "rowwise_split_input",
+        "h.*.mlp.c_fc": "colwise",
+        "h.*.mlp.c_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "wte": (["input_ids"], ["inputs_embeds"]),
+        "wpe": (["inputs_embeds", "position_ids"], ["inputs_embeds"]),
+        "drop": (["inputs_embeds"], ["hidden_states"]),
+        "h": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "ln_f": (["hidden_states"], ["hidden_states"]),
+    }
+    base_model_fsdp_plan = {
+        "wte": "free_full_weight",
+        "wpe": "free_full_weight",
+        "h.*": "free_full_weight",
+        "ln_f": "keep_full_weight",
+    }
 
     vocab_size: int = 32000
     block_size: int = 1024

@@ -2,29 +2,31 @@
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from hf_model.checkpoint import Checkpoint, read_checkpoint
 from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.diagnosis import STUTTER_SHARE, copied_share, non_finite
-from hf_model.errors import UserError
+from hf_model.errors import UserError, memory_for
 from hf_model.folder import check_target, whole_folder
 from hf_model.model_card import model_card
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.prompt import PAD, format_example, format_prompt
-from hf_model.tokenization import convert_tokenizer, read_tokenizer, save_tokenizer
+from hf_model.tokenization import check_vocabulary, convert_tokenizer, read_tokenizer, save_tokenizer
 
 AUTO_MAP = {
     "AutoConfig": "configuration_custom_gpt.CustomGPTConfig",
     "AutoModel": "modeling_custom_gpt.CustomGPTModel",
     "AutoModelForCausalLM": "modeling_custom_gpt.CustomGPTForCausalLM",
+    # `transformers serve` takes a folder's own code by this name alone, before it looks for the library's classes.
+    "AutoModelForDecision": "modeling_custom_gpt.CustomGPTForCausalLM",
 }
 TOKENIZER_PROBES = (
     format_prompt("What is the capital of France?"),
@@ -59,11 +61,7 @@ def load_original(
     checkpoint = read_checkpoint(checkpoint_path)
     architecture = checkpoint.architecture(n_head)
     tokenizer = convert_tokenizer(tokenizer_path, model_max_length=architecture.block_size)
-    if len(tokenizer) > architecture.vocab_size:
-        raise UserError(
-            f"{tokenizer_path}: has {len(tokenizer)} tokens, but {checkpoint_path} has embeddings for "
-            f"{architecture.vocab_size}: they do not belong together"
-        )
+    check_vocabulary(tokenizer, architecture.vocab_size, tokenizer_path, checkpoint_path)
     try:
         config = CustomGPTConfig(
             **asdict(architecture),
@@ -73,7 +71,7 @@ def load_original(
             pad_token_id=tokenizer.pad_token_id,
         )
     except StrictDataclassError as error:
-        raise UserError(f"{checkpoint_path}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{checkpoint_path}: {error}") from None
     torch_dtype = checkpoint.dtype if dtype == "auto" else getattr(torch, dtype)
     config.dtype, config.auto_map = torch_dtype, AUTO_MAP
     model = _model_of(config, {name: tensor.to(torch_dtype) for name, tensor in checkpoint.state_dict.items()})
@@ -108,6 +106,7 @@ def default_generation(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> G
     )
 
 
+@memory_for("to convert the model")
 def convert(
     checkpoint_path: str | Path,
     tokenizer_path: str | Path,
@@ -149,8 +148,11 @@ def convert(
     for line in _diagnose(model, tokenizer):
         report(line)
 
-    with whole_folder(output_dir, overwrite) as folder, _writing(output_dir):
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+    with whole_folder(output_dir, overwrite) as folder:
+        try:
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
+        except SafetensorError as error:  # its own form of a full disk
+            raise UserError(f"{output_dir}: cannot be written ({error})") from None
         save_tokenizer(tokenizer, folder)
         (folder / "README.md").write_text(model_card(model.config, output_dir.name), encoding="utf-8")
         # What is mapped goes before the folder is read back, so that the weights are not in memory twice.
@@ -193,7 +195,7 @@ def _diagnose(model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast) -
         yield f"warning: there are NaN or infinite values in {', '.join(bad[:3])}{more}: the model cannot work"
     elif (share := copied_share(model, tokenizer)) > STUTTER_SHARE:
         yield (
-            f"warning: the model stutters: at {share:.0%} of the positions of plain text it predicts the token that it "
+            f"warning: the model stutters: at {share:.0%} of the positions of responses it predicts the token that it "
             "has just read. Its labels were probably not shifted by one in fine-tuning, so it has learnt to repeat; "
             "sampling options will not cure that, fine-tuning with shifted labels will (the labels of this model in "
             "transformers are shifted)"
@@ -220,16 +222,22 @@ def verify_folder(folder: Path, checkpoint_path: str | Path, tokenizer_path: str
     while remaining:
         # Both sides are mapped afresh for every few tensors, so that memory holds neither file whole.
         written = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-        source = read_checkpoint(checkpoint_path).state_dict
+        source = read_checkpoint(checkpoint_path, check_bytes=False).state_dict
         source.setdefault("lm_head.weight", source["transformer.wte.weight"])
         compared_bytes = 0
         while remaining and compared_bytes < VERIFY_BYTES:
             name = remaining.pop()
             tensor = written[name]
-            if not torch.equal(tensor, source[name].to(tensor.dtype)):
+            if not _same_bits(tensor, source[name].to(tensor.dtype)):
                 raise UserError(f"{folder}: {name} differs from {checkpoint_path}: the disk or the memory is faulty")
             compared_bytes += tensor.nbytes
     return f"{len(names)} tensors equal bit for bit, {len(TOKENIZER_PROBES)} texts encoded the same"
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of one dtype are equal as bits: NaN is itself, and 0.0 is not -0.0."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+    return torch.equal(one.view(bits), other.view(bits))
 
 
 def push(folder: Path, repo_id: str) -> str:
@@ -246,20 +254,9 @@ def push(folder: Path, repo_id: str) -> str:
         url = api.create_repo(repo_id, private=True, exist_ok=True)
         api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Add the converted model")
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise UserError(
-            f"{folder} is complete, but was not pushed to {repo_id}: {' '.join(str(error).split())}"
-        ) from None
+        raise UserError(f"{folder} is complete, but was not pushed to {repo_id}: {error}") from None
     return str(url)
 
 
 def _size(n_bytes: int) -> str:
     return f"{n_bytes / 1e6:,.1f} MB" if n_bytes >= 1e5 else f"{n_bytes / 1e3:.1f} kB"
-
-
-@contextmanager
-def _writing(output_dir: Path) -> Iterator[None]:
-    """Turn the errors of a full or failing disk into the user's."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{output_dir}: cannot be written ({error.strerror or error})") from None

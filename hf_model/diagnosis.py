@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_model.prompt import format_example
+from hf_model.prompt import format_example, format_prompt
 
 # Ordinary instructions and answers. A model need not know them: whether it was trained on the next token or on the
 # current one shows on any text.
@@ -27,15 +27,18 @@ def non_finite(state_dict: dict[str, torch.Tensor]) -> list[str]:
 
 @torch.inference_mode()
 def copied_share(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
-    """The share of positions of instruction texts at which the model's arg-max prediction is the current token.
+    """The share of response positions at which the model's arg-max prediction is the current token.
 
-    A model whose labels were not shifted in fine-tuning has learnt to repeat: its share is near 1.
+    A model whose labels were not shifted in fine-tuning has learnt to repeat: its share is near 1. Its prompts tell
+    less, since the loss usually leaves them out.
     """
     copied = seen = 0
     for instruction, response, input_text in PROBES:
         text = format_example(instruction, response, input_text)
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids  # (1, T)
-        ids = ids[:, : model.config.block_size].to(model.device)
-        copied += int((model(ids).logits.argmax(dim=-1) == ids).sum())
-        seen += ids.numel()
-    return copied / seen
+        n_response = ids.shape[1] - len(tokenizer(format_prompt(instruction, input_text)).input_ids)
+        ids = ids[:, -model.config.block_size :].to(model.device)
+        is_copied = (model(ids).logits.argmax(dim=-1) == ids)[0, -n_response:-1]  # nothing follows [EOS]
+        copied += int(is_copied.sum())
+        seen += len(is_copied)
+    return copied / max(seen, 1)

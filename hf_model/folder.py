@@ -1,9 +1,11 @@
 """Writes a folder that appears whole or not at all."""
 
+import ctypes
 import os
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from hf_model.errors import UserError
@@ -13,86 +15,124 @@ try:
 except ImportError:  # Windows has no flock: there, two converters at once on one target are not kept apart
     fcntl = None  # type: ignore[assignment]
 
+# What a converted folder consists of. Anything else in it is the user's, and never deleted.
+OURS = (
+    *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    *("README.md", "*.py"),
+)
+
 
 def check_target(target: Path, overwrite: bool) -> None:
     """Refuse a target that must not be written.
 
     Raises:
-        UserError: `target` is a file, a symbolic link, a folder that exists (without `overwrite`), or one that is not a
-            model's (with it).
+        UserError: `target` is a file, a symbolic link, a folder that exists (without `overwrite`), or one that holds
+            anything but a converted model (with it).
     """
-    if target.is_symlink():
-        raise UserError(f"{target}: is a symbolic link; name the folder itself")
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise UserError(f"{target}: is a file, not a folder")
-    if not any(target.iterdir()):
+    with disk_errors(target):
+        if target.is_symlink():
+            raise UserError(f"{target}: is a symbolic link; name the folder itself")
+        if not target.exists():
+            return
+        if not target.is_dir():
+            raise UserError(f"{target}: is a file, not a folder")
+        entries = list(target.iterdir())
+    if not entries:
         return
     if not overwrite:
         raise UserError(f"{target}: exists already; choose another --output_dir or add --overwrite")
     if not (target / "config.json").is_file():
         raise UserError(f"{target}: holds no model (no config.json), so --overwrite does not replace it")
+    for entry in entries:
+        if entry.is_dir() or not any(entry.match(pattern) for pattern in OURS):
+            raise UserError(f"{target}: holds {entry.name!r}, which --overwrite would delete: move it away first")
 
 
 @contextmanager
 def whole_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """Give a folder beside `target` to write into, and put it in `target`'s place when the block ends well.
 
-    A run that was killed leaves its folder behind under a name of its own; the next one on the same target clears it.
+    A run that was killed leaves files behind under names of their own; the next one on the same target clears them.
 
     Raises:
         UserError: as `check_target`, the place cannot be written, or another run is writing the same target.
     """
     target = Path(os.path.abspath(target))  # noqa: PTH100 (resolve() would follow links)
-    work, replaced = (target.with_name(f".{target.name}.{part}") for part in ("partial", "replaced"))
     check_target(target, overwrite)
-    try:
+    lock, work, replaced = (target.with_name(f".{target.name}.{part}") for part in ("lock", "partial", "replaced"))
+    with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        work.mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{target.parent}: cannot be written ({error.strerror})") from None
-    with _locked(work, target):
-        _recover(target, replaced)
-        for leftover in work.iterdir():
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        try:
-            yield work
-            check_target(target, overwrite)
-            if target.exists():
-                target.rename(replaced)
-            work.rename(target)
-        finally:
-            if work.exists():
-                shutil.rmtree(work, ignore_errors=True)
+        with _locked(lock, target):
             _recover(target, replaced)
+            _remove(work)
+            work.mkdir()
+            try:
+                yield work
+                check_target(target, overwrite)
+                _put_in_place(work, target, replaced)
+            finally:
+                _remove(work)
+                _recover(target, replaced)
+
+
+@contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Turn the errors of a full, failing or read-only disk into the user's."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror or error})") from None
+
+
+def _put_in_place(work: Path, target: Path, replaced: Path) -> None:
+    if target.exists() and not _exchange(work, target):
+        target.rename(replaced)
+    if not target.exists():
+        work.rename(target)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one step, so that there is no moment without either; False where the system cannot."""
+    if sys.platform != "linux" or not hasattr(library := ctypes.CDLL(None), "renameat2"):
+        return False
+    at_fdcwd, rename_exchange = -100, 2
+    return bool(library.renameat2(at_fdcwd, bytes(one), at_fdcwd, bytes(other), rename_exchange) == 0)
 
 
 def _recover(target: Path, replaced: Path) -> None:
     """Finish what a run left between its two renames: keep the new folder if it is there, else bring back the old."""
-    if replaced.exists():
-        if target.exists():
-            shutil.rmtree(replaced)
-        else:
-            replaced.rename(target)
+    if replaced.exists() and not target.exists():
+        replaced.rename(target)
+    _remove(replaced)
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder, or a link in its place, but never what a link leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
-def _locked(work: Path, target: Path) -> Iterator[None]:
-    """Hold the folder being written, so that two runs on one target cannot mix their files."""
+def _locked(lock: Path, target: Path) -> Iterator[None]:
+    """Hold a file beside the target, so that two runs on it cannot mix their files; gone when the block ends."""
     if fcntl is None:
         yield
         return
-    descriptor = os.open(work, os.O_RDONLY)
+    descriptor = os.open(lock, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            same = os.path.samestat(os.fstat(descriptor), work.stat())
+            is_held = os.path.samestat(os.fstat(descriptor), lock.stat())
         except (BlockingIOError, FileNotFoundError):
-            same = False
-        if not same:  # held, or just renamed into place by its owner
+            is_held = False
+        if not is_held:  # another run has it, or has just deleted it at its end
             raise UserError(f"{target}: another conversion is writing it")
-        yield
+        try:
+            yield
+        finally:
+            lock.unlink()
     finally:
-        with suppress(OSError):
-            os.close(descriptor)
+        os.close(descriptor)

@@ -1,7 +1,9 @@
 """Text from a prompt, on the stock `model.generate`: what `generate.py` does between its arguments and its output."""
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.conversion import load_original
-from hf_model.errors import UserError
+from hf_model.errors import UserError, memory_for, one_line
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.tokenization import convert_tokenizer
+from hf_model.tokenization import check_vocabulary, convert_tokenizer
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -49,6 +51,7 @@ def pick_device(name: str | None = None) -> torch.device:
     return device
 
 
+@memory_for("to load the model")
 def load(
     checkpoint_path: str | Path,
     tokenizer_path: str | Path | None,
@@ -87,20 +90,29 @@ def _load_folder(
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: holds no model (no config.json)")
     try:
-        config = AutoConfig.from_pretrained(folder)
+        # A stranger's folder may name code of its own; the library would ask on the terminal whether to run it.
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if not isinstance(config, CustomGPTConfig):
             raise UserError(
                 f"{folder}: holds a model of type {config.model_type!r}, not {CustomGPTConfig.model_type!r}"
             )
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+        model, loading = loaded
+        if astray := sorted(loading["missing_keys"] | loading["unexpected_keys"]):  # the library would go on without
+            raise UserError(f"{folder}: its config.json and its weights do not belong together ({', '.join(astray)})")
         if tokenizer_path is None:
-            return model, AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        else:
+            tokenizer = convert_tokenizer(tokenizer_path, model_max_length=config.block_size)
+        check_vocabulary(tokenizer, config.vocab_size, tokenizer_path or folder, folder)
+        return model, tokenizer
     except UserError:
         raise
     # The folder's files are not to be trusted in anything: whatever they trip in the library is their fault.
     except Exception as error:
-        raise UserError(f"{folder}: cannot be loaded ({' '.join(str(error).split())})") from None
-    return model, convert_tokenizer(tokenizer_path, model_max_length=config.block_size)
+        raise UserError(f"{folder}: cannot be loaded ({one_line(error, 200)})") from None
 
 
 @dataclass(frozen=True)
@@ -202,6 +214,30 @@ def encode(tokenizer: PreTrainedTokenizerFast, content: str, parse_special_token
     return tokenizer(content, return_tensors="pt", split_special_tokens=not parse_special_tokens).input_ids
 
 
+DRAWING = threading.RLock()
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Threads take turns: torch has one random generator for all of them, and each must draw what it would alone."""
+    with DRAWING:
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _no_distribution() -> Iterator[None]:
+    """Turn torch's refusal to draw from probabilities that are not numbers into the user's error."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise UserError("no token can be drawn: --temperature or --repetition_penalty is too near to 0") from None
+
+
+@memory_for("to generate")
+@_no_distribution()
 def generate(
     model: CustomGPTForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -219,27 +255,27 @@ def generate(
         on_text: called with each piece of text as it comes, where there is one sequence.
 
     Raises:
-        UserError: the model's logits are NaN.
+        UserError: the model's logits are NaN, or the sampling options make them so.
         KeyboardInterrupt: passed on, after `on_text` has had everything there is.
     """
     stream = TokenStream(tokenizer, on_text, prompt_text=not response_only)
     input_ids = input_ids.to(model.device)
-    torch.manual_seed(sampling.seed)
-    start = time.perf_counter()
     try:
-        sequences = model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            streamer=stream,
-            logits_processor=LogitsProcessorList([NoNaN()]),
-            **sampling.kwargs(),
-        )  # (num_return_sequences, T + new)
+        with _seeded(sampling.seed):
+            start = time.perf_counter()
+            sequences = model.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                streamer=stream,
+                logits_processor=LogitsProcessorList([NoNaN()]),
+                **sampling.kwargs(),
+            )  # (num_return_sequences, T + new)
+            seconds = time.perf_counter() - start
     except KeyboardInterrupt:
         stream.end()
         raise
-    seconds = time.perf_counter() - start
     prompt = input_ids[0].tolist()
-    responses = [_until(row, tokenizer.eos_token_id) for row in sequences[:, len(prompt) :].tolist()]
+    responses = [_up_to(tokenizer.eos_token_id, row) for row in sequences[:, len(prompt) :].tolist()]
     if response_only:
         texts = [tokenizer.decode(ids, skip_special_tokens=True).lstrip() for ids in responses]
     else:
@@ -247,6 +283,26 @@ def generate(
     return Generation(texts, new_tokens=sum(map(len, responses)), seconds=seconds)
 
 
-def _until(ids: list[int], eos_token_id: int) -> list[int]:
+@_no_distribution()
+def continue_prompts(
+    model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[torch.Tensor], sampling: Sampling
+) -> list[str]:
+    """The bare responses to several prompts, each of shape (1, T), in one left-padded batch.
+
+    Raises:
+        UserError: the model's logits are NaN.
+    """
+    batch = tokenizer.pad({"input_ids": [prompt[0].tolist() for prompt in prompts]}, return_tensors="pt")
+    with _seeded(sampling.seed):
+        sequences = model.generate(
+            **batch.to(model.device), logits_processor=LogitsProcessorList([NoNaN()]), **sampling.kwargs()
+        )  # (B, T + new)
+    responses = sequences[:, batch.input_ids.shape[1] :].tolist()
+    return [
+        tokenizer.decode(_up_to(tokenizer.eos_token_id, ids), skip_special_tokens=True).lstrip() for ids in responses
+    ]
+
+
+def _up_to(eos_token_id: int, ids: list[int]) -> list[int]:
     """The ids up to and including the first [EOS]; a sequence that ends before its neighbours is padded after it."""
     return ids[: ids.index(eos_token_id) + 1] if eos_token_id in ids else ids

@@ -6,6 +6,7 @@ B batch, T tokens given, S tokens seen (cached and given), C = n_embd, nh = n_he
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -14,7 +15,11 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
 from transformers.processing_utils import Unpack
@@ -55,6 +60,7 @@ class CustomGPTAttention(nn.Module):
         self.is_causal = True
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj.writes_to_residual = True
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -94,6 +100,7 @@ class CustomGPTMLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.act = ACT2FN[config.activation_function]
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj.writes_to_residual = True
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -130,10 +137,18 @@ class CustomGPTPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        # The projections that write to the residual stream: two for each layer, as in the GPT-2 paper.
-        if isinstance(module, (CustomGPTAttention, CustomGPTMLP)):
+        # Two projections of each layer write to the residual stream: scaled as in the GPT-2 paper. They carry a mark,
+        # since the library does not call this for a module of custom code without parameters of its own.
+        if getattr(module, "writes_to_residual", False):
             std = self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
-            init.normal_(module.c_proj.weight, mean=0.0, std=std)
+            init.normal_(module.weight, mean=0.0, std=std)
+
+
+class CustomGPTPositionEmbedding(nn.Embedding):
+    """Adds to its first input, so that a pipeline stage which starts later can have an identity in its place."""
+
+    def forward(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        return inputs_embeds + super().forward(position_ids)  # (B, T, C)
 
 
 class CustomGPTModel(CustomGPTPreTrainedModel):
@@ -142,7 +157,7 @@ class CustomGPTModel(CustomGPTPreTrainedModel):
     def __init__(self, config: CustomGPTConfig):
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wpe = CustomGPTPositionEmbedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList([CustomGPTBlock(config, layer_idx) for layer_idx in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.bias)
@@ -202,7 +217,7 @@ class CustomGPTModel(CustomGPTPreTrainedModel):
             position_ids = self._position_ids(inputs_embeds, attention_mask, past_key_values)
         elif not torch.compiler.is_compiling() and (last := int(position_ids.max())) >= self.config.block_size:
             raise ValueError(f"Position {last} is past the {self.config.block_size} learned positions (block_size).")
-        hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))  # (B, T, C)
+        hidden_states = self.drop(self.wpe(inputs_embeds, position_ids))  # (B, T, C)
 
         for block in self.h:
             hidden_states = block(
@@ -234,6 +249,9 @@ class CustomGPTForCausalLM(CustomGPTPreTrainedModel, GenerationMixin):
     """The decoder with its language modelling head, `lm_head`: a Linear without a bias, tied or not."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: CustomGPTConfig):
         super().__init__(config)
@@ -298,8 +316,8 @@ class CustomGPTForCausalLM(CustomGPTPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         attention_mask: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        **kwargs,
-    ) -> dict:
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         """As in the library up to `block_size` tokens; from there on the model sees the last `block_size` of them.
 
         The learned positions start again from 0 in that window, which changes every key and value at every step: no
@@ -332,4 +350,41 @@ class CustomGPTForCausalLM(CustomGPTPreTrainedModel, GenerationMixin):
         )
 
 
-__all__ = ["CustomGPTForCausalLM", "CustomGPTModel", "CustomGPTPreTrainedModel"]
+# The two heads below take the library's forward, but not its `__init__`: that makes the decoder by `AutoModel`, which
+# does not know it where this file is loaded as a folder's custom code.
+
+
+class CustomGPTForSequenceClassification(GenericForSequenceClassification, CustomGPTPreTrainedModel):
+    """The decoder with a label head, `score`, on the last token that is not `[PAD]`."""
+
+    base_model_prefix = "transformer"
+
+    def __init__(self, config: CustomGPTConfig):
+        CustomGPTPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.transformer = CustomGPTModel(config)
+        self.score = nn.Linear(config.n_embd, config.num_labels, bias=False)
+        self.post_init()
+
+
+class CustomGPTForTokenClassification(GenericForTokenClassification, CustomGPTPreTrainedModel):
+    """The decoder with a label head, `score`, on every token."""
+
+    base_model_prefix = "transformer"
+
+    def __init__(self, config: CustomGPTConfig):
+        CustomGPTPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.transformer = CustomGPTModel(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.score = nn.Linear(config.n_embd, config.num_labels)
+        self.post_init()
+
+
+__all__ = [
+    "CustomGPTForCausalLM",
+    "CustomGPTForSequenceClassification",
+    "CustomGPTForTokenClassification",
+    "CustomGPTModel",
+    "CustomGPTPreTrainedModel",
+]

@@ -42,6 +42,21 @@ def convert_tokenizer(path: str | Path, model_max_length: int) -> PreTrainedToke
     return tokenizer
 
 
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerFast, vocab_size: int, tokenizer_path: str | Path, model_path: str | Path
+) -> None:
+    """Check that every id has an embedding.
+
+    Raises:
+        UserError: the tokenizer has more tokens than the model has embeddings.
+    """
+    if len(tokenizer) > vocab_size:
+        raise UserError(
+            f"{tokenizer_path}: has {len(tokenizer)} tokens, but {model_path} has embeddings for {vocab_size}: "
+            "they do not belong together"
+        )
+
+
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write the files that `AutoTokenizer.from_pretrained(folder)` reads; `add_eos_token=True` works on them too.
 
@@ -61,22 +76,28 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            # A glance first, so that a checkpoint under this name is not read whole.
+            raw = file.read(64)
+            raw += file.read() if raw.lstrip().startswith(b"{") else b""
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a tokenizer's JSON ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     try:
-        content = json.loads(text)
-        kind = content["model"]["type"]
+        text = raw.decode("utf-8")
+        kind = json.loads(text)["model"]["type"]
     except (ValueError, TypeError, KeyError, RecursionError):
         raise UserError(f"{path}: is not the JSON of a `tokenizers` tokenizer (Tokenizer.save writes one)") from None
     if kind != "BPE":
         raise UserError(f"{path}: is a {kind} tokenizer; this model family uses byte-level BPE")
     try:
         backend = Tokenizer.from_str(text)
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise UserError(f"{path}: is a damaged tokenizer ({' '.join(str(error).split())})") from None
+        backend.decode(backend.encode("Response: a").ids)  # some damage shows only in use
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # tokenizers raises nothing narrower, and its panics are not even an Exception
+        raise UserError(f"{path}: is a damaged tokenizer ({error})") from None
 
     vocabulary = backend.get_vocab(with_added_tokens=True)
     if missing := [token for token in (BOS, EOS) if token not in vocabulary]:
@@ -88,8 +109,6 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
             f"{path}: has {setting} switched on, which would change every prompt: "
             f"call tokenizer.no_{setting}() and save it again"
         )
-    if len(vocabulary) != max(vocabulary.values()) + 1:
-        taken = set(vocabulary.values())
-        gap = next(token_id for token_id in range(len(vocabulary)) if token_id not in taken)
-        raise UserError(f"{path}: has a hole in its vocabulary: no token has the id {gap}")
+    if gaps := set(range(len(vocabulary))) - set(vocabulary.values()):
+        raise UserError(f"{path}: has a hole in its vocabulary: no token has the id {min(gaps)}")
     return backend

@@ -1,0 +1,130 @@
+"""Answers a file of instruction records in batches, so that a run that was killed goes on where it stopped."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from hf_model.errors import UserError
+from hf_model.generation import Sampling, continue_prompts, encode
+from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
+from hf_model.prompt import format_prompt
+
+Record = dict[str, Any]
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a JSON Lines file: objects with an `instruction`, perhaps an `input`, and fields of their own.
+
+    Raises:
+        UserError: no such file, or a line that is not such a record.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            lines = file.readlines()  # str.splitlines would end a line at a U+2028 within a string too
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            instruction, input_text = record["instruction"], record.get("input") or ""
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise UserError(f"{path}, line {number}: is not a JSON object with an 'instruction'") from None
+        if not isinstance(instruction, str) or not isinstance(input_text, str):
+            raise UserError(f"{path}, line {number}: 'instruction' and 'input' must be strings")
+        records.append(record)
+    return records
+
+
+def answer_file(
+    model: CustomGPTForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    records: list[Record],
+    output_file: Path,
+    batch_size: int,
+    sampling: Sampling,
+    *,
+    parse_special_tokens: bool = False,
+) -> int:
+    """Write each record with its `response` to a JSON Lines file, in the records' order.
+
+    Batches are made of prompts of like length, left-padded. Each finished batch is appended to a journal beside the
+    output file, which takes its place only when it is complete; the same call after a killed run goes on from there.
+
+    Returns:
+        The number of records answered now, those of an earlier run left out.
+
+    Raises:
+        UserError: the output file exists already or cannot be written.
+    """
+    if output_file.exists():
+        raise UserError(f"{output_file}: exists already; choose another --output_file or delete it")
+    journal = output_file.with_name(f"{output_file.name}.partial")
+    run = hashlib.sha256(
+        json.dumps([records, asdict(sampling), model.config.to_dict()], default=str).encode()
+    ).hexdigest()
+    responses = _read_journal(journal, run)
+    prompts = {
+        index: encode(tokenizer, format_prompt(record["instruction"], record.get("input") or ""), parse_special_tokens)
+        for index, record in enumerate(records)
+        if index not in responses
+    }
+    by_length = sorted(
+        prompts, key=lambda index: prompts[index].shape[1], reverse=True
+    )  # memory runs out early or never
+    try:
+        with (
+            journal.open("a" if responses else "w", encoding="utf-8") as file,  # a journal of another run starts anew
+            tqdm(total=len(records), initial=len(responses), unit="record", disable=None) as progress,
+        ):
+            if not responses:
+                file.write(json.dumps({"run": run}))
+            for batch in _chunks(by_length, batch_size):
+                answers = continue_prompts(model, tokenizer, [prompts[index] for index in batch], sampling)
+                for index, answer in zip(batch, answers, strict=True):
+                    responses[index] = answer
+                    file.write("\n" + json.dumps({"index": index, "response": answer}))
+                file.flush()
+                progress.update(len(batch))
+        complete = journal.with_name(f"{output_file.name}.complete")
+        complete.write_text(
+            "".join(
+                json.dumps({**record, "response": responses[index]}, ensure_ascii=False) + "\n"
+                for index, record in enumerate(records)
+            ),
+            encoding="utf-8",
+            errors="backslashreplace",  # of an unpaired surrogate, that is its JSON escape
+        )
+        complete.rename(output_file)
+        journal.unlink()
+    except OSError as error:
+        raise UserError(f"{output_file}: cannot be written ({error.strerror or error})") from None
+    return len(prompts)
+
+
+def _read_journal(journal: Path, run: str) -> dict[int, str]:
+    """Index to response of what an earlier run of the same call has answered."""
+    try:
+        lines = journal.read_text(encoding="utf-8").splitlines()
+        if json.loads(lines[0]) != {"run": run}:
+            return {}
+    except (OSError, ValueError, IndexError):
+        return {}
+    responses = {}
+    for line in lines[1:]:
+        with suppress(ValueError):  # a line that was half-written when the run was killed
+            entry = json.loads(line)
+            responses[entry["index"]] = entry["response"]
+    return responses
+
+
+def _chunks(items: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
