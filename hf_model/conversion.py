@@ -25,8 +25,8 @@ AUTO_MAP = {
     "AutoConfig": "configuration_custom_gpt.CustomGPTConfig",
     "AutoModel": "modeling_custom_gpt.CustomGPTModel",
     "AutoModelForCausalLM": "modeling_custom_gpt.CustomGPTForCausalLM",
-    # `transformers serve` takes a folder's own code by this name alone, before it looks for the library's classes.
-    "AutoModelForDecision": "modeling_custom_gpt.CustomGPTForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_custom_gpt.CustomGPTForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_custom_gpt.CustomGPTForTokenClassification",
 }
 TOKENIZER_PROBES = (
     format_prompt("What is the capital of France?"),
