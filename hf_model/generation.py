@@ -154,41 +154,44 @@ class TokenStream(BaseStreamer):
         self.on_text = on_text
         self.prompt_text = prompt_text
         """Whether the prompt and special tokens belong to the text."""
-        self.columns: list[torch.Tensor] = []
-        """What was generated so far, one tensor of shape (B,) for each step; the prompt (B, T) comes first."""
+        self.awaits_prompt = True
+        self.ids: list[int] = []
+        """The tokens that the text is made of, as integers: thousands of little tensors would scatter the heap."""
         self.decoder = DecodeStream(skip_special_tokens=not prompt_text)
-        self.text = ""
+        self.length = 0
+        self.has_begun = False
 
     def put(self, value: torch.Tensor) -> None:
-        is_prompt = not self.columns
-        self.columns.append(value)
+        """Take the prompt, of shape (B, T), and then the token of each step, of shape (B,)."""
+        is_prompt, self.awaits_prompt = self.awaits_prompt, False
         if value.shape[0] == 1 and (self.prompt_text or not is_prompt):
             for token_id in value.flatten().tolist():
+                self.ids.append(token_id)
                 self._emit(self.decoder.step(self.tokenizer.backend_tokenizer, token_id) or "")
 
     def end(self) -> None:
         """Give what the decoder still holds: bytes that never became a character."""
-        if self.columns and self.columns[0].shape[0] == 1:
-            first = 0 if self.prompt_text else 1
-            ids = [token_id for column in self.columns[first:] for token_id in column.flatten().tolist()]
-            text = self.tokenizer.decode(ids, skip_special_tokens=not self.prompt_text)
-            self._emit(text[len(self.text) :])
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=not self.prompt_text)
+        self._emit(text[self.length :])
 
     def _emit(self, piece: str) -> None:
         # The space between "Response:" and the response belongs to the format.
-        shown = piece if self.prompt_text or self.text.strip() else piece.lstrip()
-        self.text += piece
+        shown = piece if self.prompt_text or self.has_begun else piece.lstrip()
+        self.length += len(piece)
+        self.has_begun = self.has_begun or bool(shown)
         if shown:
             self.on_text(shown)
 
 
-class NoNaN(LogitsProcessor):
-    """Stops a generation whose logits are not numbers, which would otherwise go on with arbitrary tokens."""
+class OnlyNumbers(LogitsProcessor):
+    """Stops a generation whose logits are NaN or infinite, which would otherwise go on with arbitrary tokens."""
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if scores.isnan().any():
+        # Tokens that may not be sampled stand at minus infinity.
+        if not scores.amax(dim=-1).isfinite().all():
             raise UserError(
-                "the model's logits are NaN: its weights hold NaN or infinite values, or overflow in this --dtype"
+                "the model's logits are NaN or infinite: its weights hold such values, they overflow in this --dtype, "
+                "or --temperature or --repetition_penalty is too near to 0"
             )
         return scores
 
@@ -255,7 +258,7 @@ def generate(
         on_text: called with each piece of text as it comes, where there is one sequence.
 
     Raises:
-        UserError: the model's logits are NaN, or the sampling options make them so.
+        UserError: the model's logits are NaN or infinite, or the sampling options make them so.
         KeyboardInterrupt: passed on, after `on_text` has had everything there is.
     """
     stream = TokenStream(tokenizer, on_text, prompt_text=not response_only)
@@ -267,7 +270,7 @@ def generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
                 streamer=stream,
-                logits_processor=LogitsProcessorList([NoNaN()]),
+                logits_processor=LogitsProcessorList([OnlyNumbers()]),
                 **sampling.kwargs(),
             )  # (num_return_sequences, T + new)
             seconds = time.perf_counter() - start
@@ -290,12 +293,12 @@ def continue_prompts(
     """The bare responses to several prompts, each of shape (1, T), in one left-padded batch.
 
     Raises:
-        UserError: the model's logits are NaN.
+        UserError: the model's logits are NaN or infinite.
     """
     batch = tokenizer.pad({"input_ids": [prompt[0].tolist() for prompt in prompts]}, return_tensors="pt")
     with _seeded(sampling.seed):
         sequences = model.generate(
-            **batch.to(model.device), logits_processor=LogitsProcessorList([NoNaN()]), **sampling.kwargs()
+            **batch.to(model.device), logits_processor=LogitsProcessorList([OnlyNumbers()]), **sampling.kwargs()
         )  # (B, T + new)
     responses = sequences[:, batch.input_ids.shape[1] :].tolist()
     return [

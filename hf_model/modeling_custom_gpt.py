@@ -5,7 +5,8 @@ B batch, T tokens given, S tokens seen (cached and given), C = n_embd, nh = n_he
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_custom_gpt import CustomGPTConfig
+from .decoding_custom_gpt import lean_decoding
 
 
 def eager_attention_forward(
@@ -308,6 +310,12 @@ class CustomGPTForCausalLM(CustomGPTPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    @contextmanager
+    def _optimize_model_for_decode(self) -> Iterator[None]:
+        """`generate` changes over from the prompt to one token at a time here."""
+        with super()._optimize_model_for_decode(), lean_decoding(self):
+            yield
 
     def prepare_inputs_for_generation(
         self,
