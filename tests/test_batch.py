@@ -1,0 +1,245 @@
+"""A file of records answered in batches: the same answers in the same order, whatever happens on the way."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from generate import main
+from hf_model import batch
+from hf_model.batch import answer_file, read_records
+from hf_model.errors import UserError
+from hf_model.generation import Sampling, encode, generate, load
+from hf_model.prompt import format_prompt
+from tests.tiny import ROOT
+
+GREEDY = Sampling(temperature=0, max_new_tokens=12)
+# Of mixed lengths, so that the batches, which are sorted by length, are not in the file's order.
+RECORDS = [
+    {"instruction": "Name the continent of the country.", "input": "Kenya"},
+    {"instruction": "What is the capital of France?"},
+    {"instruction": "Name the capital of the country.", "input": "Bosnia and Herzegovina", "output": "Sarajevo"},
+    {"instruction": "On which continent is Peru?", "input": "", "id": 7},
+    {"instruction": "Which country has the capital Tokyo?", "input": None, "tags": ["Asia", "漢字"]},
+]
+ANSWERS = ["Africa", "Paris", "Sarajevo", "South America", "Japan"]
+
+
+@pytest.fixture(scope="module")
+def model_and_tokenizer(capitals: Path) -> tuple:
+    return load(capitals, None, device=torch.device("cpu"))
+
+
+def written(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def write_records(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def killed_after(n_batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the model answer that many batches, then stop as Ctrl-C would."""
+    answered = []
+
+    def continue_prompts(*args) -> list[str]:
+        if len(answered) == n_batches:
+            raise KeyboardInterrupt
+        answered.append(args)
+        return original(*args)
+
+    original = batch.continue_prompts
+    monkeypatch.setattr(batch, "continue_prompts", continue_prompts)
+
+
+class TestAnswers:
+    @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
+    def test_every_record_gets_its_answer_in_the_order_of_the_file(
+        self, model_and_tokenizer: tuple, tmp_path: Path, batch_size: int
+    ) -> None:
+        assert answer_file(*model_and_tokenizer, RECORDS, tmp_path / "out.jsonl", batch_size, GREEDY) == len(RECORDS)
+        assert [record["response"] for record in written(tmp_path / "out.jsonl")] == ANSWERS
+
+    def test_fields_of_the_record_are_kept(self, model_and_tokenizer: tuple, tmp_path: Path) -> None:
+        answer_file(*model_and_tokenizer, RECORDS, tmp_path / "out.jsonl", 2, GREEDY)
+        assert [{k: v for k, v in r.items() if k != "response"} for r in written(tmp_path / "out.jsonl")] == RECORDS
+
+    def test_greedy_answers_equal_those_of_one_by_one_runs(self, model_and_tokenizer: tuple, tmp_path: Path) -> None:
+        model, tokenizer = model_and_tokenizer
+        # Long enough to run past the context of 64, with prompts that the model was not trained on.
+        sampling = Sampling(temperature=0, max_new_tokens=80)
+        records = [{"instruction": "the " * n} for n in (1, 70, 9, 30)] + RECORDS
+        answer_file(model, tokenizer, records, tmp_path / "out.jsonl", 3, sampling)
+        one_by_one = []
+        for record in records:
+            prompt = encode(tokenizer, format_prompt(record["instruction"], record.get("input") or ""))
+            one_by_one += generate(model, tokenizer, prompt, sampling, response_only=True).texts
+        assert [record["response"] for record in written(tmp_path / "out.jsonl")] == one_by_one
+
+    def test_a_special_token_in_a_record_is_text_unless_parsed(
+        self, model_and_tokenizer: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        prompts = []
+        monkeypatch.setattr(batch, "continue_prompts", lambda *args: [prompts.extend(args[2]) or ""])
+        for name, parse in (("text", False), ("token", True)):
+            answer_file(
+                *model_and_tokenizer,
+                [{"instruction": "a[EOS]b"}],
+                tmp_path / name,
+                1,
+                GREEDY,
+                parse_special_tokens=parse,
+            )
+        eos = model_and_tokenizer[1].eos_token_id
+        assert [eos in prompt for prompt in prompts] == [False, True]
+
+    def test_no_records_give_an_empty_file(self, model_and_tokenizer: tuple, tmp_path: Path) -> None:
+        assert answer_file(*model_and_tokenizer, [], tmp_path / "out.jsonl", 2, GREEDY) == 0
+        assert written(tmp_path / "out.jsonl") == []
+
+    def test_an_unpaired_surrogate_in_a_record_is_written_as_it_came(
+        self, model_and_tokenizer: tuple, tmp_path: Path
+    ) -> None:
+        records = [{"instruction": "What is the capital of France?", "note": "\ud83d"}]
+        answer_file(*model_and_tokenizer, records, tmp_path / "out.jsonl", 1, GREEDY)
+        assert written(tmp_path / "out.jsonl") == [{**records[0], "response": "Paris"}]
+
+
+class TestResuming:
+    def test_a_killed_run_goes_on_where_it_stopped(
+        self, model_and_tokenizer: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = tmp_path / "out.jsonl"
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            killed_after(1, patch)
+            answer_file(*model_and_tokenizer, RECORDS, out, 2, GREEDY)
+        assert not out.exists()
+        assert answer_file(*model_and_tokenizer, RECORDS, out, 2, GREEDY) == len(RECORDS) - 2
+        assert [record["response"] for record in written(out)] == ANSWERS
+        assert list(tmp_path.iterdir()) == [out]  # no journal is left
+
+    @pytest.mark.parametrize("lost", [1, 10, 25])
+    def test_a_half_written_line_is_answered_again(
+        self, model_and_tokenizer: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: int
+    ) -> None:
+        out, journal = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            killed_after(1, patch)
+            answer_file(*model_and_tokenizer, RECORDS, out, 2, GREEDY)
+        journal.write_bytes(journal.read_bytes()[:-lost])
+        assert answer_file(*model_and_tokenizer, RECORDS, out, 2, GREEDY) == len(RECORDS) - 1
+        assert [record["response"] for record in written(out)] == ANSWERS
+
+    @pytest.mark.parametrize(
+        ("records", "sampling"),
+        [
+            (list(reversed(RECORDS)), GREEDY),
+            (RECORDS, Sampling(temperature=0, max_new_tokens=11)),
+        ],
+        ids=["other records", "other sampling"],
+    )
+    def test_the_journal_of_another_run_is_not_used(
+        self,
+        model_and_tokenizer: tuple,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        records: list[dict],
+        sampling: Sampling,
+    ) -> None:
+        out = tmp_path / "out.jsonl"
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            killed_after(1, patch)
+            answer_file(*model_and_tokenizer, records, out, 2, sampling)
+        assert answer_file(*model_and_tokenizer, RECORDS, out, 2, GREEDY) == len(RECORDS)
+        assert [record["response"] for record in written(out)] == ANSWERS
+
+    def test_the_program_resumes_after_sigkill(
+        self, capitals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    ) -> None:
+        prompts = write_records(tmp_path / "in.jsonl", RECORDS * 100)
+        out, journal = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+        arguments = [
+            *("generate.py", "--checkpoint_path", str(capitals), "--device", "cpu"),
+            *(
+                "--prompts_file",
+                str(prompts),
+                "--output_file",
+                str(out),
+                "--temperature",
+                "0",
+                "--max_new_tokens",
+                "12",
+            ),
+        ]
+        process = subprocess.Popen(
+            [sys.executable, *arguments, "--batch_size", "1"],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while not (journal.exists() and journal.read_text().count("\n") > 3):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        assert not out.exists()
+        # How it is done does not matter, only what is asked for: another batch size goes on with the same journal.
+        monkeypatch.setattr(sys, "argv", [*arguments, "--batch_size", "64"])
+        assert main() == 0
+        answered_now = int(capsys.readouterr().out.split(" of them answered now")[0].split()[-1])
+        assert answered_now < len(RECORDS) * 100 - 2
+        assert [record["response"] for record in written(out)] == ANSWERS * 100
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("line", "problem"),
+        [
+            ("Instruction: hello", "is not a JSON object with an 'instruction'"),
+            ('"instruction"', "is not a JSON object with an 'instruction'"),
+            ('{"prompt": "hello"}', "is not a JSON object with an 'instruction'"),
+            ("", "is not a JSON object with an 'instruction'"),
+            ('{"instruction": ["hello"]}', "must be strings"),
+            ('{"instruction": "hello", "input": 3}', "must be strings"),
+        ],
+    )
+    def test_a_line_that_is_no_record_is_named(self, tmp_path: Path, line: str, problem: str) -> None:
+        (tmp_path / "in.jsonl").write_text(f'{{"instruction": "hello"}}\n{line}\n')
+        with pytest.raises(UserError, match=f"in.jsonl, line 2: .*{problem}"):
+            read_records(tmp_path / "in.jsonl")
+
+    @pytest.mark.parametrize("content", [None, b"\xff\xfe"], ids=["no file", "not UTF-8"])
+    def test_a_file_that_cannot_be_read_is_named(self, tmp_path: Path, content: bytes | None) -> None:
+        if content:
+            (tmp_path / "in.jsonl").write_bytes(content)
+        with pytest.raises(UserError, match=r"in.jsonl: cannot be read"):
+            read_records(tmp_path / "in.jsonl")
+
+    def test_only_newlines_end_a_record(self, tmp_path: Path) -> None:
+        records = [{"instruction": "one\u2028line\x85of text"}]
+        assert read_records(write_records(tmp_path / "in.jsonl", records)) == records
+
+    def test_an_output_file_is_never_overwritten(self, model_and_tokenizer: tuple, tmp_path: Path) -> None:
+        (tmp_path / "out.jsonl").write_text("mine")
+        with pytest.raises(UserError, match=r"out.jsonl: exists already"):
+            answer_file(*model_and_tokenizer, RECORDS, tmp_path / "out.jsonl", 2, GREEDY)
+        assert (tmp_path / "out.jsonl").read_text() == "mine"
+
+    def test_an_output_place_that_cannot_be_written_is_named(self, model_and_tokenizer: tuple, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"out.jsonl: cannot be written \(No such file or directory\)"):
+            answer_file(*model_and_tokenizer, RECORDS, tmp_path / "missing" / "out.jsonl", 2, GREEDY)
+
+    def test_the_program_reports_a_bad_line_and_exits_with_2(
+        self, capitals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    ) -> None:
+        (tmp_path / "in.jsonl").write_text("hello\n")
+        arguments = ["generate.py", "--checkpoint_path", str(capitals), "--prompts_file", str(tmp_path / "in.jsonl")]
+        monkeypatch.setattr(sys, "argv", [*arguments, "--output_file", str(tmp_path / "out.jsonl")])
+        assert main() == 2
+        error = capsys.readouterr().err
+        assert error.startswith("generate.py: error: ") and error.count("\n") == 1

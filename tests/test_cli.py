@@ -1,0 +1,315 @@
+"""The two command lines: what they print and where, their exit status, and one line for everything that is wrong."""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import convert_checkpoint
+import generate
+from tests.tiny import CAPITALS, CHECKPOINT, EOS, ROOT, TOKENIZER, gpt, save_files
+
+EXAMPLE = ("--checkpoint_path", str(CHECKPOINT), "--tokenizer_path", str(TOKENIZER))
+FRANCE = ("--prompt", "What is the capital of France?")
+
+
+@dataclass
+class Result:
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Result]:
+    """Call a script's `main` in this process, which spares the seconds of its imports."""
+
+    def call_main(script: ModuleType, *arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *arguments])
+        try:
+            status = script.main()
+        except SystemExit as stop:
+            status = stop.code
+        return Result(status, *capsys.readouterr())
+
+    return call_main
+
+
+def run(script: str, *arguments: str) -> Result:
+    """Run a script as a process of its own, from another folder."""
+    command = [sys.executable, str(ROOT / script), *arguments]
+    process = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT.parent, timeout=300)
+    return Result(process.returncode, process.stdout, process.stderr)
+
+
+class TestArguments:
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            (("--prompt", ""), "--prompt: must not be empty"),
+            (("--prompt", " \n"), "--prompt: must not be empty"),
+            (("--temperature", "-0.1"), "--temperature: must be at least 0, got -0.1"),
+            (("--temperature", "nan"), "--temperature: must be at least 0, got nan"),
+            (("--temperature", "inf"), "--temperature: must be at least 0, got inf"),
+            (("--temperature", "hot"), "--temperature: invalid float value: 'hot'"),
+            (("--top_k", "-1"), "--top_k: must be at least 0, got -1"),
+            (("--top_k", "1.5"), "--top_k: invalid int value: '1.5'"),
+            (("--top_p", "0"), "--top_p: must be above 0 and at most 1, got 0"),
+            (("--top_p", "1.1"), "--top_p: must be above 0 and at most 1, got 1.1"),
+            (("--repetition_penalty", "0"), "--repetition_penalty: must be above 0, got 0"),
+            (("--repetition_penalty", "-1"), "--repetition_penalty: must be above 0, got -1"),
+            (("--max_new_tokens", "0"), "--max_new_tokens: must be at least 1, got 0"),
+            (("--num_return_sequences", "0"), "--num_return_sequences: must be at least 1, got 0"),
+            (("--n_head", "0"), "--n_head: must be at least 1, got 0"),
+            (("--seed", "lucky"), "--seed: invalid int value: 'lucky'"),
+            (("--seed", str(2**64)), "--seed: must be at least -9223372036854775808 and at most 18446744073709551615"),
+            (("--dtype", "int8"), "--dtype: invalid choice: 'int8'"),
+            (("--activation", "relu"), "--activation: invalid choice: 'relu'"),
+            (("--checkpoint_path", "no/ckpt.pt"), "--checkpoint_path: there is no no/ckpt.pt"),
+            (("--tokenizer_path", "no.json"), "--tokenizer_path: there is no file no.json"),
+            (("--colour", "red"), "unrecognized arguments: --colour red"),
+        ],
+        ids=" ".join,
+    )
+    def test_generate_refuses_in_one_line(
+        self, arguments: tuple[str, ...], message: str, call: Callable[..., Result]
+    ) -> None:
+        result = call(generate, *EXAMPLE, *FRANCE, *arguments)
+        assert (result.status, result.out) == (2, "")
+        assert result.err.startswith("generate.py: error: ")
+        assert message in result.err
+        assert result.err.count("\n") == 1
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            (("--dtype", "int8"), "--dtype: invalid choice: 'int8'"),
+            (("--activation", "relu"), "--activation: invalid choice: 'relu'"),
+            (("--max_shard_size", "big"), "--max_shard_size: must be a size such as 500MB or 5GB, got big"),
+            (("--max_shard_size", "0GB"), "--max_shard_size: must be a size such as 500MB or 5GB, got 0GB"),
+            (("--n_head", "0"), "--n_head: must be at least 1, got 0"),
+            (("--checkpoint_path", "no/ckpt.pt"), "--checkpoint_path: there is no file no/ckpt.pt"),
+            (("--checkpoint_path", str(CAPITALS)), f"--checkpoint_path: there is no file {CAPITALS}"),
+            (("--tokenizer_path", "no.json"), "--tokenizer_path: there is no file no.json"),
+            (("--colour", "red"), "unrecognized arguments: --colour red"),
+        ],
+        ids=" ".join,
+    )
+    def test_convert_refuses_in_one_line(
+        self, arguments: tuple[str, ...], message: str, call: Callable[..., Result]
+    ) -> None:
+        result = call(convert_checkpoint, *EXAMPLE, *arguments)
+        assert (result.status, result.out) == (2, "")
+        assert result.err.startswith("convert_checkpoint.py: error: ")
+        assert message in result.err
+        assert result.err.count("\n") == 1
+
+    def test_a_prompt_is_needed(self, call: Callable[..., Result]) -> None:
+        result = call(generate, *EXAMPLE)
+        assert result.status == 2
+        assert "--prompt" in result.err
+
+    def test_generate_has_the_user_document_s_defaults(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for default in ("out/finetune/ckpt.pt", "data/tokenizer/custom_gpt_tokenizer.json"):
+            (tmp_path / default).parent.mkdir(parents=True)
+            (tmp_path / default).touch()
+        monkeypatch.chdir(tmp_path)
+        args = vars(generate.parse_arguments(["--prompt", "Hello"]))
+        assert {
+            "checkpoint_path": "out/finetune/ckpt.pt",
+            "tokenizer_path": "data/tokenizer/custom_gpt_tokenizer.json",
+            "prompt": "Hello",
+            "input_text": "",
+            "max_new_tokens": 150,
+            "temperature": 0.8,
+            "top_k": 50,
+            "repetition_penalty": 1.0,
+            "device": None,
+            "seed": 1337,
+        }.items() <= args.items()
+
+    def test_convert_writes_beside_the_checkpoint_unless_told_otherwise(self) -> None:
+        assert convert_checkpoint.parse_arguments([*EXAMPLE]).output_dir == CAPITALS / "hf"
+        assert convert_checkpoint.parse_arguments([*EXAMPLE, "--output_dir", "out"]).output_dir == Path("out")
+
+    def test_a_process_refuses_before_the_slow_imports(self) -> None:
+        arguments = [*EXAMPLE, *FRANCE, "--temperature", "-1"]
+        command = [sys.executable, "-X", "importtime", str(ROOT / "generate.py"), *arguments]
+        process = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300)
+        *imports, error = process.stderr.splitlines()
+        assert (process.returncode, process.stdout) == (2, "")
+        assert error == "generate.py: error: argument --temperature: must be at least 0, got -1"
+        imported = {line.rpartition("|")[2].strip() for line in imports}
+        assert "argparse" in imported
+        assert not {"torch", "transformers", "tokenizers"} & imported
+
+
+class TestGenerate:
+    def test_prints_the_user_document_s_items_in_its_order(self, call: Callable[..., Result]) -> None:
+        result = call(generate, *EXAMPLE, *FRANCE, "--device", "cpu")
+        *lines, speed = result.out.splitlines()
+        assert (result.status, result.err) == (0, "")
+        assert lines == [
+            "device      cpu",
+            f"checkpoint  {CHECKPOINT}",
+            f"tokenizer   {TOKENIZER}",
+            "model       3 layers, 4 heads, 96 wide, context 64, vocabulary 1024, no biases, head untied, gelu",
+            "parameters  535,200 in float32",
+            "content     Instruction: What is the capital of France? Response:",
+            "",
+            "[BOS]Instruction: What is the capital of France? Response: Paris[EOS]",
+            "",
+        ]
+        n_tokens, tokens, _, seconds, _, rate, unit = speed.replace(",", "").split()
+        assert (tokens, unit) == ("tokens", "tokens/s")
+        assert float(rate) == pytest.approx(int(n_tokens) / float(seconds), rel=0.5)
+
+    def test_the_input_goes_into_the_content(self, call: Callable[..., Result]) -> None:
+        result = call(generate, *EXAMPLE, "--prompt", "Name the capital of the country.", "--input_text", "Peru")
+        assert "content     Instruction: Name the capital of the country. Input: Peru Response:\n" in result.out
+        assert "\n[BOS]Instruction: Name the capital of the country. Input: Peru Response: Lima[EOS]\n" in result.out
+
+    def test_response_only_prints_just_the_answer_to_standard_output(self, call: Callable[..., Result]) -> None:
+        result = call(generate, *EXAMPLE, *FRANCE, "--response_only")
+        assert (result.status, result.out) == (0, "Paris\n")
+        assert [line.split()[0] for line in result.err.splitlines() if line][:6] == [
+            "device",
+            "checkpoint",
+            "tokenizer",
+            "model",
+            "parameters",
+            "content",
+        ]
+        assert result.err.endswith("tokens/s\n")
+
+    @pytest.mark.parametrize("also", [(), ("--response_only",)], ids=["whole text", "response only"])
+    @pytest.mark.parametrize("prompt", ["What is the capital of France?", "Sing!"])
+    def test_streamed_text_is_the_text(self, prompt: str, also: tuple[str, ...], call: Callable[..., Result]) -> None:
+        arguments = (*EXAMPLE, "--prompt", prompt, "--temperature", "2", "--max_new_tokens", "100", *also)
+        streamed, whole = call(generate, *arguments).out, call(generate, *arguments, "--no_stream").out
+        assert whole
+        assert re.sub(r"\d+ tokens in .*", "", streamed) == re.sub(r"\d+ tokens in .*", "", whole)
+
+    def test_a_converted_folder_needs_no_tokenizer(self, capitals: Path, call: Callable[..., Result]) -> None:
+        result = call(generate, "--checkpoint_path", str(capitals), *FRANCE, "--response_only")
+        assert (result.status, result.out) == (0, "Paris\n")
+        assert f"checkpoint  {capitals}\ntokenizer   {capitals}\n" in result.err
+
+    def test_temperature_0_takes_the_likeliest_token_whatever_the_seed(self, call: Callable[..., Result]) -> None:
+        arguments = (*EXAMPLE, "--prompt", "Sing!", "--response_only", "--max_new_tokens", "30")
+        greedy = {call(generate, *arguments, "--temperature", "0", "--seed", str(seed)).out for seed in range(3)}
+        top_1 = call(generate, *arguments, "--temperature", "5", "--top_k", "1").out
+        assert greedy == {top_1}
+
+    def test_the_seed_makes_a_run_repeatable(self, call: Callable[..., Result]) -> None:
+        arguments = (*EXAMPLE, "--prompt", "Sing!", "--response_only", "--temperature", "3")
+        first, again, other = (call(generate, *arguments, "--seed", seed).out for seed in ("1", "1", "2"))
+        assert first == again != other
+
+    def test_several_sequences_are_printed_one_after_the_other(self, call: Callable[..., Result]) -> None:
+        result = call(generate, *EXAMPLE, *FRANCE, "--response_only", "--num_return_sequences", "3")
+        assert result.out == "Paris\nParis\nParis\n"
+
+    def test_the_dtype_can_be_chosen(self, call: Callable[..., Result]) -> None:
+        result = call(generate, *EXAMPLE, *FRANCE, "--response_only", "--dtype", "bfloat16")
+        assert result.out == "Paris\n"
+        assert "parameters  535,200 in bfloat16\n" in result.err
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            (("--device", "abacus"), "--device abacus: there is no such device here; there is "),
+            (("--checkpoint_path", str(TOKENIZER)), f"{TOKENIZER}: is a JSON file, not a checkpoint"),
+            (("--tokenizer_path", str(CHECKPOINT)), f"{CHECKPOINT}: is not the JSON of a `tokenizers` tokenizer"),
+            (("--checkpoint_path", str(ROOT)), f"{ROOT}: holds no model (no config.json)"),
+            (("--n_head", "7"), f"{CHECKPOINT}: n_head=7 does not divide n_embd=96"),
+        ],
+    )
+    def test_what_only_loading_tells_is_one_line_too(
+        self, arguments: tuple[str, ...], message: str, call: Callable[..., Result]
+    ) -> None:
+        result = call(generate, *EXAMPLE, *FRANCE, "--response_only", *arguments)
+        *_, error = result.err.splitlines()
+        assert (result.status, result.out) == (2, "")
+        assert error.startswith(f"generate.py: error: {message}")
+
+    @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
+    def test_ctrl_c_ends_the_text_and_exits_with_130(self, tmp_path: Path) -> None:
+        model = gpt()
+        model.lm_head.weight.data[EOS] = 0  # greedy decoding never takes it
+        checkpoint_path, tokenizer_path = save_files(tmp_path, model)
+        files = ["--checkpoint_path", str(checkpoint_path), "--tokenizer_path", str(tokenizer_path)]
+        endless = [*files, "--prompt", "Sing!", "--temperature", "0", "--max_new_tokens", "1000000"]
+        command = [sys.executable, str(ROOT / "generate.py"), *endless]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8") as process:
+            for line in process.stdout:
+                if line == "\n":  # after it the text begins
+                    break
+            assert process.stdout.read(20) == "[BOS]Instruction: Si"
+            process.send_signal(signal.SIGINT)
+            rest, errors = process.communicate(timeout=60)
+        assert (process.returncode, errors) == (130, "")
+        assert rest.endswith("\n")
+
+
+@pytest.fixture(scope="module")
+def conversion(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """The example, copied elsewhere and converted by a process, and what that said."""
+    folder = tmp_path_factory.mktemp("my model")
+    checkpoint_path = shutil.copy(CHECKPOINT, folder)
+    arguments = ("--checkpoint_path", str(checkpoint_path), "--tokenizer_path", str(TOKENIZER))
+    return folder, run("convert_checkpoint.py", *arguments)
+
+
+class TestConvert:
+    def test_says_what_it_read_wrote_and_verified(self, conversion: tuple[Path, Result]) -> None:
+        folder, result = conversion
+        assert (result.status, result.err) == (0, "")
+        items = [line.split()[0] for line in result.out.splitlines() if line and not line.startswith(" ")]
+        assert items == ["source", "architecture", "parameters", "tokenizer", "written", "verified", "Try"]
+        assert f"\nwritten       {folder / 'hf'}\n" in result.out
+
+    def test_the_command_that_it_suggests_answers(self, conversion: tuple[Path, Result]) -> None:
+        _, result = conversion
+        _, _, suggestions = result.out.partition("Try it:\n")
+        python, script, *arguments = shlex.split(suggestions.splitlines()[0])
+        assert python == "python"
+        answer = run(script, *arguments, "--response_only")
+        assert (answer.status, answer.out) == (0, "Paris\n")
+
+    def test_a_failed_conversion_is_one_line(self, tmp_path: Path, call: Callable[..., Result]) -> None:
+        checkpoint_path, _ = save_files(tmp_path, gpt(vocab_size=299))
+        arguments = ("--checkpoint_path", str(checkpoint_path), "--tokenizer_path", str(tmp_path / "tokenizer.json"))
+        result = call(convert_checkpoint, *arguments)
+        assert result.status == 2
+        assert result.err.startswith(f"convert_checkpoint.py: error: {tmp_path / 'tokenizer.json'}: has 300 tokens")
+        assert result.err.count("\n") == 1
+
+    def test_what_is_there_is_replaced_only_when_told(self, tmp_path: Path, call: Callable[..., Result]) -> None:
+        checkpoint_path, tokenizer_path = save_files(tmp_path, gpt())
+        arguments = ("--checkpoint_path", str(checkpoint_path), "--tokenizer_path", str(tokenizer_path))
+        assert [call(convert_checkpoint, *arguments, *also).status for also in ((), (), ("--overwrite",))] == [0, 2, 0]
+
+    def test_the_options_reach_the_conversion(self, tmp_path: Path, call: Callable[..., Result]) -> None:
+        checkpoint_path, tokenizer_path = save_files(tmp_path, gpt())
+        result = call(
+            convert_checkpoint,
+            *("--checkpoint_path", str(checkpoint_path), "--tokenizer_path", str(tokenizer_path)),
+            *("--output_dir", str(tmp_path / "elsewhere"), "--dtype", "bfloat16", "--max_shard_size", "30kb"),
+            *("--n_head", "2", "--activation", "gelu_new", "--no_verify"),
+        )
+        assert result.status == 0
+        assert "2 layers, 2 heads, " in result.out
+        assert "gelu_new\n" in result.out
+        assert " in bfloat16\n" in result.out
+        assert "verified" not in result.out
+        assert len(list((tmp_path / "elsewhere").glob("*.safetensors"))) > 1

@@ -1,0 +1,321 @@
+"""What a conversion writes, what it says, and that it notices when what it wrote is not what it read."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from examples.plain_gpt import GPT, GPTConfig
+from hf_model import conversion
+from hf_model.conversion import convert, load_original, push
+from hf_model.errors import UserError
+from tests.tiny import BOS, CHECKPOINT, EOS, PAD, ROOT, SIZES, TOKENIZER, gpt, save_files
+
+
+def converted(tmp_path: Path, model: GPT, **how) -> tuple[Path, list[str]]:
+    """The folder made of a reference model, and what the conversion said."""
+    lines: list[str] = []
+    folder = convert(*save_files(tmp_path, model), tmp_path / "hf", report=lines.append, **how)
+    return folder, lines
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+class TestTheExampleFolder:
+    def test_holds_these_files(self, capitals: Path) -> None:
+        assert {file.name for file in capitals.iterdir()} == {
+            "README.md",
+            "chat_template.jinja",
+            "config.json",
+            "configuration_custom_gpt.py",
+            "decoding_custom_gpt.py",
+            "generation_config.json",
+            "model.safetensors",
+            "modeling_custom_gpt.py",
+            "special_tokens_map.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        }
+
+    def test_gives_the_logits_of_the_original_bit_for_bit(self, capitals: Path) -> None:
+        checkpoint = torch.load(CHECKPOINT, weights_only=True)
+        original = GPT(GPTConfig(**checkpoint["model_args"])).eval()
+        original.load_state_dict(checkpoint["model_state_dict"])
+        ids = torch.randint(4, original.config.vocab_size, (2, 64))
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(capitals)(ids).logits, original(ids)[0])
+
+    def test_configuration_is_the_checkpoint_s(self, capitals: Path) -> None:
+        config = read_json(capitals / "config.json")
+        assert torch.load(CHECKPOINT, weights_only=True)["model_args"].items() <= config.items()
+        assert {
+            "model_type": "custom_gpt",
+            "architectures": ["CustomGPTForCausalLM"],
+            "dtype": "float32",
+            "activation_function": "gelu",
+            "tie_word_embeddings": False,
+            "bos_token_id": BOS,
+            "eos_token_id": EOS,
+            "pad_token_id": PAD,
+        }.items() <= config.items()
+        assert {
+            "AutoConfig": "configuration_custom_gpt.CustomGPTConfig",
+            "AutoModel": "modeling_custom_gpt.CustomGPTModel",
+            "AutoModelForCausalLM": "modeling_custom_gpt.CustomGPTForCausalLM",
+        }.items() <= config["auto_map"].items()
+
+    def test_generation_has_the_original_script_s_defaults(self, capitals: Path) -> None:
+        generation_config = read_json(capitals / "generation_config.json")
+        del generation_config["transformers_version"]
+        assert generation_config == {
+            "do_sample": True,
+            "temperature": 0.8,
+            "top_k": 50,
+            "repetition_penalty": 1.0,
+            "max_new_tokens": 150,
+            "bos_token_id": BOS,
+            "eos_token_id": EOS,
+            "pad_token_id": PAD,
+        }
+
+    @pytest.mark.parametrize("name", ["configuration_custom_gpt.py", "decoding_custom_gpt.py", "modeling_custom_gpt.py"])
+    def test_carries_the_model_s_code(self, name: str, capitals: Path) -> None:
+        assert (capitals / name).read_bytes() == (ROOT / "hf_model" / name).read_bytes()
+
+    def test_brings_its_tokenizer(self, capitals: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(capitals)
+        assert tokenizer.decode(tokenizer("the capital").input_ids) == "[BOS]the capital"
+        assert tokenizer.model_max_length == 64
+
+
+class TestWeights:
+    @pytest.mark.parametrize("shape", [{}, {"bias": False}], ids=str)
+    def test_are_written_under_their_names_bit_for_bit(self, shape: dict, tmp_path: Path) -> None:
+        model = gpt(**shape)
+        folder, _ = converted(tmp_path, model)
+        written = load_file(folder / "model.safetensors")
+        assert written.keys() == model.state_dict().keys()
+        assert all(torch.equal(written[name], weight) for name, weight in model.state_dict().items())
+
+    def test_a_tied_head_is_written_once(self, tmp_path: Path) -> None:
+        folder, lines = converted(tmp_path, gpt(tied=True))
+        written = load_file(folder / "model.safetensors")
+        assert len({"lm_head.weight", "transformer.wte.weight"} & written.keys()) == 1
+        assert read_json(folder / "config.json")["tie_word_embeddings"] is True
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert model.lm_head.weight is model.transformer.wte.weight
+        assert "head tied" in "\n".join(lines)
+
+    @pytest.mark.parametrize(
+        "original, dtype",
+        [
+            (torch.float32, "auto"),
+            (torch.float16, "auto"),
+            (torch.bfloat16, "auto"),
+            (torch.float32, "float16"),
+            (torch.float32, "bfloat16"),
+            (torch.bfloat16, "float32"),
+        ],
+        ids=str,
+    )
+    def test_have_the_dtype_that_is_asked_for(self, original: torch.dtype, dtype: str, tmp_path: Path) -> None:
+        model = gpt().to(original)
+        expected = original if dtype == "auto" else getattr(torch, dtype)
+        folder, _ = converted(tmp_path, model, dtype=dtype)
+        written = load_file(folder / "model.safetensors")
+        for name, weight in model.state_dict().items():
+            assert written[name].dtype == expected
+            assert torch.equal(written[name], weight.to(expected))
+        assert read_json(folder / "config.json")["dtype"] == str(expected).removeprefix("torch.")
+        assert AutoModelForCausalLM.from_pretrained(folder).dtype == expected
+
+    def test_are_split_over_shards_of_the_size_that_is_asked_for(self, tmp_path: Path) -> None:
+        model = gpt()
+        folder, _ = converted(tmp_path, model, max_shard_size="60KB")
+        shards = sorted(folder.glob("*.safetensors"))
+        assert len(shards) > 2
+        assert all(shard.stat().st_size < 64_000 for shard in shards)
+        index = read_json(folder / "model.safetensors.index.json")["weight_map"]
+        assert index == {name: shard.name for shard in shards for name in load_file(shard)}
+        loaded = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        assert all(torch.equal(loaded[name], weight) for name, weight in model.state_dict().items())
+
+    def test_in_another_memory_layout_are_written_in_order(self, tmp_path: Path) -> None:
+        checkpoint_path, tokenizer_path = save_files(tmp_path, model := gpt())
+        weights = {name: weight.T.contiguous().T for name, weight in model.state_dict().items() if weight.ndim == 2}
+        assert not any(weight.is_contiguous() for weight in weights.values())
+        torch.save({"model": model.state_dict() | weights, "model_args": model.model_args()}, checkpoint_path)
+        convert(checkpoint_path, tokenizer_path, tmp_path / "hf")
+        written = load_file(tmp_path / "hf" / "model.safetensors")
+        assert all(torch.equal(written[name], weight) for name, weight in model.state_dict().items())
+
+
+class TestOptions:
+    def test_the_activation_is_the_one_that_is_asked_for(self, tmp_path: Path) -> None:
+        model = gpt(activation="gelu_new")
+        folder, _ = converted(tmp_path, model, activation="gelu_new")
+        ids = torch.randint(SIZES["vocab_size"], (2, 16))
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(folder)(ids).logits, model(ids)[0])
+
+    def test_the_number_of_heads_can_be_given(self, tmp_path: Path) -> None:
+        model = gpt(n_head=8)
+        checkpoint_path, tokenizer_path = save_files(tmp_path, model)
+        torch.save(model.state_dict(), checkpoint_path)
+        with pytest.raises(UserError, match="give it with --n_head"):
+            load_original(checkpoint_path, tokenizer_path)
+        converted_model, _, _ = load_original(checkpoint_path, tokenizer_path, n_head=8)
+        ids = torch.randint(SIZES["vocab_size"], (2, 16))
+        assert torch.equal(converted_model(ids).logits, model(ids)[0])
+
+    def test_a_folder_that_is_there_is_replaced_only_when_told(self, tmp_path: Path) -> None:
+        folder, _ = converted(tmp_path, gpt())
+        before = (folder / "model.safetensors").read_bytes()
+        with pytest.raises(UserError, match=r"hf: exists already; choose another --output_dir or add --overwrite"):
+            converted(tmp_path, gpt())
+        assert (folder / "model.safetensors").read_bytes() == before
+        converted(tmp_path, gpt(), overwrite=True)
+        assert (folder / "model.safetensors").read_bytes() != before
+
+    def test_nothing_is_left_beside_the_folder(self, tmp_path: Path) -> None:
+        converted(tmp_path, gpt())
+        assert {path.name for path in tmp_path.iterdir()} == {"ckpt.pt", "tokenizer.json", "hf"}
+
+
+class TestVerification:
+    @pytest.fixture
+    def tampering(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Path], None]], None]:
+        """Let a function loose on the folder between its writing and its verification."""
+
+        def install(tamper: Callable[[Path], None]) -> None:
+            verify = conversion.verify_folder
+
+            def tamper_and_verify(folder: Path, *sources: Path) -> str:
+                tamper(folder)
+                return verify(folder, *sources)
+
+            monkeypatch.setattr(conversion, "verify_folder", tamper_and_verify)
+
+        return install
+
+    @staticmethod
+    def flip_the_last_bit(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+
+    @staticmethod
+    def swap_two_tokens(folder: Path) -> None:
+        tokenizer = read_json(folder / "tokenizer.json")
+        vocab = tokenizer["model"]["vocab"]
+        vocab["a"], vocab["e"] = vocab["e"], vocab["a"]
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+
+    def test_a_flipped_bit_is_noticed_and_no_folder_appears(self, tampering: Callable, tmp_path: Path) -> None:
+        tampering(self.flip_the_last_bit)
+        with pytest.raises(UserError, match=r"[\w.]+\.weight differs from .*ckpt\.pt: the disk or the memory is"):
+            converted(tmp_path, gpt())
+        assert {path.name for path in tmp_path.iterdir()} == {"ckpt.pt", "tokenizer.json"}
+
+    def test_another_tokenizer_is_noticed(self, tampering: Callable, tmp_path: Path) -> None:
+        tampering(self.swap_two_tokens)
+        with pytest.raises(UserError, match=r"the tokenizer encodes .* differently from .*tokenizer\.json"):
+            converted(tmp_path, gpt())
+
+    def test_it_can_be_left_out(self, tampering: Callable, tmp_path: Path) -> None:
+        tampering(self.flip_the_last_bit)
+        _, lines = converted(tmp_path, gpt(), verify=False)
+        assert not any(line.startswith("verified") for line in lines)
+
+
+class TestDiagnosis:
+    def test_nothing_is_said_of_a_sane_checkpoint(self, tmp_path: Path) -> None:
+        lines: list[str] = []
+        convert(CHECKPOINT, TOKENIZER, tmp_path / "hf", report=lines.append)
+        assert not [line for line in lines if line.startswith(("note:", "warning:"))]
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+    def test_values_that_are_not_finite_are_named_and_kept(self, value: float, tmp_path: Path) -> None:
+        model = gpt()
+        model.transformer.h[1].mlp.c_fc.weight.data[3, 4] = value
+        folder, lines = converted(tmp_path, model)
+        name = "transformer.h.1.mlp.c_fc.weight"
+        assert f"warning: there are NaN or infinite values in {name}: the model cannot work" in lines
+        written = load_file(folder / "model.safetensors")[name]
+        assert written[3, 4].item() == pytest.approx(value, nan_ok=True)
+
+    def test_of_many_tensors_that_are_not_finite_three_are_named(self, tmp_path: Path) -> None:
+        model = gpt()
+        for weight in model.parameters():
+            weight.data.fill_(float("nan"))
+        _, lines = converted(tmp_path, model)
+        n_weights = len(list(model.parameters()))
+        assert f"transformer.h.0.ln_1.weight and {n_weights - 3} more: the model cannot work" in "\n".join(lines)
+
+    def test_a_padded_vocabulary_is_kept_from_being_sampled(self, tmp_path: Path) -> None:
+        model = gpt(vocab_size=320)
+        folder, lines = converted(tmp_path, model)
+        assert "note: the weights' vocabulary is padded: 20 ids have no token and are kept from being sampled" in lines
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        how = {"temperature": 5.0, "top_k": 0, "max_new_tokens": 15, "eos_token_id": None, "pad_token_id": PAD}
+        prompts = torch.full((20, 1), BOS)
+        assert loaded.generate(prompts, **how).max() < 300
+        loaded.generation_config.suppress_tokens = None
+        assert loaded.generate(prompts, **how).max() >= 300
+
+    def test_a_vocabulary_smaller_than_the_tokenizer_s_is_an_error_that_names_both(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"tokenizer\.json: has 300 tokens, but .*ckpt\.pt has embeddings for 299"):
+            converted(tmp_path, gpt(vocab_size=299))
+        assert not (tmp_path / "hf").exists()
+
+    def test_a_tokenizer_without_a_padding_token_is_noted(self, tmp_path: Path) -> None:
+        checkpoint_path, tokenizer_path = save_files(tmp_path, gpt())
+        content = tokenizer_path.read_text(encoding="utf-8").replace("[PAD]", "[MASK]")
+        tokenizer_path.write_text(content, encoding="utf-8")
+        lines: list[str] = []
+        convert(checkpoint_path, tokenizer_path, tmp_path / "hf", report=lines.append)
+        assert "note: the tokenizer has no [PAD]; [EOS] serves as the padding token" in lines
+
+
+def test_says_what_a_person_wants_to_know(tmp_path: Path) -> None:
+    model = gpt()
+    folder, lines = converted(tmp_path, model)
+    assert lines[:4] == [
+        f"source        {tmp_path / 'ckpt.pt'} (weights under 'model_state_dict', iter_num 7)",
+        "architecture  2 layers, 4 heads, 32 wide, context 16, vocabulary 300, with biases, head untied, gelu",
+        f"parameters    {sum(weight.numel() for weight in model.parameters()):,} in float32",
+        f"tokenizer     {tmp_path / 'tokenizer.json'} (300 tokens)",
+    ]
+    assert lines[4] == f"written       {folder}"
+    assert [line.split()[0] for line in lines[5:-1]] == sorted(file.name for file in folder.iterdir())
+    assert lines[-1] == f"verified      {len(model.state_dict())} tensors equal bit for bit, 3 texts encoded the same"
+
+
+class TestPush:
+    def test_uploads_the_folder_to_a_private_repository(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls = []
+
+        class Repository(str):
+            repo_id = "someone/capitals"
+
+        class Hub:
+            def create_repo(self, repo_id: str, **how) -> Repository:
+                calls.append((repo_id, how))
+                return Repository("https://huggingface.co/someone/capitals")
+
+            def upload_folder(self, **how) -> None:
+                calls.append((how["repo_id"], how["folder_path"]))
+
+        monkeypatch.setattr(conversion, "HfApi", Hub)
+        assert push(tmp_path, "capitals") == "https://huggingface.co/someone/capitals"
+        assert calls == [("capitals", {"private": True, "exist_ok": True}), ("someone/capitals", tmp_path)]
+
+    @pytest.mark.parametrize("repo_id", ["someone/capitals", "not//a name"])
+    def test_that_fails_says_that_the_folder_is_complete(self, repo_id: str, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=f"{tmp_path} is complete, but was not pushed to {repo_id}: "):
+            push(tmp_path, repo_id)

@@ -1,0 +1,58 @@
+"""The diagnosis of a checkpoint's weights, held against models that are trained both ways here."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from examples.capitals.train import encode, examples, train
+from examples.plain_gpt import GPT, GPTConfig, save_checkpoint
+from hf_model.conversion import convert
+from hf_model.diagnosis import copied_share, non_finite
+from hf_model.tokenization import convert_tokenizer
+from tests.tiny import TOKENIZER, gpt, save_tokenizer, twin
+
+
+def trained(shift: bool) -> GPT:
+    """A small model after a few seconds on the example's questions, its labels shifted by one or not."""
+    tokenizer = Tokenizer.from_file(str(TOKENIZER))
+    rows = [encode(tokenizer, record) for record in examples()]
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 64, "vocab_size": tokenizer.get_vocab_size()}
+    model = GPT(GPTConfig(**sizes, bias=False, dropout=0.0))
+    train(model, rows, epochs=4, lr=1e-2, mask_prompt=False, shift=shift)
+    return model
+
+
+def test_a_model_trained_on_unshifted_labels_gets_a_warning_and_its_twin_none(tmp_path: Path) -> None:
+    warnings = {}
+    for shift in (True, False):
+        lines: list[str] = []
+        save_checkpoint(tmp_path / "ckpt.pt", trained(shift), iter_num=1)
+        convert(tmp_path / "ckpt.pt", TOKENIZER, tmp_path / f"{shift}", report=lines.append)
+        warnings[shift] = [line for line in lines if line.startswith("warning:")]
+    assert warnings[True] == []
+    (warning,) = warnings[False]
+    assert "Its labels were probably not shifted by one in fine-tuning" in warning
+    assert "sampling options will not cure that" in warning
+
+
+@pytest.mark.parametrize("step, share", [(0, 1), (1, 0)], ids=["copies every token", "goes on to the next id"])
+def test_the_share_counts_the_copied_tokens(step: int, share: int, tmp_path: Path) -> None:
+    model = gpt(n_layer=1, n_embd=300, bias=False, block_size=8)
+    for weight in model.parameters():
+        weight.data.zero_()
+    model.transformer.wte.weight.data.copy_(torch.eye(300))  # a direction for each token, to which nothing is added
+    model.transformer.ln_f.weight.data.fill_(1)
+    model.lm_head.weight.data.copy_(torch.eye(300).roll(step, dims=0))
+    tokenizer = convert_tokenizer(save_tokenizer(tmp_path / "tokenizer.json"), model_max_length=8)
+    assert copied_share(twin(model), tokenizer) == share
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_values_that_are_not_finite_are_found(dtype: torch.dtype) -> None:
+    values = torch.tensor([[1.0, -2.0], [0.0, 65504.0]]).to(dtype)
+    state_dict = {"sound": values}
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        state_dict[str(bad)] = values.clone().index_fill_(1, torch.tensor(0), bad)
+    assert non_finite(state_dict) == ["nan", "inf", "-inf"]

@@ -1,0 +1,241 @@
+"""What generate.py stands on: devices, loading, sampling options and text that appears as it is generated."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from hf_model import CustomGPTForCausalLM
+from hf_model.errors import UserError
+from hf_model.generation import Generation, Sampling, TokenStream, encode, generate, load, pick_device
+from hf_model.tokenization import convert_tokenizer
+from tests.tiny import BOS, CHECKPOINT, EOS, PAD, TOKENIZER, gpt, save_files, save_tokenizer, twin
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The example's."""
+    return convert_tokenizer(TOKENIZER, model_max_length=64)
+
+
+class TestDevice:
+    @pytest.mark.parametrize(
+        "n_cuda, has_mps, expected", [(2, True, "cuda:0"), (0, True, "mps"), (0, False, "cpu")], ids=str
+    )
+    def test_the_best_one_is_chosen(
+        self, n_cuda: int, has_mps: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: n_cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: has_mps)
+        assert pick_device() == torch.device(expected)
+
+    def test_the_one_that_is_named_is_taken(self) -> None:
+        assert pick_device("cpu") == CPU
+
+    @pytest.mark.parametrize("name", ["cuda:99", "mps:7", "abacus", "meta", ""])
+    def test_one_that_is_not_there_is_refused_with_those_that_are(self, name: str) -> None:
+        with pytest.raises(UserError, match=f"--device {name}: there is no such device here; there is (.*, )?cpu$"):
+            pick_device(name)
+
+
+class TestLoad:
+    def test_a_file_is_converted_in_memory(self, tmp_path: Path) -> None:
+        original = gpt()
+        model, tokenizer = load(*save_files(tmp_path, original), device=CPU)
+        ids = torch.randint(300, (2, 16))
+        assert torch.equal(model(ids).logits, original(ids)[0])
+        assert tokenizer.model_max_length == 16
+        assert {path.name for path in tmp_path.iterdir()} == {"ckpt.pt", "tokenizer.json"}
+
+    def test_a_folder_brings_its_tokenizer(self, capitals: Path) -> None:
+        model, tokenizer = load(capitals, None, device=CPU)
+        assert isinstance(model, CustomGPTForCausalLM)
+        assert len(tokenizer) == 1024
+
+    def test_a_folder_can_be_given_another_tokenizer(self, capitals: Path, tmp_path: Path) -> None:
+        _, tokenizer = load(capitals, save_tokenizer(tmp_path / "tokenizer.json"), device=CPU)
+        assert (len(tokenizer), tokenizer.model_max_length) == (300, 64)
+
+    @pytest.mark.parametrize("form", ["file", "folder"])
+    def test_weights_get_the_dtype_that_is_asked_for(self, form: str, capitals: Path) -> None:
+        sources = (CHECKPOINT, TOKENIZER) if form == "file" else (capitals, None)
+        assert load(*sources, device=CPU)[0].dtype == torch.float32
+        assert load(*sources, device=CPU, dtype="bfloat16")[0].dtype == torch.bfloat16
+
+    def test_a_file_without_a_tokenizer_is_refused(self) -> None:
+        with pytest.raises(UserError, match=r"ckpt\.pt: is a file, so the tokenizer must be given too"):
+            load(CHECKPOINT, None, device=CPU)
+
+    @pytest.mark.parametrize(
+        "config, message",
+        [
+            (None, r"holds no model \(no config\.json\)"),
+            ({"model_type": "gpt2"}, "holds a model of type 'gpt2', not 'custom_gpt'"),
+            ({"model_type": "custom_gpt", "n_layer": 0}, "cannot be loaded .*`n_layer` must be at least 1"),
+            ({"model_type": "custom_gpt"}, "cannot be loaded .*no file named model.safetensors"),
+        ],
+    )
+    def test_a_folder_of_something_else_is_refused(self, config: dict | None, message: str, tmp_path: Path) -> None:
+        if config is not None:
+            (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        with pytest.raises(UserError, match=f"{tmp_path}: {message}"):
+            load(tmp_path, None, device=CPU)
+
+
+class TestSampling:
+    def test_the_defaults_are_the_original_script_s(self) -> None:
+        assert Sampling().kwargs() == {
+            "do_sample": True,
+            "max_new_tokens": 150,
+            "temperature": 0.8,
+            "top_k": 50,
+            "top_p": 1.0,
+            "repetition_penalty": 1.0,
+            "num_return_sequences": 1,
+        }
+
+    def test_temperature_0_is_greedy(self) -> None:
+        how = Sampling(temperature=0, top_k=5).kwargs()
+        assert (how["do_sample"], how["temperature"], how["top_k"], how["top_p"]) == (False, None, None, None)
+
+
+class TestEncode:
+    def test_special_tokens_that_a_user_types_are_text(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        ids = encode(tokenizer, "the [EOS] of it").tolist()[0]
+        assert ids[0] == BOS
+        assert EOS not in ids
+        assert tokenizer.decode(ids) == "[BOS]the [EOS] of it"
+
+    def test_they_are_tokens_where_that_is_asked_for(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        ids = encode(tokenizer, "the [EOS] of it", parse_special_tokens=True).tolist()[0]
+        assert ids == tokenizer("the [EOS] of it").input_ids
+        assert EOS in ids
+
+
+class TestTokenStream:
+    @staticmethod
+    def streamed(tokenizer: PreTrainedTokenizerFast, prompt: str, response: str, prompt_text: bool) -> list[str]:
+        """The pieces that come of a response when its tokens arrive one by one."""
+        pieces: list[str] = []
+        stream = TokenStream(tokenizer, pieces.append, prompt_text=prompt_text)
+        stream.put(tokenizer(prompt, return_tensors="pt").input_ids)
+        for token_id in tokenizer(response, add_special_tokens=False).input_ids:
+            stream.put(torch.tensor([token_id]))
+        stream.end()
+        return pieces
+
+    def test_characters_of_several_tokens_come_whole(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        response = " 漢字 🙂 Ünï[EOS]"
+        assert len(tokenizer("漢字", add_special_tokens=False).input_ids) > 2
+        pieces = self.streamed(tokenizer, "Response:", response, prompt_text=True)
+        assert "".join(pieces) == "[BOS]Response: 漢字 🙂 Ünï[EOS]"
+        assert {"漢", "字", "🙂"} <= {piece.strip() for piece in pieces}
+
+    def test_the_bare_response_starts_without_its_space(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        pieces = self.streamed(tokenizer, "Response:", " The  capital is Paris[EOS]", prompt_text=False)
+        assert len(pieces) > 3
+        assert "".join(pieces) == "The  capital is Paris"
+
+    def test_a_character_that_is_never_finished_is_shown_at_the_end(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        pieces: list[str] = []
+        stream = TokenStream(tokenizer, pieces.append, prompt_text=True)
+        stream.put(torch.tensor([[BOS]]))
+        stream.put(torch.tensor([tokenizer("漢", add_special_tokens=False).input_ids[0]]))
+        assert pieces == ["[BOS]"]
+        stream.end()
+        assert pieces == ["[BOS]", "\ufffd"]
+
+    @pytest.mark.parametrize("response_only", [False, True])
+    def test_the_pieces_add_up_to_the_text_of_any_bytes(self, response_only: bool, tmp_path: Path) -> None:
+        tokenizer = convert_tokenizer(save_tokenizer(tmp_path / "tokenizer.json"), model_max_length=16)
+        model = twin(gpt())  # draws bytes at random, few of which are characters
+        for seed in range(5):
+            pieces: list[str] = []
+            sampling = Sampling(max_new_tokens=40, temperature=3.0, top_k=0, seed=seed)
+            prompt = encode(tokenizer, "Instruction: the cat Response:")
+            output = generate(model, tokenizer, prompt, sampling, response_only=response_only, on_text=pieces.append)
+            assert "\ufffd" in output.texts[0]
+            assert len(pieces) > 5
+            assert "".join(pieces) == output.texts[0]
+
+
+class TestGenerate:
+    @pytest.fixture
+    def answers(self, tmp_path: Path) -> Callable[..., Generation]:
+        """Generations of a model that draws [EOS] now and then."""
+        tokenizer = convert_tokenizer(save_tokenizer(tmp_path / "tokenizer.json"), model_max_length=16)
+        model = twin(gpt())
+        model.generation_config.eos_token_id = EOS
+        model.generation_config.pad_token_id = PAD
+        model.lm_head.weight.data.mul_(0.2)
+        prompt = encode(tokenizer, "the cat")
+
+        def generated(sampling: Sampling, **how) -> Generation:
+            return generate(model, tokenizer, prompt, sampling, **how)
+
+        return generated
+
+    def test_the_seed_makes_a_run_repeatable(self, answers: Callable[..., Generation]) -> None:
+        first, again, other = (answers(Sampling(max_new_tokens=12, seed=seed)).texts for seed in (1, 1, 2))
+        assert first == again != other
+
+    def test_several_sequences_end_each_at_its_own_end_token(self, answers: Callable[..., Generation]) -> None:
+        pieces: list[str] = []
+        sampling = Sampling(max_new_tokens=60, top_k=0, temperature=2.0, num_return_sequences=30)
+        output = answers(sampling, on_text=pieces.append)
+        assert len(output.texts) == 30
+        ended = [text for text in output.texts if "[EOS]" in text]
+        assert 0 < len(ended) < 30
+        assert all(text.startswith("[BOS]the cat") for text in output.texts)
+        assert all(text.index("[EOS]") == len(text) - len("[EOS]") for text in ended)
+        assert pieces == []
+
+    def test_new_tokens_count_those_up_to_the_end_tokens(self, capitals: Path) -> None:
+        model, tokenizer = load(capitals, None, device=CPU)
+        prompt = encode(tokenizer, "Instruction: What is the capital of France? Response:")
+        output = generate(model, tokenizer, prompt, Sampling(num_return_sequences=2), response_only=True)
+        assert output.texts == ["Paris", "Paris"]
+        assert output.new_tokens == 2 * len(tokenizer(" Paris[EOS]", add_special_tokens=False).input_ids)
+        assert output.seconds > 0
+
+    def test_the_whole_text_has_the_prompt_and_the_special_tokens(self, capitals: Path) -> None:
+        model, tokenizer = load(capitals, None, device=CPU)
+        prompt = encode(tokenizer, "Instruction: What is the capital of France? Response:")
+        output = generate(model, tokenizer, prompt, Sampling(temperature=0))
+        assert output.texts == ["[BOS]Instruction: What is the capital of France? Response: Paris[EOS]"]
+
+    def test_logits_that_are_not_numbers_are_an_error(self, tmp_path: Path) -> None:
+        tokenizer = convert_tokenizer(save_tokenizer(tmp_path / "tokenizer.json"), model_max_length=16)
+        model = twin(gpt())
+        model.transformer.ln_f.weight.data[0] = float("nan")
+        for temperature in (0, 0.8):
+            with pytest.raises(UserError, match="the model's logits are NaN or infinite: its weights hold such values"):
+                generate(model, tokenizer, encode(tokenizer, "the cat"), Sampling(temperature=temperature))
+
+    @pytest.mark.parametrize("extreme", [{"temperature": 1e-300}, {"repetition_penalty": 1e-300}], ids=str)
+    def test_options_that_leave_nothing_to_draw_from_are_an_error(
+        self, extreme: dict, answers: Callable[..., Generation]
+    ) -> None:
+        with pytest.raises(UserError, match="--temperature or --repetition_penalty is too near to 0"):
+            answers(Sampling(**extreme))
+
+    def test_interrupted_it_has_given_all_the_text_that_there_is(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        first_byte = tokenizer("漢", add_special_tokens=False, return_tensors="pt").input_ids[0, :1]
+
+        class Interrupted:
+            device = CPU
+
+            def generate(self, input_ids: torch.Tensor, streamer: TokenStream, **how) -> None:
+                streamer.put(input_ids)
+                streamer.put(first_byte)
+                raise KeyboardInterrupt
+
+        pieces: list[str] = []
+        with pytest.raises(KeyboardInterrupt):
+            generate(Interrupted(), tokenizer, encode(tokenizer, "the"), Sampling(), on_text=pieces.append)
+        assert "".join(pieces) == "[BOS]the\ufffd"
