@@ -129,6 +129,17 @@ def _naming(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: {error}") from None
 
 
+@contextmanager
+def _distrust() -> Iterator[None]:
+    """The file is not to be trusted in anything: whatever it trips in the reader is its fault."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"is damaged or was not written to its end ({one_line(error, 120)})") from None
+
+
 def _is_zip(path: Path) -> bool:
     """Whether the file is of the zip format of `torch.save`, or of the older one of bare pickles."""
     try:
@@ -158,10 +169,9 @@ def _is_zip(path: Path) -> bool:
 
 def _load(path: Path, is_zip: bool) -> Any:
     """The unpickled content, with stand-ins for the harmless classes that it names."""
-    try:
-        globals_named = _globals_in_zip(path) if is_zip else _globals_in_legacy_file(path)
+    with _distrust():
         stand_ins = []
-        for name in sorted(globals_named):
+        for name in sorted(_globals_in_zip(path) if is_zip else _globals_in_legacy_file(path)):
             if _is_harmless(name):
                 stand_ins.append((type(name.rpartition(".")[2], (StandIn,), {}), name))
             elif not TORCH_GLOBALS.fullmatch(name):
@@ -171,11 +181,6 @@ def _load(path: Path, is_zip: bool) -> Any:
                 )
         with memory_for("to load it"), LOADING, safe_globals(stand_ins):  # type: ignore[arg-type]
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except UserError:
-        raise
-    # The file is not to be trusted in anything: whatever it trips in the reader is its fault.
-    except Exception as error:
-        raise UserError(f"is damaged or was not written to its end ({one_line(error, 120)})") from None
 
 
 def _globals_in_zip(path: Path) -> set[str]:
@@ -288,10 +293,10 @@ def _check_bytes(path: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
     Raises:
         UserError: a weight is not what was written.
     """
-    with zipfile.ZipFile(path) as archive:
+    with _distrust(), zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         orders = [_read_entry(archive, entry) for entry in entries if entry.filename.endswith("/byteorder")]
-    if orders and orders[0].decode() != sys.byteorder:
+    if any(order != sys.byteorder.encode() for order in orders):
         return  # written on the other kind of machine: the bytes were swapped in loading
     records = {(entry.file_size, entry.CRC or 0) for entry in entries}
     intact: set[int] = set()

@@ -1,17 +1,20 @@
 """The diagnosis of a checkpoint's weights, held against models that are trained both ways here."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers import Tokenizer
+from torch.nn.functional import one_hot
 
 from examples.capitals.train import encode, examples, train
 from examples.plain_gpt import GPT, GPTConfig, save_checkpoint
+from hf_model import diagnosis
 from hf_model.conversion import convert
 from hf_model.diagnosis import copied_share, non_finite
 from hf_model.tokenization import convert_tokenizer
-from tests.tiny import TOKENIZER, gpt, save_tokenizer, twin
+from tests.tiny import TOKENIZER, save_tokenizer
 
 
 def trained(shift: bool) -> GPT:
@@ -37,16 +40,24 @@ def test_a_model_trained_on_unshifted_labels_gets_a_warning_and_its_twin_none(tm
     assert "sampling options will not cure that" in warning
 
 
-@pytest.mark.parametrize("step, share", [(0, 1), (1, 0)], ids=["copies every token", "goes on to the next id"])
-def test_the_share_counts_the_copied_tokens(step: int, share: int, tmp_path: Path) -> None:
-    model = gpt(n_layer=1, n_embd=300, bias=False, block_size=8)
-    for weight in model.parameters():
-        weight.data.zero_()
-    model.transformer.wte.weight.data.copy_(torch.eye(300))  # a direction for each token, to which nothing is added
-    model.transformer.ln_f.weight.data.fill_(1)
-    model.lm_head.weight.data.copy_(torch.eye(300).roll(step, dims=0))
-    tokenizer = convert_tokenizer(save_tokenizer(tmp_path / "tokenizer.json"), model_max_length=8)
-    assert copied_share(twin(model), tokenizer) == share
+@pytest.mark.parametrize("copies, share", [("the prompt", 0), ("the response", 1)])
+def test_the_share_counts_the_copied_tokens_of_responses(
+    copies: str, share: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = convert_tokenizer(save_tokenizer(tmp_path / "tokenizer.json"), model_max_length=64)
+    n_prompt = len(tokenizer("Instruction: Say it. Response:").input_ids)
+
+    class Copier:
+        config = SimpleNamespace(block_size=64)
+        device = torch.device("cpu")
+
+        def __call__(self, ids: torch.Tensor) -> SimpleNamespace:
+            is_copied = (torch.arange(ids.shape[1]) < n_prompt) == (copies == "the prompt")
+            predicted = torch.where(is_copied, ids, ids - 1)
+            return SimpleNamespace(logits=one_hot(predicted, len(tokenizer)))
+
+    monkeypatch.setattr(diagnosis, "PROBES", (("Say it.", "The cat sat on the mat.", ""),))
+    assert copied_share(Copier(), tokenizer) == share
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
