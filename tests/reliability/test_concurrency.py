@@ -1,0 +1,94 @@
+"""Threads, forked workers and other copies of this code in one process do not disturb each other."""
+
+import argparse
+import importlib
+import multiprocessing
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import hf_model
+from hf_model import CustomGPTForCausalLM, generation
+from hf_model.checkpoint import read_checkpoint
+from hf_model.generation import Sampling, encode
+from hf_model.prompt import format_prompt
+from tests.reliability.files import save, weights
+from tests.tiny import CHECKPOINT, TOKENIZER
+
+PROMPT = format_prompt("What is the capital of France?")
+
+
+@pytest.mark.parametrize("temperature", [0, 1.5], ids=["greedy", "sampled"])
+def test_generations_of_one_model_in_threads_give_what_they_give_alone(temperature: float) -> None:
+    model, tokenizer = generation.load(CHECKPOINT, TOKENIZER, device=torch.device("cpu"))
+
+    def answer(seed: int) -> list[str]:
+        sampling = Sampling(max_new_tokens=30, temperature=temperature, seed=seed, num_return_sequences=1)
+        prompt = format_prompt(f"What is the capital of France? {seed}")
+        return generation.generate(model, tokenizer, encode(tokenizer, prompt), sampling).texts
+
+    alone = [answer(seed) for seed in range(8)]
+    assert len(set(map(tuple, alone))) == 8
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(answer, range(8))) == alone
+
+
+def test_checkpoints_with_classes_of_their_own_are_read_in_threads(tmp_path: Path) -> None:
+    contents = [{"model": weights(n_embd=8), "config": stated} for stated in (argparse.Namespace(n_head=2), Path("x"))]
+    paths = [save(tmp_path / f"{i}.pt", content) for i, content in enumerate(contents)]
+    with ThreadPoolExecutor(4) as threads:
+        read = list(threads.map(read_checkpoint, paths * 30))
+    assert [checkpoint.model_args for checkpoint in read] == [{"n_head": 2}, {}] * 30
+
+
+def test_importing_the_package_again_registers_the_same_names(capitals: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "hf_model"]:
+        monkeypatch.delitem(sys.modules, name)
+    again = importlib.import_module("hf_model")
+    try:
+        assert again is not hf_model
+        assert type(AutoConfig.from_pretrained(capitals)) is again.CustomGPTConfig
+        assert type(AutoModelForCausalLM.from_pretrained(capitals)) is again.CustomGPTForCausalLM
+    finally:
+        monkeypatch.undo()
+        importlib.reload(hf_model)
+    assert type(AutoModelForCausalLM.from_pretrained(capitals)) is CustomGPTForCausalLM
+
+
+def test_a_folder_s_own_code_is_loaded_beside_the_package(
+    capitals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(capitals, tmp_path / "with_code")
+    input_ids = torch.tensor([[2, 10, 20, 30]])
+    ours = AutoModelForCausalLM.from_pretrained(folder)
+    from_hub = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    its_config = get_class_from_dynamic_module("configuration_custom_gpt.CustomGPTConfig", folder)
+    its_model = get_class_from_dynamic_module("modeling_custom_gpt.CustomGPTForCausalLM", folder)
+    assert its_model is not CustomGPTForCausalLM
+    its = its_model.from_pretrained(folder, config=its_config.from_pretrained(folder))
+    for model in (from_hub, its):
+        assert torch.equal(model(input_ids).logits, ours(input_ids).logits)
+    its.save_pretrained(tmp_path / "again")
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "again")) is CustomGPTForCausalLM
+
+
+def logits_of(folder: Path) -> list[float]:
+    """What a worker that was forked from this process makes of a folder."""
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.inference_mode():
+        return model(torch.tensor([[2, 10, 20, 30]])).logits.flatten().tolist()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_forked_workers_load_and_run_the_model(capitals: Path) -> None:
+    expected = logits_of(capitals)
+    with multiprocessing.get_context("fork").Pool(2) as workers:
+        assert workers.map_async(logits_of, [capitals] * 4).get(timeout=120) == [expected] * 4

@@ -1,0 +1,323 @@
+"""A checkpoint from a stranger runs nothing, takes time and memory by its own size only, and is refused in one line."""
+
+import argparse
+import importlib
+import os
+import pickle
+import struct
+import subprocess
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_model.checkpoint import read_checkpoint
+from hf_model.errors import MAX_MESSAGE, UserError
+from hf_model.pickle_scan import MAX_PICKLE_BYTES
+from tests.reliability.files import Calls, bounded, plain_pickle, rezip, save, save_pickle, view, weights
+
+
+class Marker:
+    """Code of a stranger's in every place that pickle looks for some; all of it shows by a file."""
+
+    path: Path
+
+    def __init__(self, value: int = 0):
+        self.value = value
+
+    def __setstate__(self, state: dict) -> None:
+        self.path.touch()
+
+    def __hash__(self) -> int:
+        self.path.touch()
+        return 0
+
+    def __eq__(self, other: object) -> bool:
+        self.path.touch()
+        return False
+
+
+EXPLOITS: dict[str, Callable[[str], Any]] = {
+    "os.system": lambda path: Calls(os.system, f"touch {path}"),
+    "subprocess": lambda path: Calls(subprocess.check_output, ["touch", path]),
+    "eval": lambda path: Calls(eval, f"open({path!r}, 'w')"),
+    "exec": lambda path: Calls(exec, f"open({path!r}, 'w')"),
+    "open": lambda path: Calls(open, path, "w"),
+    "a pickle in a pickle": lambda path: Calls(pickle.loads, pickle.dumps(Calls(os.system, f"touch {path}"))),
+    "nested reducers": lambda path: Calls(Calls(getattr, Calls(importlib.import_module, "os"), "mkdir"), path),
+    "torch.save": lambda path: Calls(torch.save, {}, path),
+    "torch's own functions": lambda path: Calls(torch.UntypedStorage.from_file, path, True, 8),
+    "a harmless class's method": lambda path: Calls(Calls(getattr, Calls(Path, path), "touch")),
+}
+PLACES: dict[str, Callable[[Any], Any]] = {
+    "the whole file": lambda exploit: exploit,
+    "config": lambda exploit: {"model": weights(), "config": {"out_dir": exploit}},
+    "the optimizer": lambda exploit: {"optimizer_state_dict": {"state": [exploit]}, "model": weights()},
+    "a weight": lambda exploit: {"model": weights() | {"transformer.wte.weight": exploit}},
+    "a key": lambda exploit: {"model": {exploit: torch.ones(1)}},
+}
+FORMATS: dict[str, Callable[[Path, Any], Path]] = {
+    "zip": lambda path, content: save(path, content),
+    "older format": lambda path, content: save(path, content, _use_new_zipfile_serialization=False),
+    **{
+        f"zip, protocol {protocol}": lambda path, content, protocol=protocol: save(
+            path, content, pickle_protocol=protocol
+        )
+        for protocol in (3, 4, 5)
+    },
+}
+
+
+@pytest.fixture
+def marker(tmp_path: Path) -> Path:
+    return tmp_path / "marker"
+
+
+@pytest.mark.parametrize("exploit", EXPLOITS.values(), ids=EXPLOITS)
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+def test_an_exploit_is_refused_before_it_runs(
+    form: Callable, place: Callable, exploit: Callable, tmp_path: Path, marker: Path
+) -> None:
+    path = form(tmp_path / "ckpt.pt", place(exploit(str(marker))))
+    with pytest.raises(UserError, match=r"ckpt\.pt: (names \S+, which is not data|is of a pickle protocol)"):
+        read_checkpoint(path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("exploit", EXPLOITS.values(), ids=EXPLOITS)
+def test_the_exploits_are_real(exploit: Callable, tmp_path: Path, marker: Path) -> None:
+    path = save(tmp_path / "ckpt.pt", {"config": exploit(str(marker))})
+    assert not marker.exists()
+    torch.load(path, weights_only=False)
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_plain_pickle_is_not_even_opened(protocol: int, tmp_path: Path, marker: Path) -> None:
+    path = tmp_path / "ckpt.pt"
+    path.write_bytes(plain_pickle({"model": weights(), "config": EXPLOITS["os.system"](str(marker))}, protocol))
+    message = "is a plain pickle, which can run code" if protocol >= 2 else "is not a torch.save checkpoint"
+    with pytest.raises(UserError, match=rf"ckpt\.pt: {message}"):
+        read_checkpoint(path)
+    assert not marker.exists()
+
+
+def test_the_refusal_names_what_it_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "ckpt.pt", {"model": weights(), "config": Calls(eval, "1")})
+    with pytest.raises(UserError, match=r"names builtins\.eval, which is not data.* Save only the state dict"):
+        read_checkpoint(path)
+
+
+def test_a_harmless_class_is_read_without_its_code(tmp_path: Path, marker: Path, monkeypatch) -> None:
+    monkeypatch.setattr(Marker, "path", marker, raising=False)
+    content = {"model": weights(), "model_args": Marker(3), "config": {"out_dir": Path("out")}, "rng": Calls(Marker, 1)}
+    path = save(tmp_path / "ckpt.pt", content)
+    assert list(read_checkpoint(path).state_dict) == list(weights())
+    assert not marker.exists()
+    torch.load(path, weights_only=False)
+    assert marker.exists()
+
+
+def test_a_class_that_stands_in_for_the_file_is_named(tmp_path: Path) -> None:
+    path = save(tmp_path / "ckpt.pt", argparse.Namespace(model=1))
+    with pytest.raises(UserError, match=r"ckpt\.pt: holds a Namespace, not a dict"):
+        read_checkpoint(path)
+
+
+def test_methods_that_the_file_hides_are_not_called(tmp_path: Path) -> None:
+    class Hides:
+        def __reduce__(self) -> tuple:
+            hidden = dict.fromkeys(("items", "get", "keys", "__iter__"), argparse.Namespace)
+            return OrderedDict, (), hidden, None, iter({"model": weights()}.items())
+
+    path = save(tmp_path / "ckpt.pt", Hides())
+    assert list(read_checkpoint(path).state_dict) == list(weights())
+
+
+def entries(path: Path, *added: tuple[str, bytes], compression: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "a", compression) as archive:
+        for name, content in added:
+            archive.writestr(name, content)
+    return path
+
+
+def patched(path: Path, old: bytes, new: bytes) -> Path:
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new))
+    return path
+
+
+def claiming_terabytes(path: Path) -> Path:
+    """The central directory's first entry states sizes of 2**42 bytes, in a zip64 field of its own."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("ckpt/data.pkl", plain_pickle({}, 2))
+        entry = archive.infolist()[0]
+        entry.file_size = entry.compress_size = 2**42
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize(
+    "trick, message",
+    [
+        (lambda path: entries(path, ("/etc/passwd", b"x")), "holds entries with paths outside of the archive"),
+        (lambda path: entries(path, ("ckpt/../../x", b"x")), "holds entries with paths outside of the archive"),
+        (lambda path: entries(path, ("ckpt/data.pkl", b"x")), "holds two entries of one name"),
+        (lambda path: entries(path, ("ckpt/version", b"x")), "holds two entries of one name"),
+        (lambda path: entries(path, ("ckpt/x/data.pkl", b"x")), "is a zip file, but not one written by torch.save"),
+        (lambda path: entries(path, ("ckpt/constants.pkl", b"x")), "is a TorchScript archive, not a checkpoint"),
+        (
+            lambda path: entries(path, ("ckpt/data/99", bytes(10**7)), compression=zipfile.ZIP_DEFLATED),
+            "is a compressed archive",
+        ),
+        (claiming_terabytes, "claims to hold more than its size"),
+        (lambda path: patched(path, b"data.pkl", b"data.pkx"), "is a zip file, but not one written by torch.save"),
+        (lambda path: rezip(path, {"byteorder": b"middle"}), "is damaged or was not written to its end"),
+        (lambda path: rezip(path, {"data/0": b""}), "is damaged"),
+    ],
+    ids=[
+        "an absolute name",
+        "a name that climbs out",
+        "two pickles",
+        "two entries of one name",
+        "a pickle elsewhere",
+        "TorchScript",
+        "a compressed bomb",
+        "terabytes claimed",
+        "no pickle",
+        "an unknown byte order",
+        "a missing tensor",
+    ],
+)
+def test_a_zip_trick_is_refused(trick: Callable, message: str, tmp_path: Path) -> None:
+    path = trick(save(tmp_path / "ckpt.pt", {"model": weights()}))
+    with pytest.raises(UserError, match=rf"ckpt\.pt: {message}"):
+        read_checkpoint(path)
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
+def test_many_entries_are_only_slow_by_their_number(tmp_path: Path) -> None:
+    path = entries(save(tmp_path / "ckpt.pt", {"model": weights()}), *((f"ckpt/x/{i}", b"") for i in range(20_000)))
+    with bounded():
+        assert list(read_checkpoint(path).state_dict) == list(weights())
+
+
+NAME = "transformer.wte.weight"
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (lambda w: {NAME: view(w[NAME], 0, (10**6, 10**6), (0, 0))}, "claims more values than the file holds"),
+        (lambda w: {NAME: view(w[NAME], 0, (10**6, 10**6), (10**6, 1))}, "is damaged|there is not enough memory"),
+        (lambda w: {NAME: view(w[NAME], 10**9, (300, 32), (32, 1))}, "is damaged"),
+        (lambda w: {NAME: view(w[NAME], 0, (300, 32), (-32, 1))}, "is damaged"),
+        (lambda w: {NAME: view(w[NAME], -32, (300, 32), (32, 1))}, "is damaged"),
+        (lambda w: {"transformer.wpe.weight": w[NAME][:16]}, "share their values, which only the embedding and"),
+        (lambda w: {NAME: w[NAME].to(torch.complex64)}, "is not a dense floating-point tensor"),
+        (lambda w: {NAME: torch.quantize_per_tensor(w[NAME], 0.1, 0, torch.qint8)}, "names .*_rebuild_qtensor"),
+        (lambda w: {NAME: w[NAME].to(torch.float8_e4m3fn)}, "is not a dense floating-point tensor of 16|is damaged"),
+        (
+            lambda w: {NAME: Calls(torch._utils._rebuild_wrapper_subclass, torch.Tensor, torch.float32, (300, 32))},
+            "names torch.(Tensor|_utils._rebuild_wrapper_subclass)",
+        ),
+    ],
+    ids=[
+        "stride 0",
+        "a size past the storage",
+        "an offset past the storage",
+        "a negative stride",
+        "a negative offset",
+        "two weights in one place",
+        "complex",
+        "quantized",
+        "8 bits",
+        "no storage",
+    ],
+)
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "older format"])
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated", "ignore:.*quantize_per_tensor")
+def test_a_tensor_trick_is_refused(changed: Callable, message: str, is_zip: bool, tmp_path: Path) -> None:
+    honest = weights()
+    content = {"model": honest | changed(honest)}
+    path = save(tmp_path / "ckpt.pt", content, _use_new_zipfile_serialization=is_zip)
+    with bounded(), pytest.raises(UserError, match=rf"ckpt\.pt: .*({message})"):
+        read_checkpoint(path)
+
+
+def test_a_storage_that_reaches_into_the_next_one_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "ckpt.pt", {"model": {"a.weight": torch.ones(1000), "b.weight": torch.zeros(1000)}})
+    with zipfile.ZipFile(path) as archive:
+        content = archive.read("ckpt/data.pkl")
+    longer = content.replace(b"M" + struct.pack("<H", 1000), b"M" + struct.pack("<H", 1100))
+    assert longer != content
+    rezip(path, {"data.pkl": longer})
+    assert torch.load(path, mmap=True)["model"]["a.weight"].shape == (1100,)  # what happens without the check
+    with pytest.raises(UserError, match=r"is damaged: the bytes of 'a\.weight' are not those that were written"):
+        read_checkpoint(path)
+
+
+PROTO, STOP, EMPTY_DICT, SETITEM, NONE = b"\x80\x02", b".", b"}", b"s", b"N"
+
+
+def number(value: int) -> bytes:
+    """LONG1: an integer of up to 255 bytes."""
+    raw = pickle.encode_long(value)
+    return b"\x8a" + bytes([len(raw)]) + raw
+
+
+def key(opcodes: bytes) -> bytes:
+    """A pickle of a dict whose key is what the opcodes leave on the stack."""
+    return PROTO + EMPTY_DICT + opcodes + NONE + SETITEM + STOP
+
+
+def doubling(levels: int) -> bytes:
+    """A tuple of two of the tuple before, `levels` times over: 5 bytes a level, 2 to their number to hash."""
+    return b")" + b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(levels))
+
+
+BOMBS = {
+    "a key that takes 2**60 steps to hash": key(doubling(60)),
+    "a key that takes all of the C stack to hash": key(b")" + b"\x85" * 10**5),
+    "a set of such a key": PROTO + b"c__builtin__\nset\n(]" + doubling(60) + b"atR" + STOP,
+    "keys of one hash": PROTO + EMPTY_DICT + b"".join(number(i * (2**61 - 1)) + b"Ns" for i in range(1, 10**5)) + STOP,
+    "many classes": PROTO + b"".join(f"cm\nA{i}\n".encode() for i in range(10**5)) + STOP,
+    "more values than a model's": PROTO + b"X" + struct.pack("<I", MAX_PICKLE_BYTES) + bytes(MAX_PICKLE_BYTES) + STOP,
+    "a bytearray of a terabyte": PROTO + b"c__builtin__\nbytearray\n" + number(2**40) + b"\x85R" + STOP,
+    "a tensor of a terabyte": PROTO + b"ctorch\nTensor\n" + number(2**40) + b"\x85R" + STOP,
+    "a string that claims four gigabytes": PROTO + b"X" + struct.pack("<I", 2**32 - 1) + b"x" + STOP,
+    "a memo of four billion places": PROTO + EMPTY_DICT + b"r" + struct.pack("<I", 2**32 - 1) + STOP,
+    "a list in itself": PROTO + b"]q\x00h\x00a" + STOP,
+    "lists in lists in lists": PROTO + b"]" * 10**5 + b"a" * (10**5 - 1) + STOP,
+    "many marks": PROTO + b"(" * 10**5 + STOP,
+    "nothing on the stack": PROTO + b"R" + STOP,
+    "no end": PROTO + EMPTY_DICT,
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "older format"])
+def test_a_bomb_goes_off_in_neither_time_nor_memory(bomb: bytes, is_zip: bool, tmp_path: Path) -> None:
+    path = tmp_path / "ckpt.pt"
+    if is_zip:
+        save_pickle(path, bomb)
+    else:
+        save(path, None, _use_new_zipfile_serialization=False)
+        path.write_bytes(path.read_bytes().replace(PROTO + NONE + STOP, bomb, 1))
+    with bounded(), pytest.raises(UserError, match=r"ckpt\.pt: (is |holds |names )"):
+        read_checkpoint(path)
+
+
+def test_a_very_long_name_makes_a_short_message(tmp_path: Path) -> None:
+    path = save(tmp_path / "ckpt.pt", {"model": {"\x1b[2J\n" * 10**6: torch.ones(1)}})
+    with bounded(), pytest.raises(UserError) as raised:
+        read_checkpoint(path).architecture()
+    assert len(str(raised.value)) <= MAX_MESSAGE
+    assert str(raised.value).isprintable()
