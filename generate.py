@@ -50,7 +50,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--tokenizer_path", help=f"tokenizer JSON (default: {DEFAULT_TOKENIZER}, or the converted folder's own)"
     )
     files.add_argument("--n_head", type=number(int, 1), help="number of heads, where the checkpoint does not tell")
-    files.add_argument("--activation", choices=("gelu", "gelu_new"), default="gelu", help="exact or tanh GELU")
+    files.add_argument("--activation", choices=("gelu", "gelu_new"), help="exact or tanh GELU (default: gelu)")
 
     prompt = parser.add_argument_group("prompt")
     source = prompt.add_mutually_exclusive_group(required=True)
@@ -103,10 +103,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("arguments --prompts_file and --output_file: go together")
     if args.prompts_file is not None and not args.prompts_file.is_file():
         parser.error(f"argument --prompts_file: there is no file {args.prompts_file}")
+    if args.output_file is not None and args.output_file.exists():
+        parser.error(f"argument --output_file: {args.output_file} exists already")
+    if args.output_file is not None and not args.output_file.parent.is_dir():
+        parser.error(f"argument --output_file: there is no folder {args.output_file.parent}")
+    if args.prompts_file is not None and args.input_text:
+        parser.error("argument --input_text: with --prompts_file each record has its own input")
     if args.prompts_file is not None and args.num_return_sequences > 1:
         parser.error("argument --num_return_sequences: --prompts_file gives each record one response")
     if not Path(args.checkpoint_path).exists():
         parser.error(f"argument --checkpoint_path: there is no {args.checkpoint_path}")
+    if Path(args.checkpoint_path).is_dir() and (args.n_head or args.activation):
+        parser.error("arguments --n_head and --activation: are for a .pt file; a folder's config.json tells")
     if args.tokenizer_path is None and not Path(args.checkpoint_path).is_dir():
         args.tokenizer_path = DEFAULT_TOKENIZER
     if args.tokenizer_path is not None and not Path(args.tokenizer_path).is_file():
@@ -137,7 +145,7 @@ def run(args: argparse.Namespace) -> None:
         device=device,
         dtype=args.dtype,
         n_head=args.n_head,
-        activation=args.activation,
+        activation=args.activation or "gelu",
     )
     note(f"model       {describe_architecture(model.config)}")
     note(f"parameters  {describe_parameters(model)}")

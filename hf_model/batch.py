@@ -67,9 +67,8 @@ def answer_file(
     if output_file.exists():
         raise UserError(f"{output_file}: exists already; choose another --output_file or delete it")
     journal = output_file.with_name(f"{output_file.name}.partial")
-    run = hashlib.sha256(
-        json.dumps([records, asdict(sampling), model.config.to_dict()], default=str).encode()
-    ).hexdigest()
+    identity = [records, asdict(sampling), parse_special_tokens, model.config.to_dict(), tokenizer.get_vocab()]
+    run = hashlib.sha256(json.dumps(identity, default=str, sort_keys=True).encode()).hexdigest()
     responses = _read_journal(journal, run)
     prompts = {
         index: encode(tokenizer, format_prompt(record["instruction"], record.get("input") or ""), parse_special_tokens)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from hf_model.checkpoint import Checkpoint, read_checkpoint
 from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.diagnosis import STUTTER_SHARE, copied_share, non_finite
-from hf_model.errors import UserError, memory_for
+from hf_model.errors import UserError, memory_for, one_line
 from hf_model.folder import check_target, whole_folder
 from hf_model.model_card import model_card
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
@@ -162,7 +162,12 @@ def convert(
         for file in sorted(folder.iterdir()):
             report(f"              {file.name:<32} {_size(file.stat().st_size):>10}")
         if verify:
-            report(f"verified      {verify_folder(folder, checkpoint_path, tokenizer_path)}")
+            try:
+                report(f"verified      {verify_folder(folder, checkpoint_path, tokenizer_path)}")
+            except UserError:
+                raise
+            except Exception as error:  # whatever the library trips over in a folder that is not what was written
+                raise UserError(f"{output_dir}: cannot be read back ({one_line(error, 200)})") from None
     return output_dir
 
 
@@ -224,6 +229,8 @@ def verify_folder(folder: Path, checkpoint_path: str | Path, tokenizer_path: str
         written = AutoModelForCausalLM.from_pretrained(folder).state_dict()
         source = read_checkpoint(checkpoint_path, check_bytes=False).state_dict
         source.setdefault("lm_head.weight", source["transformer.wte.weight"])
+        if astray := written.keys() ^ source.keys():
+            raise UserError(f"{folder}: {', '.join(sorted(astray))} is on one side only")
         compared_bytes = 0
         while remaining and compared_bytes < VERIFY_BYTES:
             name = remaining.pop()

@@ -161,10 +161,12 @@ class LeanForward:
             and input_ids is not None
             and input_ids.shape[1] == 1
             and position_ids is not None
+            and int(position_ids.max()) < self.block_size  # past that, the plain forward says what is wrong
             and cache is not None
             and (cache is self.cache or is_plain_cache(cache))
             and (attention_mask is None or attention_mask.ndim == 2)
             and kwargs.get("use_cache") is True
+            and kwargs.get("return_dict") is not False
             and all(value is None or value is False or name in EXPECTED for name, value in kwargs.items())
         )
 
@@ -188,7 +190,7 @@ class LeanForward:
         self.cache, self.past, self.states = cache, cache.get_seq_length(), []
         for layer in cache.layers:
             B, nh, past, hs = layer.keys.shape
-            room = layer.keys.new_empty(2, B, nh, 2 * past + 64, hs)
+            room = layer.keys.new_empty(2, B, nh, max(past + 1, min(2 * past + 64, self.block_size)), hs)
             room[0, :, :, :past], room[1, :, :, :past] = layer.keys, layer.values
             self.states.append(room)
             layer.keys, layer.values = room[:, :, :, :past].unbind()
@@ -219,7 +221,7 @@ def is_plain(model: Any) -> bool:
     known = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList, type(ACT2FN[config.activation_function]))
     return all(
         (type(module) in known or type(module).__module__ == type(model).__module__)
-        and "forward" not in module.__dict__
+        and not {"forward", "prepare_inputs_for_generation"} & module.__dict__.keys()
         and not (module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl)
         and all(
             type(parameter) is nn.Parameter and parameter.device.type == "cpu" and parameter.dtype == model.dtype
@@ -243,8 +245,9 @@ def lean_decoding(model: Any) -> Iterator[None]:
         yield
     finally:
         if lean is not None:
-            lean.settle()
-            del model.forward, model.prepare_inputs_for_generation
+            with INSTALLING:
+                lean.settle()
+                del model.forward, model.prepare_inputs_for_generation
 
 
 __all__ = ["lean_decoding"]

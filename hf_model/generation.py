@@ -21,7 +21,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from hf_model.configuration_custom_gpt import CustomGPTConfig
-from hf_model.conversion import load_original
+from hf_model.conversion import default_generation, load_original
 from hf_model.errors import UserError, memory_for, one_line
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.tokenization import check_vocabulary, convert_tokenizer
@@ -106,6 +106,7 @@ def _load_folder(
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         else:
             tokenizer = convert_tokenizer(tokenizer_path, model_max_length=config.block_size)
+            model.generation_config = default_generation(tokenizer, config.vocab_size)
         check_vocabulary(tokenizer, config.vocab_size, tokenizer_path or folder, folder)
         return model, tokenizer
     except UserError:
@@ -286,6 +287,7 @@ def generate(
     return Generation(texts, new_tokens=sum(map(len, responses)), seconds=seconds)
 
 
+@memory_for("to generate")
 @_no_distribution()
 def continue_prompts(
     model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[torch.Tensor], sampling: Sampling

@@ -331,9 +331,11 @@ class CustomGPTForCausalLM(CustomGPTPreTrainedModel, GenerationMixin):
         The learned positions start again from 0 in that window, which changes every key and value at every step: no
         cache can serve, so each token past the context costs a forward pass over the window, as in the original.
         """
-        # The prompt may be given as embeddings; `input_ids` then holds the tokens generated since.
-        prompt_length = inputs_embeds.shape[1] if inputs_embeds is not None else 0
-        total = prompt_length + input_ids.shape[1]
+        # The prompt may be given as embeddings, with its ids or without; the tokens generated since are ids only.
+        generated = input_ids
+        if inputs_embeds is not None and kwargs.get("position_ids") is not None:
+            generated = input_ids[:, input_ids.shape[1] + inputs_embeds.shape[1] - kwargs["position_ids"].shape[-1] :]
+        total = generated.shape[1] + (inputs_embeds.shape[1] if inputs_embeds is not None else 0)
         window = self.config.block_size
         if total > window:
             if next_sequence_length is not None and next_sequence_length > 1 and not kwargs.get("is_first_iteration"):
@@ -342,7 +344,7 @@ class CustomGPTForCausalLM(CustomGPTPreTrainedModel, GenerationMixin):
                     "token needs a forward pass of its own. Lower max_new_tokens or generate without an assistant."
                 )
             if inputs_embeds is not None:
-                inputs_embeds = torch.cat([inputs_embeds, self.get_input_embeddings()(input_ids)], dim=1)[:, -window:]
+                inputs_embeds = torch.cat([inputs_embeds, self.get_input_embeddings()(generated)], dim=1)[:, -window:]
                 kwargs["is_first_iteration"] = True  # the library takes embeddings only then
             input_ids = input_ids[:, -window:]
             attention_mask = attention_mask[:, -window:] if attention_mask is not None else None

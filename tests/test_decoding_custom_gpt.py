@@ -130,6 +130,30 @@ def test_generation_goes_on_from_a_returned_cache():
     assert torch.equal(rest, model.generate(prompts(), max_new_tokens=20, do_sample=False))
 
 
+def test_going_on_past_the_context_with_new_ids_alone_is_a_clear_error():
+    model = model_of()
+    half = model.generate(prompts(), max_new_tokens=10, do_sample=False, return_dict_in_generate=True)
+    ids = half.sequences
+    with pytest.raises(ValueError, match="past the 64 learned positions"):
+        model.generate(
+            ids[:, -1:],
+            attention_mask=torch.ones_like(ids),
+            past_key_values=half.past_key_values,
+            max_new_tokens=CONTEXT,
+            do_sample=False,
+        )
+
+
+def test_embeddings_given_with_their_ids_are_counted_once(both_ways):
+    model = model_of()
+    ids = prompts(length=40)
+    embeds = model.get_input_embeddings()(ids)
+    alone, _ = both_ways(model, ids, max_new_tokens=40, do_sample=False)
+    model.generation_config.pad_token_id = 1
+    both = model.generate(ids, inputs_embeds=embeds, max_new_tokens=40, do_sample=False)
+    assert torch.equal(both[0, -40:], alone.sequences[0, -40:])
+
+
 def test_threads_get_what_they_get_alone_and_leave_the_model_as_it_was():
     model = model_of()
     alone = [model.generate(prompts(length=5 + i), max_new_tokens=20, do_sample=False) for i in range(4)]
