@@ -104,7 +104,10 @@ def main() -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        print(f"convert_checkpoint.py: error: {error.name} is not installed for {sys.executable}: see the README", file=sys.stderr)
+        print(
+            f"convert_checkpoint.py: error: {error.name} is not installed for {sys.executable}: see the README",
+            file=sys.stderr,
+        )
         return 2
     except Exception as error:
         from hf_model.errors import UserError

@@ -227,7 +227,9 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     except ModuleNotFoundError as error:
-        print(f"generate.py: error: {error.name} is not installed for {sys.executable}: see the README", file=sys.stderr)
+        print(
+            f"generate.py: error: {error.name} is not installed for {sys.executable}: see the README", file=sys.stderr
+        )
         return 2
     except OSError as error:  # of the output: the library turns all others into a UserError
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

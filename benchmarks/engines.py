@@ -1,0 +1,181 @@
+"""The engines under comparison, each built from one plain GPT: a function from (prompt, number of tokens) to tokens.
+
+All decode greedily on the CPU with the threads of PyTorch and never stop early. An engine that is not installed raises
+ImportError when it is built.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from examples.plain_gpt import GPT
+from hf_model import CustomGPTConfig, CustomGPTForCausalLM
+
+Generate = Callable[[list[int], int], list[int]]
+
+
+def original(gpt: GPT, folder: Path) -> Generate:
+    return lambda prompt, new: gpt.generate(torch.tensor([prompt]), new, temperature=0)[0, len(prompt) :].tolist()
+
+
+class ThroughGenerate:
+    """A transformers model as its users run it."""
+
+    def __init__(self, model: PreTrainedModel):
+        model.generation_config.update(eos_token_id=None, pad_token_id=0, do_sample=False)
+        self.model = model
+
+    def __call__(self, prompt: list[int], new: int) -> list[int]:
+        ids = torch.tensor([prompt])
+        output = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new)
+        return output[0, len(prompt) :].tolist()
+
+
+def ours(gpt: GPT, folder: Path, dtype: torch.dtype = torch.float32) -> ThroughGenerate:
+    """As a user has it: `from_pretrained` of a saved folder, then `model.generate`."""
+    if not (folder / "hf").exists():
+        model = CustomGPTForCausalLM(CustomGPTConfig(**gpt.model_args())).eval()
+        model.load_state_dict(gpt.state_dict())
+        model.save_pretrained(folder / "hf")
+    return ThroughGenerate(CustomGPTForCausalLM.from_pretrained(folder / "hf", dtype=dtype))
+
+
+def gpt2(gpt: GPT) -> GPT2LMHeadModel:
+    """The same weights in the library's GPT-2, whose projections are stored transposed and always have a bias."""
+    args = gpt.config
+    config = GPT2Config(
+        vocab_size=args.vocab_size,
+        n_positions=args.block_size,
+        n_embd=args.n_embd,
+        n_layer=args.n_layer,
+        n_head=args.n_head,
+        activation_function="gelu",
+        tie_word_embeddings=False,
+    )
+    model = GPT2LMHeadModel(config).eval()
+    projections = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    weights = {name: w.t() if name.endswith(projections) else w for name, w in gpt.state_dict().items()}
+    biases = {name: torch.zeros_like(b) for name, b in model.state_dict().items() if name.endswith("bias")}
+    model.load_state_dict(biases | weights)
+    return model
+
+
+def gpt2_in_transformers(gpt: GPT, folder: Path) -> Generate:
+    return ThroughGenerate(gpt2(gpt))
+
+
+def ctranslate2(gpt: GPT, folder: Path, compute_type: str = "float32") -> Generate:
+    from ctranslate2 import Generator
+    from ctranslate2.converters.transformers import GPT2Loader
+
+    if not (folder / "ct2").exists():
+        loader = GPT2Loader()
+        model = gpt2(gpt)
+        spec = loader.get_model_spec(model)
+        spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = "0"
+        spec.register_vocabulary([str(i) for i in range(gpt.config.vocab_size)])
+        spec.validate()
+        spec.optimize(quantization=None)
+        (folder / "ct2").mkdir()
+        spec.save(str(folder / "ct2"))
+    threads = torch.get_num_threads()
+    generator = Generator(str(folder / "ct2"), compute_type=compute_type, inter_threads=1, intra_threads=threads)
+
+    def generate(prompt: list[int], new: int) -> list[int]:
+        tokens = [[str(i) for i in prompt]]
+        options = {"max_length": new, "min_length": new}  # never the end token
+        results = generator.generate_batch(tokens, beam_size=1, include_prompt_in_result=False, **options)
+        return [int(token) for token in results[0].sequences[0]]
+
+    return generate
+
+
+GGUF_NAMES = {
+    "transformer.wte": "token_embd",
+    "transformer.wpe": "position_embd",
+    "transformer.ln_f": "output_norm",
+    "lm_head": "output",
+    "ln_1": "attn_norm",
+    "ln_2": "ffn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}
+
+
+def gguf_name(name: str) -> str:
+    module, _, kind = name.rpartition(".")
+    if module.startswith("transformer.h."):
+        _, _, layer, rest = module.split(".", 3)
+        return f"blk.{layer}.{GGUF_NAMES[rest]}.{kind}"
+    return f"{GGUF_NAMES[module]}.{kind}"
+
+
+def llama_cpp(gpt: GPT, folder: Path, quantization: str = "F32") -> Generate:
+    """llama.cpp's own GPT-2, with the tanh GELU in place of the exact one: the same work, nearly the same numbers."""
+    import gguf
+    from llama_cpp import Llama, llama_get_logits_ith
+
+    args, path = gpt.config, folder / f"{quantization}.gguf"
+    if not path.exists():
+        writer = gguf.GGUFWriter(path, "gpt2")
+        writer.add_context_length(args.block_size)
+        writer.add_embedding_length(args.n_embd)
+        writer.add_feed_forward_length(4 * args.n_embd)
+        writer.add_block_count(args.n_layer)
+        writer.add_head_count(args.n_head)
+        writer.add_layer_norm_eps(1e-5)
+        writer.add_vocab_size(args.vocab_size)
+        writer.add_tokenizer_model("none")
+        kind = gguf.GGMLQuantizationType[quantization]
+        for name, weight in gpt2_parts(gpt).items():
+            if weight.ndim == 2 and "wpe" not in name:
+                writer.add_tensor(gguf_name(name), gguf.quants.quantize(weight, kind), raw_dtype=kind)
+            else:
+                writer.add_tensor(gguf_name(name), weight)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    threads = torch.get_num_threads()
+    llama = Llama(str(path), n_ctx=args.block_size, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+    def generate(prompt: list[int], new: int) -> list[int]:
+        llama.reset()
+        llama.eval(prompt)
+        tokens: list[int] = []
+        while True:
+            logits = np.ctypeslib.as_array(llama_get_logits_ith(llama.ctx, -1), (args.vocab_size,))
+            tokens.append(int(logits.argmax()))
+            if len(tokens) == new:
+                return tokens
+            llama.eval(tokens[-1:])
+
+    return generate
+
+
+def gpt2_parts(gpt: GPT) -> dict[str, np.ndarray]:
+    """The state dict with the biases that llama.cpp's GPT-2 asks for."""
+    parts = {name: weight.numpy() for name, weight in gpt.state_dict().items()}
+    for name, weight in list(parts.items()):
+        if ".h." in name or ".ln_f." in name:
+            parts.setdefault(name.replace(".weight", ".bias"), np.zeros(len(weight), np.float32))
+    return parts
+
+
+ENGINES: dict[str, Callable[[GPT, Path], Generate]] = {
+    "original": original,
+    "transformers GPT-2": gpt2_in_transformers,
+    "CTranslate2 f32": ctranslate2,
+    "llama.cpp f32": llama_cpp,
+    "this repository f32": ours,
+    "llama.cpp f16": partial(llama_cpp, quantization="F16"),
+    "this repository bf16": partial(ours, dtype=torch.bfloat16),
+    "llama.cpp q8_0": partial(llama_cpp, quantization="Q8_0"),
+    "CTranslate2 int8": partial(ctranslate2, compute_type="int8"),
+}
