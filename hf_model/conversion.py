@@ -27,6 +27,8 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_custom_gpt.CustomGPTForCausalLM",
     "AutoModelForSequenceClassification": "modeling_custom_gpt.CustomGPTForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_custom_gpt.CustomGPTForTokenClassification",
+    # `transformers serve` takes a folder's own code by this name alone, before it looks for the library's classes.
+    "AutoModelForDecision": "modeling_custom_gpt.CustomGPTForCausalLM",
 }
 TOKENIZER_PROBES = (
     format_prompt("What is the capital of France?"),

@@ -131,6 +131,8 @@ class LeanForward:
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
+        if torch.compiler.is_compiling():  # `generate` was asked to compile, and means the plain forward
+            return self.plain(input_ids, attention_mask, position_ids, past_key_values, **kwargs)
         if not self.fits(input_ids, attention_mask, position_ids, past_key_values, kwargs):
             if threading.get_ident() == self.thread:
                 self.settle()

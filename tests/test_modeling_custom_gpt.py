@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
-from hf_model import CustomGPTConfig, CustomGPTForCausalLM, CustomGPTModel
-from tests.tiny import BOS, PAD, SIZES, gpt, twin
+from hf_model import CustomGPTConfig, CustomGPTForCausalLM
+from tests.tiny import PAD, SIZES, gpt, twin
 
 SHAPES = {
     "tiny": {},
@@ -290,49 +289,3 @@ class TestEmbeddings:
         assert (loaded.lm_head.weight is loaded.transformer.wte.weight) == tied
         ids = tokens(2, 9)
         assert torch.equal(loaded(ids).logits, model(ids).logits)
-
-
-class TestConfiguration:
-    def test_the_auto_classes_know_the_model_type(self) -> None:
-        config = AutoConfig.for_model("custom_gpt", **SIZES)
-        assert type(config) is CustomGPTConfig
-        assert type(AutoModel.from_config(config)) is CustomGPTModel
-        assert type(AutoModelForCausalLM.from_config(config)) is CustomGPTForCausalLM
-
-    def test_the_standard_names_are_the_checkpoint_names(self) -> None:
-        config = CustomGPTConfig(n_layer=3, n_head=2, n_embd=8, block_size=16)
-        assert config.num_hidden_layers == 3
-        assert config.num_attention_heads == 2
-        assert config.hidden_size == 8
-        assert config.max_position_embeddings == 16
-        assert CustomGPTConfig(hidden_size=24, num_attention_heads=2).n_embd == 24
-
-    def test_the_defaults_are_the_format_document_s(self) -> None:
-        config = CustomGPTConfig()
-        assert (config.bias, config.dropout, config.activation_function, config.layer_norm_epsilon) == (
-            True,
-            0.1,
-            "gelu",
-            1e-5,
-        )
-        assert (config.tie_word_embeddings, config.bos_token_id) == (False, BOS)
-
-    @pytest.mark.parametrize(
-        "values, message",
-        [
-            ({"n_layer": 0}, "`n_layer` must be at least 1, got 0"),
-            ({"n_head": 0}, "`n_head` must be at least 1, got 0"),
-            ({"n_embd": -8}, "`n_embd` must be at least 1, got -8"),
-            ({"block_size": 0}, "`block_size` must be at least 1, got 0"),
-            ({"vocab_size": 0}, "`vocab_size` must be at least 1, got 0"),
-            ({"n_embd": 8, "n_head": 3}, r"`n_embd` \(8\) must be divisible by `n_head` \(3\)"),
-            ({"dropout": 1.0}, r"`dropout` must be in \[0, 1\), got 1.0"),
-            ({"dropout": -0.1}, r"`dropout` must be in \[0, 1\), got -0.1"),
-            ({"activation_function": "sine"}, "`activation_function` 'sine' is not one of gelu, "),
-            ({"n_layer": "2"}, "Field 'n_layer' expected int, got str"),
-            ({"bias": "yes"}, "Field 'bias' expected bool, got str"),
-        ],
-    )
-    def test_impossible_values_are_refused(self, values: dict, message: str) -> None:
-        with pytest.raises(StrictDataclassError, match=message):
-            CustomGPTConfig(**values)

@@ -1,5 +1,6 @@
 """The stock `Trainer` on the converted example."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,8 @@ def test_the_saved_folder_loads_as_a_converted_one_does(trained: tuple, capitals
     assert {file.name for file in capitals.iterdir()} - {"README.md", "special_tokens_map.json"} <= {
         file.name for file in saved.iterdir()
     }
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (capitals, saved)]
+    assert configs[1]["auto_map"] == configs[0]["auto_map"]
     model, tokenizer = generation.load(saved, None, device=torch.device("cpu"))
     for name, weight in run.model.state_dict().items():
         assert torch.equal(model.state_dict()[name], weight)
