@@ -17,7 +17,7 @@ from examples.plain_gpt import GPT, GPTConfig
 from hf_model.conversion import load_original
 from hf_model.errors import UserError
 
-EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "150"))
+EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "100"))
 PREFIXES = ("", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.")
 EXTRAS = {"loss": 3.9, "best_val_loss": torch.tensor(1.5), "optimizer_state_dict": {"state": {}}, "run": ["a", None]}
 SIZES = ("n_layer", "n_embd", "block_size", "vocab_size")
