@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -16,7 +16,20 @@ if TYPE_CHECKING:
     from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 
 DEFAULT_CHECKPOINT = "out/finetune/ckpt.pt"
+MOST_ANSWERS = 10**6  # at a time; past these, sizes would overflow in torch
+MOST_TOKENS = 10**9
 DEFAULT_TOKENIZER = "data/tokenizer/custom_gpt_tokenizer.json"
+
+
+class OutputError(Exception):
+    """Standard output or standard error cannot be written; its cause is the system's error."""
+
+
+def show(text: str, end: str = "\n", file: TextIO | None = None) -> None:
+    try:
+        print(text, end=end, file=file, flush=True)
+    except OSError as error:
+        raise OutputError from error
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,7 +77,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
 
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--max_new_tokens", type=number(int, 1), default=150, help="longest answer, in tokens")
+    sampling.add_argument(
+        "--max_new_tokens", type=number(int, 1, maximum=MOST_TOKENS), default=150, help="longest answer, in tokens"
+    )
     sampling.add_argument("--temperature", type=number(float, 0), default=0.8, help="randomness; 0 is greedy")
     sampling.add_argument("--top_k", type=number(int, 0), default=50, help="sample from the k likeliest; 0 is all")
     sampling.add_argument(
@@ -79,14 +94,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=1.0,
         help="above 1 discourages repetition",
     )
-    sampling.add_argument("--num_return_sequences", type=number(int, 1), default=1, help="how many answers")
+    sampling.add_argument(
+        "--num_return_sequences", type=number(int, 1, maximum=MOST_ANSWERS), default=1, help="how many answers"
+    )
     sampling.add_argument(
         "--seed", type=number(int, -(2**63), maximum=2**64 - 1), default=1337, help="makes a run repeatable"
     )
 
     batch = parser.add_argument_group("many prompts (with --prompts_file)")
     batch.add_argument("--output_file", type=Path, help="JSON Lines of the same records, each with its response")
-    batch.add_argument("--batch_size", type=number(int, 1), default=16, help="records at a time")
+    batch.add_argument("--batch_size", type=number(int, 1, maximum=MOST_ANSWERS), default=16, help="records at a time")
 
     run = parser.add_argument_group("run")
     run.add_argument("--device", help="such as cuda, cuda:1, mps or cpu (default: the best there is)")
@@ -133,7 +150,7 @@ def run(args: argparse.Namespace) -> None:
     logging.disable_progress_bar()
 
     def note(line: str = "") -> None:
-        print(line, file=sys.stderr if args.response_only else sys.stdout, flush=True)
+        show(line, file=sys.stderr if args.response_only else sys.stdout)
 
     device = generation.pick_device(args.device)
     note(f"device      {device}")
@@ -170,10 +187,10 @@ def answer_prompt(
     streams = args.num_return_sequences == 1 and not args.no_stream
     pieces: list[str] = []
 
-    def show(piece: str) -> None:
+    def take(piece: str) -> None:
         pieces.append(piece)
         if streams:
-            print(piece, end="", flush=True)
+            show(piece, end="")
 
     try:
         output = generate(
@@ -182,12 +199,12 @@ def answer_prompt(
             encode(tokenizer, content, args.parse_special_tokens),
             sampling,
             response_only=args.response_only,
-            on_text=show,
+            on_text=take,
         )
     except KeyboardInterrupt:
-        print("" if streams else "".join(pieces))
+        show("" if streams else "".join(pieces))
         raise
-    print("\n".join([""] if streams else output.texts))
+    show("\n".join([""] if streams else output.texts))
     note(f"\n{output.new_tokens} tokens in {output.seconds:.2f} s, {output.new_tokens / output.seconds:.1f} tokens/s")
 
 
@@ -223,7 +240,6 @@ def main() -> int:
             stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows a "?" rather than a traceback
     try:
         run(args)
-        print(end="", flush=True)
     except KeyboardInterrupt:
         return 130
     except ModuleNotFoundError as error:
@@ -231,18 +247,19 @@ def main() -> int:
             f"generate.py: error: {error.name} is not installed for {sys.executable}: see the README", file=sys.stderr
         )
         return 2
-    except OSError as error:  # of the output: the library turns all others into a UserError
+    except OutputError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # `| head`: whoever read this has seen enough
+        if isinstance(error.__cause__, BrokenPipeError):  # `| head`: whoever read this has seen enough
             return 0
-        print(f"generate.py: error: the output cannot be written ({error.strerror or error})", file=sys.stderr)
+        reason = getattr(error.__cause__, "strerror", None) or error.__cause__
+        print(f"generate.py: error: the output cannot be written ({reason})", file=sys.stderr)
         return 2
     except Exception as error:
-        from hf_model.errors import UserError
+        from hf_model.errors import UserError, one_line
 
-        if not isinstance(error, UserError):
+        if not isinstance(error, UserError | OSError):
             raise
-        print(f"generate.py: error: {error}", file=sys.stderr)
+        print(f"generate.py: error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

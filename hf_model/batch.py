@@ -2,16 +2,19 @@
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from hf_model.errors import UserError
+from hf_model.folder import disk_errors
 from hf_model.generation import Sampling, continue_prompts, encode
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.prompt import format_prompt
@@ -67,7 +70,10 @@ def answer_file(
     if output_file.exists():
         raise UserError(f"{output_file}: exists already; choose another --output_file or delete it")
     journal = output_file.with_name(f"{output_file.name}.partial")
-    identity = [records, asdict(sampling), parse_special_tokens, model.config.to_dict(), tokenizer.get_vocab()]
+    identity = [
+        *(records, asdict(sampling), parse_special_tokens, model.config.to_dict(), tokenizer.get_vocab()),
+        _checksums(model),
+    ]
     run = hashlib.sha256(json.dumps(identity, default=str, sort_keys=True).encode()).hexdigest()
     responses = _read_journal(journal, run)
     prompts = {
@@ -78,20 +84,18 @@ def answer_file(
     by_length = sorted(
         prompts, key=lambda index: prompts[index].shape[1], reverse=True
     )  # memory runs out early or never
-    try:
-        with (
-            journal.open("a" if responses else "w", encoding="utf-8") as file,  # a journal of another run starts anew
-            tqdm(total=len(records), initial=len(responses), unit="record", disable=None) as progress,
-        ):
-            if not responses:
-                file.write(json.dumps({"run": run}))
-            for batch in _chunks(by_length, batch_size):
-                answers = continue_prompts(model, tokenizer, [prompts[index] for index in batch], sampling)
+    with disk_errors(output_file), journal.open("a" if responses else "w", encoding="utf-8") as file:
+        if not responses:  # a journal of another run starts anew
+            file.write(json.dumps({"run": run}))
+    with tqdm(total=len(records), initial=len(responses), unit="record", disable=None) as progress:
+        for batch in _chunks(by_length, batch_size):
+            answers = continue_prompts(model, tokenizer, [prompts[index] for index in batch], sampling)
+            with disk_errors(output_file), journal.open("a", encoding="utf-8") as file:
                 for index, answer in zip(batch, answers, strict=True):
                     responses[index] = answer
                     file.write("\n" + json.dumps({"index": index, "response": answer}))
-                file.flush()
-                progress.update(len(batch))
+            progress.update(len(batch))
+    with disk_errors(output_file):
         complete = journal.with_name(f"{output_file.name}.complete")
         complete.write_text(
             "".join(
@@ -103,9 +107,12 @@ def answer_file(
         )
         complete.rename(output_file)
         journal.unlink()
-    except OSError as error:
-        raise UserError(f"{output_file}: cannot be written ({error.strerror or error})") from None
     return len(prompts)
+
+
+def _checksums(model: CustomGPTForCausalLM) -> list[int]:
+    """Of the weights as they are used: a model keeps its identity in another folder, and in no other dtype."""
+    return [zlib.crc32(tensor.cpu().reshape(-1).view(torch.uint8).numpy()) for tensor in model.state_dict().values()]
 
 
 def _read_journal(journal: Path, run: str) -> dict[int, str]:

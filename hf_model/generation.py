@@ -1,5 +1,6 @@
 """Text from a prompt, on the stock `model.generate`: what `generate.py` does between its arguments and its output."""
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from tokenizers.decoders import DecodeStream
 from transformers import (
     AutoConfig,
@@ -96,6 +98,7 @@ def _load_folder(
             raise UserError(
                 f"{folder}: holds a model of type {config.model_type!r}, not {CustomGPTConfig.model_type!r}"
             )
+        _check_sizes(folder, config)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
@@ -114,6 +117,25 @@ def _load_folder(
     # The folder's files are not to be trusted in anything: whatever they trip in the library is their fault.
     except Exception as error:
         raise UserError(f"{folder}: cannot be loaded ({one_line(error, 200)})") from None
+
+
+def _check_sizes(folder: Path, config: CustomGPTConfig) -> None:
+    """Refuse sizes that the weights cannot have, for which the library would first take the time and the memory."""
+    layers: set[str] = set()
+    n_bytes = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:  # reads names and shapes only
+            layers.update(found[1] for name in file.keys() if (found := re.search(r"\bh\.(\d+)\.", name)))  # noqa: SIM118
+        n_bytes += path.stat().st_size
+    if not n_bytes:
+        raise UserError(f"{folder}: cannot be loaded (no file named model.safetensors, nor a part of it)")
+    n_weights = (config.vocab_size + config.block_size + 12 * config.n_layer * config.n_embd) * config.n_embd
+    if config.n_layer > len(layers) or n_weights > 2 * n_bytes:  # the narrowest weights have four bits
+        raise UserError(
+            f"{folder}: its config.json and its weights do not belong together (n_layer={config.n_layer}, "
+            f"n_embd={config.n_embd}, vocab_size={config.vocab_size} and block_size={config.block_size} are "
+            f"more than the weights' {len(layers)} layers and {n_bytes:,} bytes)"
+        )
 
 
 @dataclass(frozen=True)
@@ -147,7 +169,7 @@ class TokenStream(BaseStreamer):
     """Gathers the tokens of a generation as they come, and gives each new piece of text to a function.
 
     The pieces of a single sequence add up to its text in `Generation`. (The library's `TextStreamer` decodes everything
-    anew for each token, which is slow in long texts.)
+    anew for each token, which is slow in long texts.) Of several sequences, the tokens are only kept.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, on_text: Callable[[str], None], prompt_text: bool):
@@ -158,6 +180,8 @@ class TokenStream(BaseStreamer):
         self.awaits_prompt = True
         self.ids: list[int] = []
         """The tokens that the text is made of, as integers: thousands of little tensors would scatter the heap."""
+        self.rows: list[list[int]] = []
+        """Of several sequences, the new tokens of each."""
         self.decoder = DecodeStream(skip_special_tokens=not prompt_text)
         self.length = 0
         self.has_begun = False
@@ -165,7 +189,12 @@ class TokenStream(BaseStreamer):
     def put(self, value: torch.Tensor) -> None:
         """Take the prompt, of shape (B, T), and then the token of each step, of shape (B,)."""
         is_prompt, self.awaits_prompt = self.awaits_prompt, False
-        if value.shape[0] == 1 and (self.prompt_text or not is_prompt):
+        if value.shape[0] > 1 and is_prompt:
+            self.rows = [[] for _ in value]
+        elif value.shape[0] > 1:
+            for row, token_id in zip(self.rows, value.tolist(), strict=True):
+                row.append(token_id)
+        elif self.prompt_text or not is_prompt:
             for token_id in value.flatten().tolist():
                 self.ids.append(token_id)
                 self._emit(self.decoder.step(self.tokenizer.backend_tokenizer, token_id) or "")
@@ -256,7 +285,8 @@ def generate(
     Args:
         input_ids: the prompt, of shape (1, T).
         response_only: leave the prompt and special tokens out of the texts.
-        on_text: called with each piece of text as it comes, where there is one sequence.
+        on_text: called with each piece of text as it comes, where there is one sequence; of several, after an
+            interrupt, with the lines that they have come to.
 
     Raises:
         UserError: the model's logits are NaN or infinite, or the sampling options make them so.
@@ -264,6 +294,13 @@ def generate(
     """
     stream = TokenStream(tokenizer, on_text, prompt_text=not response_only)
     input_ids = input_ids.to(model.device)
+    prompt = input_ids[0].tolist()
+
+    def text(ids: list[int]) -> str:
+        if response_only:
+            return tokenizer.decode(ids, skip_special_tokens=True).lstrip()
+        return tokenizer.decode(prompt + ids)
+
     try:
         with _seeded(sampling.seed):
             start = time.perf_counter()
@@ -277,14 +314,10 @@ def generate(
             seconds = time.perf_counter() - start
     except KeyboardInterrupt:
         stream.end()
+        on_text("\n".join(text(_up_to(tokenizer.eos_token_id, row)) for row in stream.rows))
         raise
-    prompt = input_ids[0].tolist()
     responses = [_up_to(tokenizer.eos_token_id, row) for row in sequences[:, len(prompt) :].tolist()]
-    if response_only:
-        texts = [tokenizer.decode(ids, skip_special_tokens=True).lstrip() for ids in responses]
-    else:
-        texts = [tokenizer.decode(prompt + ids) for ids in responses]
-    return Generation(texts, new_tokens=sum(map(len, responses)), seconds=seconds)
+    return Generation([text(ids) for ids in responses], new_tokens=sum(map(len, responses)), seconds=seconds)
 
 
 @memory_for("to generate")

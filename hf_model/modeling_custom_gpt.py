@@ -56,6 +56,7 @@ class CustomGPTAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
+        self.width = config.n_embd
         self.head_dim = config.n_embd // config.n_head
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.dropout
@@ -75,7 +76,7 @@ class CustomGPTAttention(nn.Module):
         B, T, _ = hidden_states.shape
         query, key, value = (
             states.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, nh, T, hs)
-            for states in self.c_attn(hidden_states).chunk(3, dim=-1)
+            for states in self.c_attn(hidden_states).split((self.width, self.width, self.width), dim=-1)
         )
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, nh, S, hs)
@@ -217,7 +218,11 @@ class CustomGPTModel(CustomGPTPreTrainedModel):
         )
         if position_ids is None:
             position_ids = self._position_ids(inputs_embeds, attention_mask, past_key_values)
-        elif not torch.compiler.is_compiling() and (last := int(position_ids.max())) >= self.config.block_size:
+        elif (
+            position_ids.device.type == "cpu"  # elsewhere, to look at a value is to wait for the device
+            and not torch.compiler.is_compiling()
+            and (last := int(position_ids.max())) >= self.config.block_size
+        ):
             raise ValueError(f"Position {last} is past the {self.config.block_size} learned positions (block_size).")
         hidden_states = self.drop(self.wpe(inputs_embeds, position_ids))  # (B, T, C)
 

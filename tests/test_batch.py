@@ -1,5 +1,6 @@
 """A file of records answered in batches: the same answers in the same order, whatever happens on the way."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -158,6 +159,17 @@ class TestResuming:
         assert answer_file(*model_and_tokenizer, RECORDS, out, 2, GREEDY) == len(RECORDS)
         assert [record["response"] for record in written(out)] == ANSWERS
 
+    def test_the_journal_of_other_weights_is_not_used(
+        self, model_and_tokenizer: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out, (model, tokenizer) = tmp_path / "out.jsonl", model_and_tokenizer
+        other = copy.deepcopy(model)
+        other.transformer.h[1].mlp.c_fc.weight.data[3, 4] += 1
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            killed_after(1, patch)
+            answer_file(other, tokenizer, RECORDS, out, 2, GREEDY)
+        assert answer_file(model, tokenizer, RECORDS, out, 2, GREEDY) == len(RECORDS)
+
     def test_the_program_resumes_after_sigkill(
         self, capitals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     ) -> None:
@@ -233,6 +245,16 @@ class TestErrors:
     def test_an_output_place_that_cannot_be_written_is_named(self, model_and_tokenizer: tuple, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"out.jsonl: cannot be written \(No such file or directory\)"):
             answer_file(*model_and_tokenizer, RECORDS, tmp_path / "missing" / "out.jsonl", 2, GREEDY)
+
+    def test_an_error_of_the_device_is_not_one_of_the_output(
+        self, model_and_tokenizer: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def continue_prompts(*args) -> None:
+            raise OSError("the driver is gone")
+
+        monkeypatch.setattr(batch, "continue_prompts", continue_prompts)
+        with pytest.raises(OSError, match=r"^the driver is gone$"):
+            answer_file(*model_and_tokenizer, RECORDS, tmp_path / "out.jsonl", 2, GREEDY)
 
     def test_the_program_reports_a_bad_line_and_exits_with_2(
         self, capitals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture

@@ -16,6 +16,7 @@ import pytest
 
 import convert_checkpoint
 import generate
+from hf_model import generation
 from tests.tiny import CAPITALS, CHECKPOINT, EOS, ROOT, TOKENIZER, gpt, save_files
 
 EXAMPLE = ("--checkpoint_path", str(CHECKPOINT), "--tokenizer_path", str(TOKENIZER))
@@ -67,8 +68,11 @@ class TestArguments:
             (("--top_p", "1.1"), "--top_p: must be above 0 and at most 1, got 1.1"),
             (("--repetition_penalty", "0"), "--repetition_penalty: must be above 0, got 0"),
             (("--repetition_penalty", "-1"), "--repetition_penalty: must be above 0, got -1"),
-            (("--max_new_tokens", "0"), "--max_new_tokens: must be at least 1, got 0"),
-            (("--num_return_sequences", "0"), "--num_return_sequences: must be at least 1, got 0"),
+            (("--max_new_tokens", "0"), "--max_new_tokens: must be at least 1 and at most 1000000000, got 0"),
+            (("--num_return_sequences", "0"), "--num_return_sequences: must be at least 1 and at most 1000000, got 0"),
+            (("--num_return_sequences", str(2**63)), "--num_return_sequences: must be at least 1 and at most 1000000"),
+            (("--max_new_tokens", str(10**30)), "--max_new_tokens: must be at least 1 and at most 1000000000, got 1"),
+            (("--batch_size", str(10**30)), "--batch_size: must be at least 1 and at most 1000000, got 1"),
             (("--n_head", "0"), "--n_head: must be at least 1, got 0"),
             (("--seed", "lucky"), "--seed: invalid int value: 'lucky'"),
             (("--seed", str(2**64)), "--seed: must be at least -9223372036854775808 and at most 18446744073709551615"),
@@ -241,6 +245,16 @@ class TestGenerate:
         *_, error = result.err.splitlines()
         assert (result.status, result.out) == (2, "")
         assert error.startswith(f"generate.py: error: {message}")
+
+    @pytest.mark.parametrize("error", [OSError("libcuda.so.1: cannot open"), BrokenPipeError("the driver is gone")])
+    def test_a_system_error_that_is_not_of_the_output_is_not_called_one(
+        self, error: OSError, call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def pick_device(name: str | None) -> None:
+            raise error
+
+        monkeypatch.setattr(generation, "pick_device", pick_device)
+        assert call(generate, *EXAMPLE, *FRANCE) == Result(2, "", f"generate.py: error: {error}\n")
 
     @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
     def test_ctrl_c_ends_the_text_and_exits_with_130(self, tmp_path: Path) -> None:

@@ -4,7 +4,10 @@ By the backend's source in vLLM 0.30 (vllm/model_executor/models/transformers). 
 tests/test_pipeline_plan.py.
 """
 
+import ast
+import inspect
 import json
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -66,6 +69,17 @@ def test_attention_goes_through_the_interface_of_whoever_runs_the_model(
     head_size = config.n_embd // config.n_head
     assert calls == [(layer, None, head_size**-0.5, f"cache of layer {layer}") for layer in range(config.n_layer)]
     torch.testing.assert_close(hidden_states, base_model(ids).last_hidden_state)
+
+
+def test_one_projection_is_split_into_three_sizes_that_sharding_could_replace(base_model: PreTrainedModel) -> None:
+    """vLLM looks for a linear whose output is split at once, and puts its own fused projection there."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(type(base_model.h[0].attn).forward)))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    split = next(call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "split")
+    assert isinstance(split.func.value, ast.Call)
+    assert ast.unparse(split.func.value.func) == "self.c_attn"
+    sizes = split.args[0]
+    assert isinstance(sizes, ast.Tuple) and len(sizes.elts) == 3
 
 
 def test_the_plan_shards_every_linear_in_a_style_that_vllm_knows(base_model: PreTrainedModel) -> None:

@@ -310,6 +310,11 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         "cannot be loaded",
     ),
     "a layer more in config.json": (edit_json("config.json", n_layer=4), "its config.json and its weights do not bel"),
+    "a billion layers in config.json": (edit_json("config.json", n_layer=10**9), "its config.json and its weights do"),
+    "a vocabulary of millions in config.json": (
+        edit_json("config.json", vocab_size=5 * 10**6),
+        "its config.json and its weights do not belong together",
+    ),
     "a width that the heads do not divide": (edit_json("config.json", n_head=5), "cannot be loaded"),
     "no config.json": (lambda folder: (folder / "config.json").unlink(), "holds no model"),
     "config.json cut short": (cut("config.json", 50), "cannot be loaded"),

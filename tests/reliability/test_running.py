@@ -171,8 +171,12 @@ def start(*arguments: str, **how: object) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, **how)  # type: ignore[call-overload]
 
 
-@pytest.mark.parametrize("flags", [[], ["--no_stream"]], ids=["streamed", "not streamed"])
-def test_an_interrupt_shows_what_there_is_and_exits_with_130(flags: list[str]) -> None:
+@pytest.mark.parametrize(
+    "flags, n_texts",
+    [([], 1), (["--no_stream"], 1), (["--num_return_sequences", "3"], 3)],
+    ids=["streamed", "not streamed", "several"],
+)
+def test_an_interrupt_shows_what_there_is_and_exits_with_130(flags: list[str], n_texts: int) -> None:
     process = start(*ENDLESS, *flags, stdout=subprocess.PIPE)
     shown = b""
     while b"content" not in shown:
@@ -186,7 +190,7 @@ def test_an_interrupt_shows_what_there_is_and_exits_with_130(flags: list[str]) -
     rest, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors == b""
-    assert b"[BOS]Instruction: Hello Response:" in shown + rest
+    assert (shown + rest).count(b"[BOS]Instruction: Hello Response:") == n_texts
     assert rest.endswith(b"\n")
 
 
