@@ -1,30 +1,54 @@
-"""Tokens per second of every installed engine that takes the same weights: `python -m benchmarks.decode`.
+"""Speed of every installed engine that takes the same weights: `python -m benchmarks.decode`.
 
-Random weights of two sizes, greedy decoding of one sequence on the CPU. The engines take turns, round by round, so that
-a busy moment of the machine hits them alike; their first tokens are compared, so that all are seen to compute the same.
-Writes results/decode.json, decode.md and decode.png beside this file.
+Random weights of two sizes, greedy decoding on the CPU. Each engine lives in a process of its own, for thread pools of
+one disturb another's; the processes take turns, round by round, so that a busy moment of the machine hits them alike.
+Their first tokens are compared, so that all are seen to compute the same. Writes results/decode.json, decode.md and
+decode.png beside this file.
 """
 
 import argparse
 import json
+import multiprocessing
 import platform
 import re
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from transformers.utils import logging
 
-from benchmarks.engines import ENGINES, Generate
+from benchmarks.engines import ENGINES
 from examples.plain_gpt import GPT, GPTConfig
 
 SIZES = {
     "A": GPTConfig(n_layer=12, n_head=12, n_embd=768, vocab_size=32000, bias=False),
     "B": GPTConfig(n_layer=6, n_head=6, n_embd=384, vocab_size=30000, bias=False),
+}
+
+
+class Case(NamedTuple):
+    rows: int
+    prompt: int
+    new: int
+
+    def tokens(self) -> int:
+        """What a speed counts: new tokens, or those of the prompt where one new token is all."""
+        return self.rows * (self.prompt if self.new == 1 else self.new)
+
+
+CASES = {
+    "one sequence": Case(1, 32, 128),
+    "prompt of 200": Case(1, 200, 1),
+    "prompt of 1000": Case(1, 1000, 1),
+    "8 sequences": Case(8, 32, 32),
+    "32 sequences": Case(32, 32, 32),
+    "past the context": Case(1, 1024, 4),
 }
 RESULTS = Path(__file__).parent / "results"
 SAME = 8  # tokens that must agree, for the engines that keep float32
@@ -63,41 +87,83 @@ def reading_speed() -> float:
     return sum(part.nbytes for part in parts) / min(seconds() for _ in range(10))
 
 
-def build(gpt: GPT, folder: Path, only: list[str]) -> Iterator[tuple[str, Generate]]:
-    for name, engine in ENGINES.items():
-        if only and not any(part in name for part in only):
-            continue
-        try:
-            yield name, engine(gpt, folder)
-        except ImportError as error:
-            print(f"  without {name}: {error}")
-
-
-def measure(config: GPTConfig, prompt_length: int, new: int, rounds: int, only: list[str]) -> dict[str, dict]:
+def serve(engine: str, size: str, folder: Path, requests: Connection) -> None:
+    """In a process of its own: build the engine, then answer each case with seconds and tokens, or why not."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     torch.manual_seed(0)
-    gpt = GPT(config).eval()
-    prompt = torch.randint(4, config.vocab_size, (prompt_length,)).tolist()
-    with tempfile.TemporaryDirectory() as folder:
-        engines = dict(build(gpt, Path(folder), only))
-        first = {name: generate(prompt, SAME) for name, generate in engines.items()}  # warms up, too
-        seconds: dict[str, list[float]] = {name: [] for name in engines}
-        for turn in range(rounds):
-            for name, generate in engines.items():
-                if name == "original" and turn > 1:
-                    continue  # a full forward pass for every token: two rounds must do
-                start = time.perf_counter()
-                generate(prompt, new)
-                seconds[name].append(time.perf_counter() - start)
-    reference = first.get("original") or next(iter(first.values()))
-    return {
-        name: {
-            "median": new / statistics.median(times),
-            "best": new / min(times),
-            "worst": new / max(times),
-            "same_tokens": next((i for i in range(SAME) if first[name][i] != reference[i]), SAME),
-        }
-        for name, times in seconds.items()
-    }
+    gpt = GPT(SIZES[size]).eval()
+    try:
+        generate = ENGINES[engine](gpt, folder)
+    except ImportError as error:
+        requests.send(str(error))
+        return
+    requests.send(None)
+    if engine != "original":
+        del gpt
+    while case := requests.recv():
+        rows = torch.randint(4, SIZES[size].vocab_size, case[:2], generator=torch.Generator().manual_seed(1)).tolist()
+        try:
+            start = time.perf_counter()
+            tokens = generate(rows, case.new)
+            requests.send((time.perf_counter() - start, tokens[0][:SAME]))
+        except NotImplementedError as error:
+            requests.send(str(error))
+
+
+class Engine:
+    """The near end of `serve`."""
+
+    def __init__(self, name: str, size: str, folder: Path):
+        self.requests, far = multiprocessing.Pipe()
+        context = multiprocessing.get_context("spawn")
+        context.Process(target=serve, args=(name, size, folder, far), daemon=True).start()
+        self.trouble: str | None = self.requests.recv()
+
+    def run(self, case: Case | None) -> Any:
+        self.requests.send(case)
+        return self.requests.recv() if case else None
+
+
+def measure(size: str, cases: dict[str, Case], rounds: int, only: list[str]) -> dict[str, dict]:
+    names = [name for name in ENGINES if not only or any(part in name for part in only)]
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        engines = {name: Engine(name, size, folder) for name in names}
+        for name, engine in list(engines.items()):
+            if engine.trouble:
+                print(f"  without {name}: {engine.trouble}")
+                del engines[name]
+            else:
+                stack.callback(engine.run, None)
+                engine.run(Case(1, 32, 2))  # warms up
+        report: dict[str, dict] = {name: {} for name in engines}
+        reference = None
+        for label, case in cases.items():
+            seconds: dict[str, list[float]] = {name: [] for name in engines}
+            first: dict[str, list[int]] = {}
+            for turn in range(rounds):
+                for name, engine in engines.items():
+                    if name == "original" and turn:
+                        continue  # a full forward pass for every token: once must do
+                    answer = engine.run(case)
+                    if isinstance(answer, tuple):
+                        seconds[name].append(answer[0])
+                        first[name] = answer[1]
+            reference = first.get("original") or next(iter(first.values()))
+            for name, times in seconds.items():
+                if times:
+                    same = next((i for i, token in enumerate(reference) if first[name][i] != token), len(reference))
+                    report[name][label] = {
+                        "median": case.tokens() / statistics.median(times),
+                        "best": case.tokens() / min(times),
+                        "worst": case.tokens() / max(times),
+                        "same_tokens": f"{same}/{len(reference)}",
+                    }
+                    print(
+                        f"  {label:18} {name:24} {report[name][label]['median']:8.1f} tokens/s, {same} same", flush=True
+                    )
+    return report
 
 
 def weights_read(config: GPTConfig) -> int:
@@ -108,21 +174,20 @@ def weights_read(config: GPTConfig) -> int:
 def table(report: dict) -> str:
     about = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
     lines = [
-        f"{report['prompt']}-token prompt, {report['new']} new tokens, one sequence, greedy; median tokens/s of "
-        f"{report['rounds']} interleaved rounds (worst to best). {about}.",
-        "",
-        "| engine | " + " | ".join(f"{size}: {text(SIZES[size])}" for size in report["sizes"]) + " |",
-        "|---|" + "---|" * len(report["sizes"]),
+        f"Tokens per second, greedy: medians of {report['rounds']} interleaved rounds, worst to best in brackets for "
+        f"one sequence (32 tokens of prompt, 128 new). For the prompts, tokens of the prompt per second. {about}.",
     ]
-    names = list(dict.fromkeys(name for size in report["sizes"].values() for name in size["engines"]))
-    for name in names:
-        cells = []
-        for size in report["sizes"].values():
-            r = size["engines"].get(name)
-            cells.append(f"{r['median']:.1f} ({r['worst']:.1f} to {r['best']:.1f})" if r else "")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    limits = (f"{size['limit_f32']:.1f}" for size in report["sizes"].values())
-    return "\n".join([*lines, "| *reading the float32 weights once* | " + " | ".join(limits) + " |", ""])
+    for name, size in report["sizes"].items():
+        cases = list(dict.fromkeys(label for engine in size["engines"].values() for label in engine))
+        limit = f"Reading the float32 weights once for each token: {size['limit_f32']:.1f} tokens/s."
+        lines += ["", f"**{name}: {text(SIZES[name])}.** {limit}", ""]
+        lines += ["| engine | " + " | ".join(cases) + " |", "|---|" + "---:|" * len(cases)]
+        for engine, results in size["engines"].items():
+            cells = [f"{results[label]['median']:.1f}" if label in results else "" for label in cases]
+            if r := results.get("one sequence"):
+                cells[cases.index("one sequence")] += f" ({r['worst']:.0f} to {r['best']:.0f})"
+            lines.append(f"| {engine} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
 
 
 def text(config: GPTConfig) -> str:
@@ -138,7 +203,7 @@ def plot(report: dict, path: Path) -> None:
     sizes = report["sizes"]
     figure, axes = pyplot.subplots(1, len(sizes), figsize=(6.2 * len(sizes), 4.2), squeeze=False, layout="constrained")
     for axis, (name, size) in zip(axes[0], sizes.items(), strict=True):
-        engines = size["engines"]
+        engines = {engine: results["one sequence"] for engine, results in size["engines"].items()}
         medians = [r["median"] for r in engines.values()]
         below = [r["median"] - r["worst"] for r in engines.values()]
         above = [r["best"] - r["median"] for r in engines.values()]
@@ -150,7 +215,7 @@ def plot(report: dict, path: Path) -> None:
         limit = (size["limit_f32"], -0.75)
         axis.annotate("float32 reading limit", limit, (3, 0), textcoords="offset points", fontsize=8)
         axis.set_title(f"{name}: {text(SIZES[name])}", fontsize=10)
-        axis.set_xlabel("tokens/s")
+        axis.set_xlabel("tokens/s, one sequence")
         axis.set_ylim(len(engines) - 0.4, -1)
         axis.margins(x=0.12)
         axis.spines[["top", "right"]].set_visible(False)
@@ -163,34 +228,30 @@ def plot(report: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
-    parser.add_argument("--prompt", type=int, default=32)
-    parser.add_argument("--new", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", default=[], help="parts of the names of the engines to run")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
     speed = reading_speed()
     report: dict = {
         "machine": machine() | {"reading GB/s": round(speed / 1e9, 1)},
-        **{"prompt": args.prompt, "new": args.new, "rounds": args.rounds, "sizes": {}},
+        **{"rounds": args.rounds, "sizes": {}},
     }
     for name in args.sizes:
         print(f"{name}: {text(SIZES[name])}")
-        engines = measure(SIZES[name], args.prompt, args.new, args.rounds, args.only)
+        engines = measure(name, {label: CASES[label] for label in args.cases}, args.rounds, args.only)
         report["sizes"][name] = {"limit_f32": speed / weights_read(SIZES[name]), "engines": engines}
-        for engine, r in engines.items():
-            print(f"  {engine:28} {r['median']:7.1f} tokens/s   first {r['same_tokens']} of {SAME} tokens the same")
 
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "decode.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     (args.out / "decode.md").write_text(table(report))
-    try:
-        plot(report, args.out / "decode.png")
-    except ImportError:
-        print("no plot without matplotlib")
+    if "one sequence" in args.cases:
+        try:
+            plot(report, args.out / "decode.png")
+        except ImportError:
+            print("no plot without matplotlib")
     print(table(report))
 
 

@@ -1,7 +1,7 @@
-"""The engines under comparison, each built from one plain GPT: a function from (prompt, number of tokens) to tokens.
+"""The engines under comparison, each built from one plain GPT: a function from (prompts, number of tokens) to tokens.
 
 All decode greedily on the CPU with the threads of PyTorch and never stop early. An engine that is not installed raises
-ImportError when it is built.
+ImportError when it is built; one that does not do what it is asked for raises NotImplementedError.
 """
 
 from collections.abc import Callable
@@ -15,11 +15,18 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from examples.plain_gpt import GPT
 from hf_model import CustomGPTConfig, CustomGPTForCausalLM
 
-Generate = Callable[[list[int], int], list[int]]
+Prompts = list[list[int]]  # all of one length
+Generate = Callable[[Prompts, int], list[list[int]]]
 
 
 def original(gpt: GPT, folder: Path) -> Generate:
-    return lambda prompt, new: gpt.generate(torch.tensor([prompt]), new, temperature=0)[0, len(prompt) :].tolist()
+    def generate(prompts: Prompts, new: int) -> list[list[int]]:
+        if len(prompts) > 8:
+            raise NotImplementedError("one after the other: no faster than eight, and minutes long")
+        rows = [gpt.generate(torch.tensor([prompt]), new, temperature=0) for prompt in prompts]
+        return [row[0, len(prompts[0]) :].tolist() for row in rows]
+
+    return generate
 
 
 class ThroughGenerate:
@@ -29,10 +36,12 @@ class ThroughGenerate:
         model.generation_config.update(eos_token_id=None, pad_token_id=0, do_sample=False)
         self.model = model
 
-    def __call__(self, prompt: list[int], new: int) -> list[int]:
-        ids = torch.tensor([prompt])
+    def __call__(self, prompts: Prompts, new: int) -> list[list[int]]:
+        ids = torch.tensor(prompts)
+        if ids.shape[1] + new > self.model.config.max_position_embeddings and self.model.config.model_type == "gpt2":
+            raise NotImplementedError("GPT2LMHeadModel ends with its context")
         output = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new)
-        return output[0, len(prompt) :].tolist()
+        return output[:, ids.shape[1] :].tolist()
 
 
 def ours(gpt: GPT, folder: Path, dtype: torch.dtype = torch.float32) -> ThroughGenerate:
@@ -85,11 +94,13 @@ def ctranslate2(gpt: GPT, folder: Path, compute_type: str = "float32") -> Genera
     threads = torch.get_num_threads()
     generator = Generator(str(folder / "ct2"), compute_type=compute_type, inter_threads=1, intra_threads=threads)
 
-    def generate(prompt: list[int], new: int) -> list[int]:
-        tokens = [[str(i) for i in prompt]]
+    def generate(prompts: Prompts, new: int) -> list[list[int]]:
+        if len(prompts[0]) + new > gpt.config.block_size:
+            raise NotImplementedError("CTranslate2 ends with the context")
+        tokens = [[str(i) for i in prompt] for prompt in prompts]
         options = {"max_length": new, "min_length": new}  # never the end token
         results = generator.generate_batch(tokens, beam_size=1, include_prompt_in_result=False, **options)
-        return [int(token) for token in results[0].sequences[0]]
+        return [[int(token) for token in result.sequences[0]] for result in results]
 
     return generate
 
@@ -145,15 +156,17 @@ def llama_cpp(gpt: GPT, folder: Path, quantization: str = "F32") -> Generate:
     threads = torch.get_num_threads()
     llama = Llama(str(path), n_ctx=args.block_size, n_threads=threads, n_threads_batch=threads, verbose=False)
 
-    def generate(prompt: list[int], new: int) -> list[int]:
+    def generate(prompts: Prompts, new: int) -> list[list[int]]:
+        if len(prompts) > 1 or len(prompts[0]) + new > args.block_size:
+            raise NotImplementedError("one sequence within the context, by this binding's simple interface")
         llama.reset()
-        llama.eval(prompt)
+        llama.eval(prompts[0])
         tokens: list[int] = []
         while True:
             logits = np.ctypeslib.as_array(llama_get_logits_ith(llama.ctx, -1), (args.vocab_size,))
             tokens.append(int(logits.argmax()))
             if len(tokens) == new:
-                return tokens
+                return [tokens]
             llama.eval(tokens[-1:])
 
     return generate
@@ -175,7 +188,7 @@ ENGINES: dict[str, Callable[[GPT, Path], Generate]] = {
     "llama.cpp f32": llama_cpp,
     "this repository f32": ours,
     "llama.cpp f16": partial(llama_cpp, quantization="F16"),
-    "this repository bf16": partial(ours, dtype=torch.bfloat16),
+    "this repository f16": partial(ours, dtype=torch.float16),
     "llama.cpp q8_0": partial(llama_cpp, quantization="Q8_0"),
     "CTranslate2 int8": partial(ctranslate2, compute_type="int8"),
 }

@@ -237,10 +237,10 @@ class CustomGPTModel(CustomGPTPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.ln_f(hidden_states), past_key_values=past_key_values)
 
     def _position_ids(
-        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
+        self, inputs: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
     ) -> torch.Tensor:
         """Positions of the T given tokens, of shape (1, T), or (B, T) where a mask of shape (B, S) tells of padding."""
-        T, device = inputs_embeds.shape[1], inputs_embeds.device
+        T, device = inputs.shape[1], inputs.device  # ids or embeddings
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if past + T > self.config.block_size:
             raise ValueError(
@@ -315,6 +315,11 @@ class CustomGPTForCausalLM(CustomGPTPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _prefill(self, *args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
+        """`generate` takes the prompt here."""
+        with lean_decoding(self, prompt=True):
+            return super()._prefill(*args, **kwargs)
 
     @contextmanager
     def _optimize_model_for_decode(self) -> Iterator[None]:

@@ -1,13 +1,16 @@
-"""The lean step of `generate` gives the plain step's bits, and gives way wherever it could not."""
+"""The lean forward of `generate` gives what the plain one gives, and gives way wherever it could not."""
 
+import copy
+import gc
 import threading
+import weakref
 from typing import Any
 
 import pytest
 import torch
 
 from hf_model import CustomGPTConfig, CustomGPTForCausalLM
-from hf_model.decoding_custom_gpt import LeanForward
+from hf_model.decoding_custom_gpt import PACKED, LeanForward, weights_of
 
 CONTEXT = 64
 
@@ -33,17 +36,33 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.fixture
-def both_ways(monkeypatch: pytest.MonkeyPatch):
+def lean_prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The lengths of the prompts that the lean forward takes."""
+    lengths: list[int] = []
+    take = LeanForward.take_prompt
+    monkeypatch.setattr(
+        LeanForward,
+        "take_prompt",
+        lambda self, ids, *args, **kwargs: (lengths.append(ids.shape[1]), take(self, ids, *args, **kwargs))[1],
+    )
+    return lengths
+
+
+@pytest.fixture
+def one_way(monkeypatch: pytest.MonkeyPatch):
+    def generate(model: CustomGPTForCausalLM, ids: torch.Tensor, *, plain: bool, **kwargs: Any) -> Any:
+        monkeypatch.setenv("CUSTOM_GPT_PLAIN_DECODE", "1" if plain else "")
+        torch.manual_seed(3)
+        return model.generate(ids, return_dict_in_generate=True, output_logits=True, pad_token_id=1, **kwargs)
+
+    return generate
+
+
+@pytest.fixture
+def both_ways(one_way):
     def generate(model: CustomGPTForCausalLM, ids: torch.Tensor, **kwargs: Any) -> tuple[Any, Any]:
         """What `generate` returns by plain steps, and by lean ones, from the same generator state."""
-        outputs = []
-        for plain in ("1", ""):
-            monkeypatch.setenv("CUSTOM_GPT_PLAIN_DECODE", plain)
-            torch.manual_seed(3)
-            outputs.append(
-                model.generate(ids, return_dict_in_generate=True, output_logits=True, pad_token_id=1, **kwargs)
-            )
-        return outputs[0], outputs[1]
+        return one_way(model, ids, plain=True, **kwargs), one_way(model, ids, plain=False, **kwargs)
 
     return generate
 
@@ -55,7 +74,10 @@ def prompts(rows: int = 1, length: int = 9) -> torch.Tensor:
 @pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_and_cache_are_the_plain_steps_bit_for_bit(both_ways, steps, bias, activation, dtype):
+def test_logits_and_cache_are_the_plain_steps_bit_for_bit_by_the_plain_products(
+    both_ways, steps, bias, activation, dtype, monkeypatch
+):
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     model = model_of(bias=bias, activation_function=activation).to(dtype)
     plain, lean = both_ways(model, prompts(), max_new_tokens=40, do_sample=False)
     assert torch.equal(lean.sequences, plain.sequences)
@@ -64,6 +86,84 @@ def test_logits_and_cache_are_the_plain_steps_bit_for_bit(both_ways, steps, bias
         assert torch.equal(one.keys, other.keys)
         assert torch.equal(one.values, other.values)
     assert len(steps) == 1
+
+
+def assert_rounding_apart(lean: Any, plain: Any) -> None:
+    """float32, which added up in another order."""
+    assert torch.equal(lean.sequences, plain.sequences)
+    for one, other in zip(lean.logits, plain.logits, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * float(other.std()))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_by_onednns_products_logits_are_the_plain_steps_up_to_rounding(both_ways, steps, bias):
+    plain, lean = both_ways(model_of(bias=bias), prompts(), max_new_tokens=40, do_sample=False)
+    assert_rounding_apart(lean, plain)
+    assert len(steps) == 1
+
+
+class TestFloat16:
+    """Against the plain float32 model of the same float16 weights, an implementation without FBGEMM."""
+
+    @pytest.fixture(autouse=True)
+    def needs_fbgemm(self) -> None:
+        if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+            pytest.skip("FBGEMM needs AVX2")
+
+    def compare(self, model: CustomGPTForCausalLM, one_way: Any, ids: torch.Tensor, **options: Any) -> Any:
+        lean = one_way(model.half(), ids, plain=False, **options)
+        plain = one_way(copy.deepcopy(model).float(), ids, plain=True, **options)
+        assert torch.equal(lean.sequences, plain.sequences)
+        for one, other in zip(lean.logits, plain.logits, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=4e-3 * float(other.std()))
+        return lean
+
+    @pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh"])
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_prompt_and_steps_are_those_of_float32(self, one_way, steps, lean_prompts, bias, activation):
+        model = model_of(bias=bias, activation_function=activation)
+        lean = self.compare(model, one_way, prompts(), max_new_tokens=40, do_sample=False)
+        assert (steps, lean_prompts) == ([1], [9])
+        assert {layer.keys.dtype for layer in lean.past_key_values.layers} == {torch.float16}
+        assert lean.past_key_values.get_seq_length() == 9 + 39
+
+    def test_past_the_context_the_window_is_lean_too(self, one_way, lean_prompts):
+        self.compare(model_of(), one_way, prompts(), max_new_tokens=CONTEXT, do_sample=False)
+        assert lean_prompts == [9] + [CONTEXT] * 8
+
+    def test_several_answers(self, one_way, steps, lean_prompts):
+        self.compare(model_of(), one_way, prompts(), max_new_tokens=20, do_sample=True, num_return_sequences=3)
+        assert (steps, lean_prompts) == ([1], [9])
+
+    def test_padded_rows(self, one_way, steps, lean_prompts):
+        ids = prompts(rows=3)
+        mask = torch.ones_like(ids)
+        mask[0, :4] = 0
+        self.compare(model_of(), one_way, ids, attention_mask=mask, max_new_tokens=40, do_sample=False)
+        assert (steps, lean_prompts) == ([1], [9])
+
+    def test_changed_weights_are_seen_by_the_next_call(self, one_way):
+        model = model_of().half()
+        before = model.generate(prompts(), max_new_tokens=10, do_sample=False, pad_token_id=1)
+        model.lm_head.weight.data.neg_()
+        after = self.compare(model, one_way, prompts(), max_new_tokens=10, do_sample=False)
+        assert not torch.equal(after.sequences, before)
+
+    def test_the_packed_weights_are_made_once_and_go_with_the_model(self):
+        model = model_of().half()
+        first = weights_of(model)
+        assert weights_of(model) is first
+        assert model in PACKED
+        gone = weakref.ref(model)
+        del model, first
+        gc.collect()
+        assert gone() is None
+
+    def test_it_is_nearer_to_float32_than_the_plain_float16(self, both_ways):
+        model = model_of()
+        exact = both_ways(model, prompts(), max_new_tokens=1)[0].logits[0]
+        plain, lean = both_ways(model.half(), prompts(), max_new_tokens=1)
+        assert (lean.logits[0] - exact).norm() < (plain.logits[0] - exact).norm()
 
 
 @pytest.mark.parametrize(
@@ -85,8 +185,7 @@ def test_padded_rows_get_the_plain_steps_tokens(both_ways, steps):
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
     plain, lean = both_ways(model_of(), ids, attention_mask=mask, max_new_tokens=40, do_sample=False)
-    assert torch.equal(lean.sequences, plain.sequences)
-    assert all(torch.equal(one, other) for one, other in zip(lean.logits, plain.logits, strict=True))
+    assert_rounding_apart(lean, plain)
     assert steps
 
 
@@ -154,8 +253,9 @@ def test_embeddings_given_with_their_ids_are_counted_once(both_ways):
     assert torch.equal(both[0, -40:], alone.sequences[0, -40:])
 
 
-def test_threads_get_what_they_get_alone_and_leave_the_model_as_it_was():
-    model = model_of()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_threads_get_what_they_get_alone_and_leave_the_model_as_it_was(dtype):
+    model = model_of().to(dtype)
     alone = [model.generate(prompts(length=5 + i), max_new_tokens=20, do_sample=False) for i in range(4)]
     together: dict[int, torch.Tensor] = {}
 
