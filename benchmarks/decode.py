@@ -74,14 +74,13 @@ def installed(package: str) -> str | None:
 
 
 def reading_speed() -> float:
-    """Bytes per second that all threads read from memory, at best."""
-    parts = [torch.randn(4096, 1024) for _ in range(16)]  # 16 MiB each: far more than a cache in all
-    row = torch.randn(1, 4096)
+    """Bytes per second that all threads read from memory, at best: those of a sum of integers."""
+    parts = [torch.ones(2**23, dtype=torch.int64) for _ in range(8)]  # 64 MiB each: far more than a cache in all
 
     def seconds() -> float:
         start = time.perf_counter()
         for part in parts:
-            row @ part
+            part.sum()
         return time.perf_counter() - start
 
     return sum(part.nbytes for part in parts) / min(seconds() for _ in range(10))

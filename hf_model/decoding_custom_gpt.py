@@ -154,10 +154,10 @@ def gather(model: Any, affine: Callable[[Any], Affine], onednn: bool) -> Weights
         return Block(*map(affine, (layer.ln_1, attn.c_attn, attn.c_proj, layer.ln_2, mlp.c_fc, mlp.c_proj)))
 
     decoder = model.transformer
+    head = affine(model.lm_head)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # FBGEMM packs on one thread
-        head = pool.submit(affine, model.lm_head)
         blocks = list(pool.map(block, decoder.h))
-        return Weights(decoder.wte.weight, decoder.wpe.weight, blocks, affine(decoder.ln_f), head.result(), onednn)
+    return Weights(decoder.wte.weight, decoder.wpe.weight, blocks, affine(decoder.ln_f), head, onednn)
 
 
 class LeanForward:
@@ -165,8 +165,7 @@ class LeanForward:
 
     def __init__(self, model: Any, plain: Callable, plain_prepare: Callable):
         self.plain, self.plain_prepare = plain, plain_prepare
-        self.weights, self.decode = weights_of(model), scripted_decode()
-        self.dtype = self.weights.ln_f.weight.dtype
+        self.model = model
         self.n_head, self.head_dim = model.config.n_head, model.config.n_embd // model.config.n_head
         self.block_size = model.config.block_size
         self.positions = functools.partial(model.transformer._position_ids, past_key_values=None)
@@ -174,6 +173,10 @@ class LeanForward:
         self.cache: Any = None  # whose keys and values stand in `states`
         self.states: list[Tensor] = []
         self.past = 0
+
+    @functools.cached_property
+    def weights(self) -> Weights:
+        return weights_of(self.model)
 
     def __call__(
         self,
@@ -198,7 +201,7 @@ class LeanForward:
         mask = None if attention_mask is None or attention_mask.all() else attention_mask[:, None, None].bool()
         inputs = (input_ids, position_ids, mask, self.states, self.past)
         with torch.inference_mode():  # a little less to do for each operator
-            logits = self.decode(self.weights, *inputs, 1, self.eps, self.gelu)
+            logits = scripted_decode()(self.weights, *inputs, 1, self.eps, self.gelu)
         self.past += 1
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
@@ -257,7 +260,7 @@ class LeanForward:
         states = [torch.empty(2, B, self.n_head, T, self.head_dim) for _ in self.weights.blocks]
         position_ids = self.positions(input_ids, attention_mask)
         inputs = (input_ids, position_ids, mask, states, 0, min(logits_to_keep or T, T))
-        logits = self.decode(self.weights, *inputs, self.eps, self.gelu)
+        logits = scripted_decode()(self.weights, *inputs, self.eps, self.gelu)
         if cache is not None:
             for layer, room in enumerate(states):
                 cache.update(*room.to(self.weights.wte.dtype).unbind(), layer)
@@ -281,9 +284,10 @@ class LeanForward:
 
     def adopt(self, cache: Any) -> None:
         self.cache, self.past, self.states = cache, cache.get_seq_length(), []
+        dtype = self.weights.ln_f.weight.dtype
         for layer in cache.layers:
             B, nh, past, hs = layer.keys.shape
-            room = torch.empty(2, B, nh, max(past + 1, min(2 * past + 64, self.block_size)), hs, dtype=self.dtype)
+            room = torch.empty(2, B, nh, max(past + 1, min(2 * past + 64, self.block_size)), hs, dtype=dtype)
             room[0, :, :, :past], room[1, :, :, :past] = layer.keys, layer.values
             self.states.append(room)
             layer.keys, layer.values = room[:, :, :, :past].unbind()  # the model's dtype again when they are settled
@@ -355,7 +359,7 @@ def lean_decoding(model: Any, prompt: bool = False) -> Iterator[None]:
     thread = threading.get_ident()
     with INSTALLING:
         dispatcher = None
-        if is_plain(model) and (not prompt or model.dtype == torch.float16):
+        if (not prompt or model.dtype == torch.float16) and is_plain(model):
             dispatcher = model.forward if type(model.forward) is Dispatcher else Dispatcher(model)
             if thread in dispatcher.lean:
                 dispatcher = None  # within another `generate` of this thread, which sees to it

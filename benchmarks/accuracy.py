@@ -1,0 +1,59 @@
+"""What a reduced precision costs: `python -m benchmarks.accuracy`.
+
+The trained example on the texts of examples/evaluation (all positions after `[BOS]`): perplexity, the share of
+positions whose likeliest token is float32's, and the largest difference of a logit, each through the forward pass that
+`generate` takes on this machine. Writes results/accuracy.md beside this file.
+"""
+
+import json
+import math
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.decode import RESULTS
+from benchmarks.processes import EXAMPLE, ROOT
+from hf_model.conversion import load_original
+from hf_model.decoding_custom_gpt import lean_decoding
+from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
+from hf_model.prompt import format_example
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@torch.no_grad()
+def logits_of(model: CustomGPTForCausalLM, texts: list[torch.Tensor]) -> torch.Tensor:
+    """Of all positions but each text's last one, in float32, of shape (N, V)."""
+    with lean_decoding(model, prompt=True):
+        return torch.cat([model(ids, use_cache=False).logits[0, :-1].float() for ids in texts])
+
+
+def main() -> None:
+    model, tokenizer, _ = load_original(EXAMPLE / "ckpt.pt", EXAMPLE / "tokenizer.json")
+    records = [json.loads(line) for line in (ROOT / "examples/evaluation/questions.jsonl").read_text().splitlines()]
+    formatted = [format_example(record["instruction"], record["output"], record["input"]) for record in records]
+    texts = [tokenizer(text + tokenizer.eos_token, return_tensors="pt").input_ids for text in formatted]
+    targets = torch.cat([ids[0, 1:] for ids in texts])
+
+    exact = None
+    lines = [
+        f"The trained example on {len(texts)} texts, {len(targets)} tokens.",
+        "",
+        "| dtype | perplexity | likeliest token as in float32 | largest difference of a logit |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, dtype in DTYPES.items():
+        logits = logits_of(model.to(dtype), texts)
+        exact = logits if exact is None else exact
+        perplexity = math.exp(F.cross_entropy(logits, targets).item())
+        agreement = (logits.argmax(-1) == exact.argmax(-1)).float().mean().item()
+        difference = (logits - exact).abs().max().item()
+        lines.append(f"| {name} | {perplexity:.6f} | {agreement:.3%} | {difference:.4f} |")
+        model, _, _ = load_original(EXAMPLE / "ckpt.pt", EXAMPLE / "tokenizer.json")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "accuracy.md").write_text("\n".join([*lines, ""]))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

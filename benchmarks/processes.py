@@ -1,0 +1,147 @@
+"""Whole processes, from start to end: `python -m benchmarks.processes`.
+
+Answering from the trained example and from random models of the sizes B and A: the original's way, `generate.py` on
+the checkpoint, on the converted folder and on that in float16; to the first token, and to the end of 150. Many prompts:
+one by one and in batches, the example's 900 questions or 64 of them with 16 tokens for an answer each. Converting:
+beside the imports alone and a bare read and write of the same tensors. The programs take turns. Writes
+results/processes.md and processes.json beside this file.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.decode import RESULTS, SIZES, machine
+from examples.plain_gpt import GPT, save_checkpoint
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "examples" / "capitals"
+PROMPT = ["--prompt", "What is the capital of France?"]
+BARE = """
+import sys, torch
+from safetensors.torch import save_file
+state_dict = torch.load(sys.argv[1], mmap=True, weights_only=True)["model_state_dict"]
+save_file(state_dict, sys.argv[2])
+"""
+
+
+def files_of(size: str, folder: Path) -> tuple[Path, Path]:
+    """A random checkpoint, and the example's tokenizer with as many tokens as the checkpoint has embeddings."""
+    config = SIZES[size]
+    torch.manual_seed(0)
+    save_checkpoint(folder / "ckpt.pt", GPT(config), 0)
+    tokenizer = json.loads((EXAMPLE / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary |= {f"<{i}>": i for i in range(len(vocabulary), config.vocab_size)}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder / "ckpt.pt", folder / "tokenizer.json"
+
+
+def run(*command: str | Path) -> tuple[float, float]:
+    """Seconds, and peak resident memory in GB."""
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    assert process.stderr
+    trouble = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(trouble.decode())
+    return time.perf_counter() - start, usage.ru_maxrss / (1e6 if sys.platform == "linux" else 1e9)
+
+
+def measure(label: str, programs: dict[str, list[str | Path]], rounds: int) -> dict[str, dict[str, float]]:
+    results: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
+    for _ in range(rounds):
+        for name, command in programs.items():
+            if "OUTPUT" in command:
+                output = Path(tempfile.gettempdir()) / f"converted-{os.getpid()}"
+                results[name].append(run(*[output if part == "OUTPUT" else part for part in command]))
+                shutil.rmtree(output) if output.is_dir() else output.unlink()
+            else:
+                results[name].append(run(*command))
+    report = {
+        name: {"seconds": statistics.median(s for s, _ in runs), "GB": statistics.median(m for _, m in runs)}
+        for name, runs in results.items()
+    }
+    for name, result in report.items():
+        print(f"{label:12} {name:36} {result['seconds']:7.2f} s {result['GB']:6.2f} GB", flush=True)
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["example", "B", "A"], choices=["example", *SIZES])
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+
+    report: dict = {"machine": machine(), "rounds": args.rounds, "answering": {}, "many prompts": {}, "converting": {}}
+    for size in args.sizes:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            checkpoint, tokenizer = EXAMPLE / "ckpt.pt", EXAMPLE / "tokenizer.json"
+            if size != "example":
+                checkpoint, tokenizer = files_of(size, folder)
+            paths = ["--checkpoint_path", checkpoint, "--tokenizer_path", tokenizer]
+            run("convert_checkpoint.py", *paths, "--output_dir", folder / "hf")
+            programs: dict[str, list[str | Path]] = {}
+            for new, until in (("1", "first token"), ("150", "end")):
+                plain = ["-m", "benchmarks.plain_generate", checkpoint, tokenizer, new]
+                ours = ["generate.py", *PROMPT, "--max_new_tokens", new]
+                converted = [*ours, "--checkpoint_path", folder / "hf"]
+                programs |= {
+                    f"original, {until}": plain,
+                    f"generate.py ckpt.pt, {until}": [*ours, *paths],
+                    f"generate.py folder, {until}": converted,
+                    f"generate.py folder float16, {until}": [*converted, "--dtype", "float16"],
+                }
+            report["answering"][size] = measure(size, programs, args.rounds)
+            questions = (ROOT / "examples/evaluation/questions.jsonl").read_text().splitlines(keepends=True)
+            (folder / "questions.jsonl").write_text("".join(questions if size == "example" else questions[::14][:64]))
+            many = ["generate.py", "--prompts_file", folder / "questions.jsonl", "--output_file", "OUTPUT"]
+            many += ["--checkpoint_path", folder / "hf", "--temperature", "0", "--max_new_tokens", "16"]
+            batches: dict[str, list[str | Path]] = {
+                "one by one": [*many, "--batch_size", "1"],
+                "batches of 16": [*many, "--batch_size", "16"],
+                "batches of 16 in float16": [*many, "--batch_size", "16", "--dtype", "float16"],
+            }
+            report["many prompts"][size] = measure(size, batches, args.rounds)
+            convert = ["convert_checkpoint.py", *paths, "--output_dir", "OUTPUT"]
+            conversion: dict[str, list[str | Path]] = {
+                "imports of a bare conversion": ["-c", "import torch, safetensors.torch"],
+                "bare conversion": ["-c", BARE, checkpoint, "OUTPUT"],
+                "imports of convert_checkpoint.py": ["-c", "import hf_model.conversion"],
+                "convert_checkpoint.py": convert,
+            }
+            report["converting"][size] = measure(size, conversion, args.rounds)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "processes.json").write_text(json.dumps(report, indent=2) + "\n")
+    (RESULTS / "processes.md").write_text(table(report))
+    print(table(report))
+
+
+def table(report: dict) -> str:
+    about = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
+    lines = [f"Medians of {report['rounds']} runs, the programs taking turns. {about}.", ""]
+    for part in ("answering", "many prompts", "converting"):
+        sizes = report[part]
+        lines += ["| " + " | ".join([part, *sizes]) + " |", "|---|" + "---:|" * len(sizes)]
+        for name in next(iter(sizes.values())):
+            cells = (f"{size[name]['seconds']:.1f} s, {size[name]['GB']:.2f} GB" for size in sizes.values())
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
