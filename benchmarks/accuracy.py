@@ -1,8 +1,8 @@
 """What a reduced precision costs: `python -m benchmarks.accuracy`.
 
-The trained example on the texts of examples/evaluation (all positions after `[BOS]`): perplexity, the share of
-positions whose likeliest token is float32's, and the largest difference of a logit, each through the forward pass that
-`generate` takes on this machine. Writes results/accuracy.md beside this file.
+The trained example on the texts of examples/evaluation: perplexity (high because of the questions, which training
+masked), the share of positions whose likeliest token is float32's, and the largest difference of a logit, each through
+the forward pass that `generate` takes on this machine. Writes results/accuracy.md beside this file.
 """
 
 import json

@@ -117,6 +117,7 @@ class Engine:
         self.requests, far = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")
         context.Process(target=serve, args=(name, size, folder, far), daemon=True).start()
+        far.close()  # so that a process that dies is seen
         self.trouble: str | None = self.requests.recv()
 
     def run(self, case: Case | None) -> Any:
@@ -137,7 +138,6 @@ def measure(size: str, cases: dict[str, Case], rounds: int, only: list[str]) -> 
                 stack.callback(engine.run, None)
                 engine.run(Case(1, 32, 2))  # warms up
         report: dict[str, dict] = {name: {} for name in engines}
-        reference = None
         for label, case in cases.items():
             seconds: dict[str, list[float]] = {name: [] for name in engines}
             first: dict[str, list[int]] = {}
@@ -149,7 +149,7 @@ def measure(size: str, cases: dict[str, Case], rounds: int, only: list[str]) -> 
                     if isinstance(answer, tuple):
                         seconds[name].append(answer[0])
                         first[name] = answer[1]
-            reference = first.get("original") or next(iter(first.values()))
+            reference = first.get("original") or next(iter(first.values()), [])
             for name, times in seconds.items():
                 if times:
                     same = next((i for i, token in enumerate(reference) if first[name][i] != token), len(reference))

@@ -4,7 +4,7 @@ A step of the plain model costs about as much time in Python, masks and cache co
 Here the whole step is one TorchScript function, `decode`, without Python between the operators, and each layer's keys
 and values stand in one tensor with room to grow. Its matrix products are, by the dtype of the model:
 
-- float32: oneDNN's, which read the weights where they lie, at the speed of the memory. They add up in another order
+- float32: oneDNN's for large matrices, which read the weights where they lie, at the speed of the memory. They add up in another order
   than the plain model's: logits differ by rounding (some 1e-6 of their spread).
 - float16: FBGEMM's, of a packed copy of the weights. Those stay float16, everything else is computed in float32; the
   plain model's own float16 products are slow on a CPU, most of all for many rows.
@@ -39,6 +39,10 @@ EXPECTED = {"position_ids", "use_cache", "return_dict", "logits_to_keep"}  # arg
 Packed: Any = torch.classes.quantized.LinearPackedParamsBase
 
 
+ONEDNN_FROM = 2**19  # a call of it costs 25 microseconds more than PyTorch's own product, which is slower by the byte
+NEVER = 2**62
+
+
 class Affine(NamedTuple):
     weight: Tensor
     bias: Tensor | None
@@ -60,14 +64,14 @@ class Weights(NamedTuple):
     blocks: list[Block]
     ln_f: Affine
     lm_head: Affine
-    onednn: bool
+    onednn_from: int  # matrices of so many weights go to oneDNN
 
 
-def project(x: Tensor, linear: Affine, onednn: bool) -> Tensor:
+def project(x: Tensor, linear: Affine, onednn_from: int) -> Tensor:
     packed = linear.packed
     if packed is not None:
         return torch.ops.quantized.linear_dynamic_fp16(x, packed)
-    if onednn:
+    if linear.weight.numel() >= onednn_from:
         return torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, "none", [], "")
     return F.linear(x, linear.weight, linear.bias)
 
@@ -89,21 +93,21 @@ def decode(
 ) -> Tensor:
     """Logits (B, last, V) of T tokens for each row, whose keys and values are added to `states`."""
     B, T = ids.shape
-    fast = weights.onednn
+    limit = weights.onednn_from
     x = F.embedding(ids, weights.wte) + F.embedding(position_ids, weights.wpe)  # (B, T, C)
     x = x.to(weights.ln_f.weight.dtype).view(B * T, -1)
     for block, room in zip(weights.blocks, states):  # noqa: B905 TorchScript knows no `strict`
         nh, hs = room.shape[2], room.shape[4]
-        qkv = project(normalize(x, block.ln_1, eps), block.c_attn, fast).view(B, T, 3, nh, hs).permute(2, 0, 3, 1, 4)
+        qkv = project(normalize(x, block.ln_1, eps), block.c_attn, limit).view(B, T, 3, nh, hs).permute(2, 0, 3, 1, 4)
         seen = room.narrow(3, 0, past + T)
         seen.narrow(3, past, T).copy_(qkv.narrow(0, 1, 2))
         key, value = seen.unbind(0)  # (B, nh, S, hs)
         y = F.scaled_dot_product_attention(qkv[0], key, value, mask, 0.0, T > 1 and mask is None)  # (B, nh, T, hs)
-        x = x + project(y.transpose(1, 2).reshape(x.shape), block.attn_proj, fast)
-        hidden = F.gelu(project(normalize(x, block.ln_2, eps), block.c_fc, fast), approximate=gelu)  # (B T, 4C)
-        x = x + project(hidden, block.mlp_proj, fast)
+        x = x + project(y.transpose(1, 2).reshape(x.shape), block.attn_proj, limit)
+        hidden = F.gelu(project(normalize(x, block.ln_2, eps), block.c_fc, limit), approximate=gelu)  # (B T, 4C)
+        x = x + project(hidden, block.mlp_proj, limit)
     x = x.view(B, T, -1).narrow(1, T - last, last).reshape(B * last, -1)
-    return project(normalize(x, weights.ln_f, eps), weights.lm_head, fast).view(B, last, -1)
+    return project(normalize(x, weights.ln_f, eps), weights.lm_head, limit).view(B, last, -1)
 
 
 @functools.cache
@@ -121,26 +125,31 @@ def weights_of(model: Any) -> Weights:
     """The model's own tensors, or in float16 copies that are kept as long as the model lives and does not change."""
     vectorized = torch.backends.cpu.get_cpu_capability().startswith("AVX")
     if not (model.dtype == torch.float16 and vectorized and torch.backends.quantized.engine in ("x86", "fbgemm")):
-        onednn = model.dtype == torch.float32 and vectorized and bool(torch.backends.mkldnn.enabled)
-        return gather(
-            model, lambda layer: Affine(layer.weight, layer.bias), onednn and torch.backends.mkldnn.is_available()
-        )
-    state = [checksum(weight.flatten()) for weight in model.parameters()]
+        PACKED.pop(model, None)
+        onednn = model.dtype == torch.float32 and vectorized and torch.backends.mkldnn.is_available()
+        limit = ONEDNN_FROM if onednn and torch.backends.mkldnn.enabled else NEVER
+        return gather(model, lambda layer: Affine(layer.weight, layer.bias), limit)
+    state = [total for weight in model.parameters() for total in checksum(weight)]
     known = PACKED.get(model)
-    if known is None or known[0] != state:
-        known = PACKED[model] = (state, gather(model, packed, False))
+    if known is None or not all(map(torch.equal, known[0], state)):
+        known = PACKED[model] = (state, gather(model, packed, NEVER))
     return known[1]
 
 
-def checksum(values: Tensor) -> tuple[int, int]:
-    """Of float16 values, four at a time where their place in memory allows."""
-    four = values.numel() % 4 == 0 and values.storage_offset() % 4 == 0
-    return values.data_ptr(), int(values.view(torch.int64 if four else torch.int16).sum())
+def checksum(weight: Tensor) -> list[Tensor]:
+    """Sums over rows and over columns of the bits: two rows that change places are seen, too. Of a vector, a copy."""
+    if weight.ndim == 1:
+        return [weight.detach().clone()]
+    four = weight.is_contiguous() and weight.shape[1] % 4 == 0 and weight.storage_offset() % 4 == 0
+    bits = weight.detach().view(torch.int64 if four else torch.int16)  # four values at a time, where memory allows
+    return [bits.sum(0), bits.sum(1)]
 
 
-PACKED: weakref.WeakKeyDictionary[Any, tuple[list, Weights]] = weakref.WeakKeyDictionary()
+PREPARING = threading.Lock()  # one thread packs or compiles, the others wait for it
+PACKED: weakref.WeakKeyDictionary[Any, tuple[list[Tensor], Weights]] = weakref.WeakKeyDictionary()
 
 
+@torch.no_grad()
 def packed(layer: Any) -> Affine:
     weight, bias = layer.weight.float(), None if layer.bias is None else layer.bias.float()
     if isinstance(layer, nn.LayerNorm):
@@ -148,7 +157,7 @@ def packed(layer: Any) -> Affine:
     return Affine(layer.weight, None, torch.ops.quantized.linear_prepack_fp16(weight, bias))
 
 
-def gather(model: Any, affine: Callable[[Any], Affine], onednn: bool) -> Weights:
+def gather(model: Any, affine: Callable[[Any], Affine], onednn_from: int) -> Weights:
     def block(layer: Any) -> Block:
         attn, mlp = layer.attn, layer.mlp
         return Block(*map(affine, (layer.ln_1, attn.c_attn, attn.c_proj, layer.ln_2, mlp.c_fc, mlp.c_proj)))
@@ -157,7 +166,7 @@ def gather(model: Any, affine: Callable[[Any], Affine], onednn: bool) -> Weights
     head = affine(model.lm_head)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # FBGEMM packs on one thread
         blocks = list(pool.map(block, decoder.h))
-    return Weights(decoder.wte.weight, decoder.wpe.weight, blocks, affine(decoder.ln_f), head, onednn)
+    return Weights(decoder.wte.weight, decoder.wpe.weight, blocks, affine(decoder.ln_f), head, onednn_from)
 
 
 class LeanForward:
@@ -166,17 +175,21 @@ class LeanForward:
     def __init__(self, model: Any, plain: Callable, plain_prepare: Callable):
         self.plain, self.plain_prepare = plain, plain_prepare
         self.model = model
-        self.n_head, self.head_dim = model.config.n_head, model.config.n_embd // model.config.n_head
+        self.n_layer, self.n_head = model.config.n_layer, model.config.n_head
+        self.head_dim = model.config.n_embd // model.config.n_head
         self.block_size = model.config.block_size
         self.positions = functools.partial(model.transformer._position_ids, past_key_values=None)
         self.eps, self.gelu = model.config.layer_norm_epsilon, GELU[model.config.activation_function]
         self.cache: Any = None  # whose keys and values stand in `states`
+        self.adopted: Any = None  # its first layer's keys, as they were found
         self.states: list[Tensor] = []
         self.past = 0
 
     @functools.cached_property
     def weights(self) -> Weights:
-        return weights_of(self.model)
+        with PREPARING:
+            scripted_decode()
+            return weights_of(self.model)
 
     def __call__(
         self,
@@ -193,7 +206,7 @@ class LeanForward:
         if not self.fits(input_ids, attention_mask, position_ids, past_key_values, kwargs):
             self.settle()
             return self.plain(input_ids, attention_mask, position_ids, past_key_values, **kwargs)
-        if past_key_values is not self.cache:
+        if not self.holds(past_key_values):
             self.settle()
             self.adopt(past_key_values)
         elif self.past == self.states[0].shape[3]:
@@ -220,7 +233,7 @@ class LeanForward:
             and position_ids is not None
             and int(position_ids.max()) < self.block_size  # past that, the plain forward says what is wrong
             and cache is not None
-            and (cache is self.cache or is_plain_cache(cache))
+            and (self.holds(cache) or is_filled_cache(cache, self.n_layer))
             and (attention_mask is None or attention_mask.ndim == 2)
             and kwargs.get("use_cache") is True
             and kwargs.get("return_dict") is not False
@@ -232,16 +245,17 @@ class LeanForward:
     ) -> bool:
         """Whether these are all tokens so far of a model with packed weights, with or without a cache to fill."""
         return (
-            self.weights.lm_head.packed is not None
+            self.model.dtype == torch.float16
             and input_ids is not None
             and 1 < input_ids.shape[1] <= self.block_size
             and (attention_mask is None or attention_mask.shape == input_ids.shape)
             and (position_ids is None or bool((position_ids == self.positions(input_ids, attention_mask)).all()))
-            and (cache is None or (cache is not self.cache and is_plain_cache(cache, empty=True)))
+            and (cache is None or is_empty_cache(cache))
             and kwargs.get("use_cache") is (cache is not None)
             and kwargs.get("return_dict") is not False
             and type(kwargs.get("logits_to_keep", 0)) is int
             and all(value is None or value is False or name in EXPECTED for name, value in kwargs.items())
+            and self.weights.lm_head.packed is not None
         )
 
     def take_prompt(
@@ -277,27 +291,33 @@ class LeanForward:
         """`prepare_inputs_for_generation` of the steps that `fits` lets through, less its checks and copies."""
         inputs = {"past_key_values": past_key_values, "attention_mask": attention_mask, **kwargs}
         position_ids = kwargs.get("position_ids")
-        known = past_key_values is not None and past_key_values is self.cache and self.past < self.block_size
+        known = self.holds(past_key_values) and self.past < self.block_size
         if not known or next_sequence_length != 1 or position_ids is None or kwargs.keys() - EXPECTED:
             return self.plain_prepare(input_ids, next_sequence_length=next_sequence_length, **inputs)
         return inputs | {"input_ids": input_ids[:, -1:], "position_ids": position_ids[:, -1:]}
 
+    def holds(self, cache: Any) -> bool:
+        """Whether `states` has this cache's tokens, and nobody has cropped or exchanged them meanwhile."""
+        return cache is not None and cache is self.cache and cache.layers[0].keys is self.adopted
+
     def adopt(self, cache: Any) -> None:
-        self.cache, self.past, self.states = cache, cache.get_seq_length(), []
-        dtype = self.weights.ln_f.weight.dtype
+        past = cache.get_seq_length()
+        states = []
         for layer in cache.layers:
-            B, nh, past, hs = layer.keys.shape
-            room = torch.empty(2, B, nh, max(past + 1, min(2 * past + 64, self.block_size)), hs, dtype=dtype)
+            B, nh, _, hs = layer.keys.shape
+            room_for = max(past + 1, min(2 * past + 64, self.block_size))
+            room = torch.empty(2, B, nh, room_for, hs, dtype=self.weights.ln_f.weight.dtype)
             room[0, :, :, :past], room[1, :, :, :past] = layer.keys, layer.values
-            self.states.append(room)
-            layer.keys, layer.values = room[:, :, :, :past].unbind()  # the model's dtype again when they are settled
+            states.append(room)
+        self.cache, self.past, self.states, self.adopted = cache, past, states, cache.layers[0].keys
 
     def settle(self) -> None:
         """Give the cache its tokens: until then its layers hold those that they had when it was adopted."""
-        if self.cache is not None:
+        if self.holds(self.cache):
             for layer, room in zip(self.cache.layers, self.states, strict=True):
-                layer.keys, layer.values = room[:, :, :, : self.past].to(self.weights.wte.dtype).unbind()
-            self.cache, self.states = None, []
+                keys, values = room[:, :, :, : self.past].to(layer.keys.dtype)
+                layer.keys, layer.values = keys.contiguous(), values.contiguous()
+        self.cache, self.states = None, []
 
 
 class Dispatcher:
@@ -306,19 +326,32 @@ class Dispatcher:
     def __init__(self, model: Any):
         self.plain, self.plain_prepare = model.forward, model.prepare_inputs_for_generation
         self.__signature__ = inspect.signature(self.plain)  # `generate` asks at every step
+        self.prepare = functools.partial(self.dispatch_prepare)
+        self.prepare.__signature__ = inspect.signature(self.plain_prepare)  # type: ignore[attr-defined]
         self.lean: dict[int, LeanForward] = {}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("A model cannot be copied or pickled while it generates.")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.lean.get(threading.get_ident(), self.plain)(*args, **kwargs)
 
-    def prepare(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def dispatch_prepare(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         lean = self.lean.get(threading.get_ident())
         return (lean.prepare if lean else self.plain_prepare)(*args, **kwargs)
 
 
-def is_plain_cache(cache: Any, empty: bool = False) -> bool:
+def is_empty_cache(cache: Any) -> bool:
     return type(cache) is DynamicCache and all(
-        type(layer) is DynamicLayer and (layer.get_seq_length() == 0) == empty for layer in cache.layers
+        type(layer) is DynamicLayer and layer.get_seq_length() == 0 for layer in cache.layers
+    )
+
+
+def is_filled_cache(cache: Any, n_layer: int) -> bool:
+    return (
+        type(cache) is DynamicCache
+        and len(cache.layers) == n_layer
+        and all(type(layer) is DynamicLayer and layer.get_seq_length() > 0 for layer in cache.layers)
     )
 
 
@@ -328,15 +361,19 @@ REPLACED = {"forward", "prepare_inputs_for_generation"}
 def is_plain(model: Any) -> bool:
     """Whether the lean step computes what the modules would: classes it knows, on the CPU, untampered."""
     config = model.config
-    if os.environ.get("CUSTOM_GPT_PLAIN_DECODE") or model.training or torch.is_grad_enabled():
+    if os.environ.get("CUSTOM_GPT_PLAIN_DECODE") or torch.is_grad_enabled():
         return False
     if config._attn_implementation != "sdpa" or config.activation_function not in GELU:
         return False
     if torch.is_autocast_enabled("cpu") or nn.modules.module._has_any_global_hook():
         return False
+    scaling = (config.n_embd // config.n_head) ** -0.5
     known = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList, type(ACT2FN[config.activation_function]))
     return all(
-        (type(module) in known or type(module).__module__ == type(model).__module__)
+        not module.training
+        and getattr(module, "eps", config.layer_norm_epsilon) == config.layer_norm_epsilon
+        and getattr(module, "scaling", scaling) == scaling
+        and (type(module) in known or type(module).__module__ == type(model).__module__)
         and (type(module.forward) is Dispatcher or not REPLACED & module.__dict__.keys())
         and not (module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl)
         and all(
@@ -357,23 +394,27 @@ def lean_decoding(model: Any, prompt: bool = False) -> Iterator[None]:
     Of all dtypes, float16 alone has lean forward passes of a `prompt`.
     """
     thread = threading.get_ident()
-    with INSTALLING:
-        dispatcher = None
-        if (not prompt or model.dtype == torch.float16) and is_plain(model):
+    lean = None
+    if (not prompt or model.dtype == torch.float16) and is_plain(model):
+        with INSTALLING:
             dispatcher = model.forward if type(model.forward) is Dispatcher else Dispatcher(model)
-            if thread in dispatcher.lean:
-                dispatcher = None  # within another `generate` of this thread, which sees to it
-            else:
-                dispatcher.lean[thread] = LeanForward(model, dispatcher.plain, dispatcher.plain_prepare)
-                model.forward, model.prepare_inputs_for_generation = dispatcher, dispatcher.prepare
+            outer = dispatcher.lean.get(thread)  # of a `generate` within whose steps this one runs
+            if outer is not None:
+                outer.settle()
+            lean = dispatcher.lean[thread] = LeanForward(model, dispatcher.plain, dispatcher.plain_prepare)
+            model.forward, model.prepare_inputs_for_generation = dispatcher, dispatcher.prepare
     try:
         yield
     finally:
-        if dispatcher is not None:
+        if lean is not None:
             with INSTALLING:
-                dispatcher.lean.pop(thread).settle()
-                if not dispatcher.lean:
+                if outer is not None:
+                    dispatcher.lean[thread] = outer
+                elif len(dispatcher.lean) > 1:
+                    del dispatcher.lean[thread]
+                else:
                     del model.forward, model.prepare_inputs_for_generation
+            lean.settle()
 
 
 __all__ = ["lean_decoding"]

@@ -4,12 +4,14 @@ import copy
 import gc
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache, LogitsProcessor
 
-from hf_model import CustomGPTConfig, CustomGPTForCausalLM
+from hf_model import CustomGPTConfig, CustomGPTForCausalLM, decoding_custom_gpt
 from hf_model.decoding_custom_gpt import PACKED, LeanForward, weights_of
 
 CONTEXT = 64
@@ -96,9 +98,12 @@ def assert_rounding_apart(lean: Any, plain: Any) -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_by_onednns_products_logits_are_the_plain_steps_up_to_rounding(both_ways, steps, bias):
+def test_by_onednns_products_logits_are_the_plain_steps_up_to_rounding(both_ways, steps, bias, monkeypatch):
+    monkeypatch.setattr(decoding_custom_gpt, "ONEDNN_FROM", 1)
     plain, lean = both_ways(model_of(bias=bias), prompts(), max_new_tokens=40, do_sample=False)
     assert_rounding_apart(lean, plain)
+    if torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        assert any(not torch.equal(one, other) for one, other in zip(lean.logits, plain.logits, strict=True))
     assert len(steps) == 1
 
 
@@ -142,10 +147,11 @@ class TestFloat16:
         self.compare(model_of(), one_way, ids, attention_mask=mask, max_new_tokens=40, do_sample=False)
         assert (steps, lean_prompts) == ([1], [9])
 
-    def test_changed_weights_are_seen_by_the_next_call(self, one_way):
+    @pytest.mark.parametrize("change", [torch.neg, lambda weight: weight.flip(0), lambda weight: weight.flip(1)])
+    def test_changed_weights_are_seen_by_the_next_call(self, one_way, change):
         model = model_of().half()
         before = model.generate(prompts(), max_new_tokens=10, do_sample=False, pad_token_id=1)
-        model.lm_head.weight.data.neg_()
+        model.lm_head.weight.data.copy_(change(model.lm_head.weight.data).clone())
         after = self.compare(model, one_way, prompts(), max_new_tokens=10, do_sample=False)
         assert not torch.equal(after.sequences, before)
 
@@ -180,7 +186,8 @@ def test_sampled_tokens_are_the_plain_steps(both_ways, steps, options):
     assert steps
 
 
-def test_padded_rows_get_the_plain_steps_tokens(both_ways, steps):
+def test_padded_rows_get_the_plain_steps_tokens(both_ways, steps, monkeypatch):
+    monkeypatch.setattr(decoding_custom_gpt, "ONEDNN_FROM", 1)
     ids = prompts(rows=3)
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
@@ -251,6 +258,69 @@ def test_embeddings_given_with_their_ids_are_counted_once(both_ways):
     model.generation_config.pad_token_id = 1
     both = model.generate(ids, inputs_embeds=embeds, max_new_tokens=40, do_sample=False)
     assert torch.equal(both[0, -40:], alone.sequences[0, -40:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_prompt_of_one_token_with_an_empty_cache(one_way, dtype):
+    model = model_of().to(dtype)
+    plain, lean = (
+        one_way(
+            model, prompts(length=1), plain=plain, past_key_values=DynamicCache(), max_new_tokens=6, do_sample=False
+        )
+        for plain in (True, False)
+    )
+    assert torch.equal(lean.sequences, plain.sequences)
+
+
+def test_dropout_that_is_left_on_alone_takes_effect(both_ways, steps):
+    model = model_of(dropout=0.5)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.train()
+    plain, lean = both_ways(model, prompts(), max_new_tokens=10, do_sample=False)
+    assert torch.equal(lean.sequences, plain.sequences)
+    assert not steps
+
+
+def test_an_epsilon_changed_after_the_model_was_made_is_left_to_the_plain_step(both_ways, steps):
+    model = model_of()
+    model.transformer.ln_f.eps = 1.0
+    plain, lean = both_ways(model, prompts(), max_new_tokens=10, do_sample=False)
+    assert torch.equal(lean.sequences, plain.sequences)
+    assert not steps
+
+
+class Callback(LogitsProcessor):
+    def __init__(self, function: Callable[[], Any]):
+        self.function, self.results = function, []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.results.append(self.function())
+        return scores
+
+
+def test_a_generation_within_a_generation_goes_on_from_its_own_cache(both_ways):
+    model = model_of()
+
+    def nested() -> torch.Tensor:
+        half = model.generate(prompts(), max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+        assert half.past_key_values.get_seq_length() == 9 + 4
+        return model.generate(half.sequences, past_key_values=half.past_key_values, max_new_tokens=5, do_sample=False)
+
+    alone, _ = both_ways(model, prompts(length=5), max_new_tokens=8, do_sample=False)
+    inner, callback = nested(), Callback(nested)
+    _, lean = both_ways(model, prompts(length=5), max_new_tokens=8, do_sample=False, logits_processor=[callback])
+    assert torch.equal(lean.sequences, alone.sequences)
+    assert all(torch.equal(result, inner) for result in callback.results)
+
+
+def test_a_copy_while_the_model_generates_is_refused_and_one_afterwards_works():
+    model = model_of()
+    callback = Callback(lambda: copy.deepcopy(model))
+    with pytest.raises(TypeError, match="while it generates"):
+        model.generate(prompts(), max_new_tokens=5, do_sample=False, logits_processor=[callback])
+    expected = model.generate(prompts(), max_new_tokens=5, do_sample=False)
+    assert torch.equal(copy.deepcopy(model).generate(prompts(), max_new_tokens=5, do_sample=False), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
