@@ -4,8 +4,8 @@ A step of the plain model costs about as much time in Python, masks and cache co
 Here the whole step is one TorchScript function, `decode`, without Python between the operators, and each layer's keys
 and values stand in one tensor with room to grow. Its matrix products are, by the dtype of the model:
 
-- float32: oneDNN's for large matrices, which read the weights where they lie, at the speed of the memory. They add up in another order
-  than the plain model's: logits differ by rounding (some 1e-6 of their spread).
+- float32: oneDNN's for large matrices, which read the weights where they lie, at the speed of the memory. They add up
+  in another order than the plain model's: logits differ by rounding (some 1e-6 of their spread).
 - float16: FBGEMM's, of a packed copy of the weights. Those stay float16, everything else is computed in float32; the
   plain model's own float16 products are slow on a CPU, most of all for many rows.
 - bfloat16, or where PyTorch has neither library: the plain model's own, and the same bits.
