@@ -35,7 +35,7 @@ TOKENIZER_PROBES = (
     format_example("Summarize the text.", "Done.", "Two  spaces,\na new line, 12345 and 'quotes'."),
     "Ünïcödé, 漢字, العربية, 🙂\t\u00a0end ",
 )
-VERIFY_BYTES = 128 * 2**20  # how much is compared before memory is let go
+VERIFY_BYTES = 256 * 2**20  # how much is compared before memory is let go
 
 
 def load_original(

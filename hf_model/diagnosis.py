@@ -1,6 +1,7 @@
 """What can be told of a model from its weights: values that are not finite, a stutter learnt in fine-tuning."""
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_model.prompt import format_example, format_prompt
@@ -32,13 +33,17 @@ def copied_share(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     A model whose labels were not shifted in fine-tuning has learnt to repeat: its share is near 1. Its prompts tell
     less, since the loss usually leaves them out.
     """
-    copied = seen = 0
+    rows, lengths = [], []
     for instruction, response, input_text in PROBES:
         text = format_example(instruction, response, input_text)
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids  # (1, T)
-        n_response = ids.shape[1] - len(tokenizer(format_prompt(instruction, input_text)).input_ids)
-        ids = ids[:, -model.config.block_size :].to(model.device)
-        is_copied = (model(ids).logits.argmax(dim=-1) == ids)[0, -n_response:-1]  # nothing follows [EOS]
-        copied += int(is_copied.sum())
-        seen += len(is_copied)
-    return copied / max(seen, 1)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]  # (T,)
+        lengths.append(len(ids) - len(tokenizer(format_prompt(instruction, input_text)).input_ids))
+        rows.append(ids[-model.config.block_size :].to(model.device))
+    padded = pad_sequence(rows, batch_first=True)  # on the right, where no token sees it
+    is_copied = model(padded, use_cache=False).logits.argmax(dim=-1) == padded
+    responses = [
+        is_copied[row, max(0, len(ids) - n_response) : len(ids) - 1]  # nothing follows [EOS]
+        for row, (ids, n_response) in enumerate(zip(rows, lengths, strict=True))
+    ]
+    seen = torch.cat(responses)
+    return int(seen.sum()) / max(len(seen), 1)

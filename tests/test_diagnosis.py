@@ -51,12 +51,13 @@ def test_the_share_counts_the_copied_tokens_of_responses(
         config = SimpleNamespace(block_size=64)
         device = torch.device("cpu")
 
-        def __call__(self, ids: torch.Tensor) -> SimpleNamespace:
+        def __call__(self, ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
             is_copied = (torch.arange(ids.shape[1]) < n_prompt) == (copies == "the prompt")
             predicted = torch.where(is_copied, ids, ids - 1)
             return SimpleNamespace(logits=one_hot(predicted, len(tokenizer)))
 
-    monkeypatch.setattr(diagnosis, "PROBES", (("Say it.", "The cat sat on the mat.", ""),))
+    answers = ("The cat sat on the mat.", "Yes.")
+    monkeypatch.setattr(diagnosis, "PROBES", [("Say it.", answer, "") for answer in answers])
     assert copied_share(Copier(), tokenizer) == share
 
 
