@@ -53,7 +53,7 @@ def test_the_share_counts_the_copied_tokens_of_responses(
 
         def __call__(self, ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
             is_copied = (torch.arange(ids.shape[1]) < n_prompt) == (copies == "the prompt")
-            predicted = torch.where(is_copied, ids, ids - 1)
+            predicted = torch.where(is_copied, ids, (ids - 1) % len(tokenizer))
             return SimpleNamespace(logits=one_hot(predicted, len(tokenizer)))
 
     answers = ("The cat sat on the mat.", "Yes.")
