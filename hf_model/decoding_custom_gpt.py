@@ -199,8 +199,6 @@ class LeanForward:
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
-        if torch.compiler.is_compiling():  # `generate` was asked to compile, and means the plain forward
-            return self.plain(input_ids, attention_mask, position_ids, past_key_values, **kwargs)
         if self.fits_prompt(input_ids, attention_mask, position_ids, past_key_values, kwargs):
             return self.take_prompt(input_ids, attention_mask, past_key_values, **kwargs)
         if not self.fits(input_ids, attention_mask, position_ids, past_key_values, kwargs):
@@ -334,6 +332,8 @@ class Dispatcher:
         raise TypeError("A model cannot be copied or pickled while it generates.")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # `generate` was asked to compile, and means the plain forward
+            return self.plain(*args, **kwargs)
         return self.lean.get(threading.get_ident(), self.plain)(*args, **kwargs)
 
     def dispatch_prepare(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
