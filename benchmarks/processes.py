@@ -9,6 +9,7 @@ results/processes.md and processes.json beside this file.
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -91,7 +92,10 @@ def main() -> None:
             folder = Path(temporary)
             checkpoint, tokenizer = EXAMPLE / "ckpt.pt", EXAMPLE / "tokenizer.json"
             if size != "example":
-                checkpoint, tokenizer = files_of(size, folder)
+                with multiprocessing.get_context("spawn").Pool(
+                    1
+                ) as pool:  # our own memory would count as the programs'
+                    checkpoint, tokenizer = pool.apply(files_of, (size, folder))
             paths = ["--checkpoint_path", checkpoint, "--tokenizer_path", tokenizer]
             run("convert_checkpoint.py", *paths, "--output_dir", folder / "hf")
             programs: dict[str, list[str | Path]] = {}
