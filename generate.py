@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 
 DEFAULT_CHECKPOINT = "out/finetune/ckpt.pt"
+DEFAULT_TOKENIZER = "data/tokenizer/custom_gpt_tokenizer.json"
 MOST_ANSWERS = 10**6  # at a time; past these, sizes would overflow in torch
 MOST_TOKENS = 10**9
-DEFAULT_TOKENIZER = "data/tokenizer/custom_gpt_tokenizer.json"
 
 
 class OutputError(Exception):

@@ -18,7 +18,7 @@ from hf_model.decoding_custom_gpt import lean_decoding
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.prompt import format_example
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def logits_of(model: CustomGPTForCausalLM, texts: list[torch.Tensor]) -> torch.T
 
 
 def main() -> None:
-    model, tokenizer, _ = load_original(EXAMPLE / "ckpt.pt", EXAMPLE / "tokenizer.json")
+    _, tokenizer, _ = load_original(EXAMPLE / "ckpt.pt", EXAMPLE / "tokenizer.json")
     records = [json.loads(line) for line in (ROOT / "examples/evaluation/questions.jsonl").read_text().splitlines()]
     formatted = [format_example(record["instruction"], record["output"], record["input"]) for record in records]
     texts = [tokenizer(text + tokenizer.eos_token, return_tensors="pt").input_ids for text in formatted]
@@ -42,14 +42,14 @@ def main() -> None:
         "| dtype | perplexity | likeliest token as in float32 | largest difference of a logit |",
         "|---|---:|---:|---:|",
     ]
-    for name, dtype in DTYPES.items():
-        logits = logits_of(model.to(dtype), texts)
+    for dtype in DTYPES:
+        model, _, _ = load_original(EXAMPLE / "ckpt.pt", EXAMPLE / "tokenizer.json", dtype=dtype)
+        logits = logits_of(model, texts)
         exact = logits if exact is None else exact
         perplexity = math.exp(F.cross_entropy(logits, targets).item())
         agreement = (logits.argmax(-1) == exact.argmax(-1)).float().mean().item()
         difference = (logits - exact).abs().max().item()
-        lines.append(f"| {name} | {perplexity:.6f} | {agreement:.3%} | {difference:.4f} |")
-        model, _, _ = load_original(EXAMPLE / "ckpt.pt", EXAMPLE / "tokenizer.json")
+        lines.append(f"| {dtype} | {perplexity:.6f} | {agreement:.3%} | {difference:.4f} |")
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "accuracy.md").write_text("\n".join([*lines, ""]))
     print("\n".join(lines))

@@ -395,8 +395,8 @@ def lean_decoding(model: Any, prompt: bool = False) -> Iterator[None]:
     """
     thread = threading.get_ident()
     lean = None
-    if (not prompt or model.dtype == torch.float16) and is_plain(model):
-        with INSTALLING:
+    with INSTALLING:  # what `is_plain` looks at, another thread may be about to replace
+        if (not prompt or model.dtype == torch.float16) and is_plain(model):
             dispatcher = model.forward if type(model.forward) is Dispatcher else Dispatcher(model)
             outer = dispatcher.lean.get(thread)  # of a `generate` within whose steps this one runs
             if outer is not None:
