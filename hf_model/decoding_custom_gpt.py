@@ -1,14 +1,17 @@
-"""Lean forward passes on a CPU, for `generate`: of one new token at a time, and in float16 of the prompt too.
+"""Lean forward passes on a CPU, for `generate`: of the prompt, and of one new token at a time.
 
 A step of the plain model costs about as much time in Python, masks and cache concatenation as in reading its weights.
 Here the whole step is one TorchScript function, `decode`, without Python between the operators, and each layer's keys
 and values stand in one tensor with room to grow. Its matrix products are, by the dtype of the model:
 
-- float32: oneDNN's for large matrices, which read the weights where they lie, at the speed of the memory. They add up
-  in another order than the plain model's: logits differ by rounding (some 1e-6 of their spread).
+- float32: oneDNN's, which read the weights where they lie, at the speed of the memory. They add up in another order
+  than the plain model's: logits differ by rounding (some 1e-6 of their spread). For one row, MKL's product, which is
+  the plain model's, is faster where a matrix is small or has long rows, if each thread gets a part of the matrix: left
+  to itself, MKL multiplies a matrix and a vector on one thread.
 - float16: FBGEMM's, of a packed copy of the weights. Those stay float16, everything else is computed in float32; the
   plain model's own float16 products are slow on a CPU, most of all for many rows.
-- bfloat16, or where PyTorch has neither library: the plain model's own, and the same bits.
+- bfloat16, or where PyTorch has none of these libraries: the plain model's own, and the same bits; of a prompt, the
+  plain model's forward pass altogether.
 
 CUSTOM_GPT_PLAIN_DECODE=1 in the environment, or a model with anything unusual about it (`is_plain`), leaves every step
 to the plain model.
@@ -33,19 +36,20 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 GELU = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}
+PROMPT_DTYPES = (torch.float32, torch.float16)
 EXPECTED = {"position_ids", "use_cache", "return_dict", "logits_to_keep"}  # arguments that a single token may come with
 
 
 Packed: Any = torch.classes.quantized.LinearPackedParamsBase
 
 
-ONEDNN_FROM = 2**19  # a call of it costs 25 microseconds more than PyTorch's own product, which is slower by the byte
-NEVER = 2**62
+SMALL = 2**20  # weights; oneDNN takes up to 25 microseconds to begin
 
 
 class Affine(NamedTuple):
     weight: Tensor
     bias: Tensor | None
+    parts: Tensor | None = None  # the weight's rows in a part for each thread, transposed: (n, in, out / n)
     packed: Optional[Packed] = None  # noqa: UP045 weight and bias in FBGEMM's layout; a ScriptClass takes no `|`
 
 
@@ -64,16 +68,19 @@ class Weights(NamedTuple):
     blocks: list[Block]
     ln_f: Affine
     lm_head: Affine
-    onednn_from: int  # matrices of so many weights go to oneDNN
+    onednn: bool
 
 
-def project(x: Tensor, linear: Affine, onednn_from: int) -> Tensor:
-    packed = linear.packed
+def project(x: Tensor, linear: Affine, onednn: bool) -> Tensor:
+    packed, parts, bias = linear.packed, linear.parts, linear.bias
     if packed is not None:
         return torch.ops.quantized.linear_dynamic_fp16(x, packed)
-    if linear.weight.numel() >= onednn_from:
-        return torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, "none", [], "")
-    return F.linear(x, linear.weight, linear.bias)
+    if parts is not None and x.shape[0] == 1:
+        y = torch.bmm(x.expand(parts.shape[0], 1, x.shape[1]), parts).view(1, -1)
+        return y if bias is None else y + bias
+    if onednn:
+        return torch.ops.mkldnn._linear_pointwise(x, linear.weight, bias, "none", [], "")
+    return F.linear(x, linear.weight, bias)
 
 
 def normalize(x: Tensor, norm: Affine, eps: float) -> Tensor:
@@ -93,21 +100,21 @@ def decode(
 ) -> Tensor:
     """Logits (B, last, V) of T tokens for each row, whose keys and values are added to `states`."""
     B, T = ids.shape
-    limit = weights.onednn_from
+    onednn = weights.onednn
     x = F.embedding(ids, weights.wte) + F.embedding(position_ids, weights.wpe)  # (B, T, C)
     x = x.to(weights.ln_f.weight.dtype).view(B * T, -1)
     for block, room in zip(weights.blocks, states):  # noqa: B905 TorchScript knows no `strict`
         nh, hs = room.shape[2], room.shape[4]
-        qkv = project(normalize(x, block.ln_1, eps), block.c_attn, limit).view(B, T, 3, nh, hs).permute(2, 0, 3, 1, 4)
+        qkv = project(normalize(x, block.ln_1, eps), block.c_attn, onednn).view(B, T, 3, nh, hs).permute(2, 0, 3, 1, 4)
         seen = room.narrow(3, 0, past + T)
         seen.narrow(3, past, T).copy_(qkv.narrow(0, 1, 2))
         key, value = seen.unbind(0)  # (B, nh, S, hs)
         y = F.scaled_dot_product_attention(qkv[0], key, value, mask, 0.0, T > 1 and mask is None)  # (B, nh, T, hs)
-        x = x + project(y.transpose(1, 2).reshape(x.shape), block.attn_proj, limit)
-        hidden = F.gelu(project(normalize(x, block.ln_2, eps), block.c_fc, limit), approximate=gelu)  # (B T, 4C)
-        x = x + project(hidden, block.mlp_proj, limit)
+        x = x + project(y.transpose(1, 2).reshape(x.shape), block.attn_proj, onednn)
+        hidden = F.gelu(project(normalize(x, block.ln_2, eps), block.c_fc, onednn), approximate=gelu)  # (B T, 4C)
+        x = x + project(hidden, block.mlp_proj, onednn)
     x = x.view(B, T, -1).narrow(1, T - last, last).reshape(B * last, -1)
-    return project(normalize(x, weights.ln_f, eps), weights.lm_head, limit).view(B, last, -1)
+    return project(normalize(x, weights.ln_f, eps), weights.lm_head, onednn).view(B, last, -1)
 
 
 @functools.cache
@@ -126,13 +133,14 @@ def weights_of(model: Any) -> Weights:
     vectorized = torch.backends.cpu.get_cpu_capability().startswith("AVX")
     if not (model.dtype == torch.float16 and vectorized and torch.backends.quantized.engine in ("x86", "fbgemm")):
         PACKED.pop(model, None)
-        onednn = model.dtype == torch.float32 and vectorized and torch.backends.mkldnn.is_available()
-        limit = ONEDNN_FROM if onednn and torch.backends.mkldnn.enabled else NEVER
-        return gather(model, lambda layer: Affine(layer.weight, layer.bias), limit)
+        fast = model.dtype == torch.float32 and vectorized
+        onednn = fast and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+        return gather(model, in_parts if fast and torch.backends.mkl.is_available() else as_it_is, onednn)
     state = [total for weight in model.parameters() for total in checksum(weight)]
     known = PACKED.get(model)
     if known is None or not all(map(torch.equal, known[0], state)):
-        known = PACKED[model] = (state, gather(model, packed, NEVER))
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # FBGEMM packs on one thread
+            known = PACKED[model] = (state, gather(model, packed, False, pool.map))
     return known[1]
 
 
@@ -149,24 +157,37 @@ PREPARING = threading.Lock()  # one thread packs or compiles, the others wait fo
 PACKED: weakref.WeakKeyDictionary[Any, tuple[list[Tensor], Weights]] = weakref.WeakKeyDictionary()
 
 
+def as_it_is(layer: Any) -> Affine:
+    return Affine(layer.weight, layer.bias)
+
+
+def in_parts(layer: Any) -> Affine:
+    weight = layer.weight
+    if weight.ndim == 1 or not weight.is_contiguous():
+        return as_it_is(layer)
+    n_out, n_in = weight.shape
+    if n_out > n_in and weight.numel() >= SMALL:
+        return as_it_is(layer)
+    n = next(n for n in range(torch.get_num_threads(), 0, -1) if n_out % n == 0)
+    return Affine(weight, layer.bias, weight.detach().view(n, n_out // n, n_in).transpose(1, 2))
+
+
 @torch.no_grad()
 def packed(layer: Any) -> Affine:
     weight, bias = layer.weight.float(), None if layer.bias is None else layer.bias.float()
     if isinstance(layer, nn.LayerNorm):
         return Affine(weight, bias)
-    return Affine(layer.weight, None, torch.ops.quantized.linear_prepack_fp16(weight, bias))
+    return Affine(layer.weight, None, packed=torch.ops.quantized.linear_prepack_fp16(weight, bias))
 
 
-def gather(model: Any, affine: Callable[[Any], Affine], onednn_from: int) -> Weights:
+def gather(model: Any, affine: Callable[[Any], Affine], onednn: bool, each: Callable = map) -> Weights:
     def block(layer: Any) -> Block:
         attn, mlp = layer.attn, layer.mlp
         return Block(*map(affine, (layer.ln_1, attn.c_attn, attn.c_proj, layer.ln_2, mlp.c_fc, mlp.c_proj)))
 
     decoder = model.transformer
-    head = affine(model.lm_head)
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # FBGEMM packs on one thread
-        blocks = list(pool.map(block, decoder.h))
-    return Weights(decoder.wte.weight, decoder.wpe.weight, blocks, affine(decoder.ln_f), head, onednn_from)
+    head, blocks = affine(model.lm_head), list(each(block, decoder.h))
+    return Weights(decoder.wte.weight, decoder.wpe.weight, blocks, affine(decoder.ln_f), head, onednn)
 
 
 class LeanForward:
@@ -241,9 +262,9 @@ class LeanForward:
     def fits_prompt(
         self, input_ids: Any, attention_mask: Any, position_ids: Any, cache: Any, kwargs: dict[str, Any]
     ) -> bool:
-        """Whether these are all tokens so far of a model with packed weights, with or without a cache to fill."""
+        """Whether these are all tokens so far, with or without a cache to fill, and there is a fast product for rows."""
         return (
-            self.model.dtype == torch.float16
+            self.model.dtype in PROMPT_DTYPES
             and input_ids is not None
             and 1 < input_ids.shape[1] <= self.block_size
             and (attention_mask is None or attention_mask.shape == input_ids.shape)
@@ -253,7 +274,7 @@ class LeanForward:
             and kwargs.get("return_dict") is not False
             and type(kwargs.get("logits_to_keep", 0)) is int
             and all(value is None or value is False or name in EXPECTED for name, value in kwargs.items())
-            and self.weights.lm_head.packed is not None
+            and (self.weights.onednn or self.weights.lm_head.packed is not None)
         )
 
     def take_prompt(
@@ -269,13 +290,15 @@ class LeanForward:
         if attention_mask is not None and not attention_mask.all():
             seen = torch.ones(T, T, dtype=torch.bool).tril()
             mask = seen & attention_mask[:, None, None].bool() | torch.eye(T, dtype=torch.bool)  # padding sees itself
-        states = [torch.empty(2, B, self.n_head, T, self.head_dim) for _ in self.weights.blocks]
+        dtype = self.weights.ln_f.weight.dtype
+        states = [torch.empty(2, B, self.n_head, T, self.head_dim, dtype=dtype) for _ in self.weights.blocks]
         position_ids = self.positions(input_ids, attention_mask)
-        inputs = (input_ids, position_ids, mask, states, 0, min(logits_to_keep or T, T))
-        logits = scripted_decode()(self.weights, *inputs, self.eps, self.gelu)
+        last = min(logits_to_keep or T, T)
+        inputs = (self.weights, input_ids, position_ids, mask, states, 0, last)
+        logits = scripted_decode()(*inputs, self.eps, self.gelu)
         if cache is not None:
-            for layer, room in enumerate(states):
-                cache.update(*room.to(self.weights.wte.dtype).unbind(), layer)
+            for layer in range(self.n_layer):  # the cache makes copies: of one layer at a time
+                cache.update(*states.pop(0).to(self.weights.wte.dtype).unbind(), layer)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
     def prepare(
@@ -367,18 +390,19 @@ def is_plain(model: Any) -> bool:
         return False
     if torch.is_autocast_enabled("cpu") or nn.modules.module._has_any_global_hook():
         return False
-    scaling = (config.n_embd // config.n_head) ** -0.5
+    dtype, scaling = model.dtype, (config.n_embd // config.n_head) ** -0.5
     known = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList, type(ACT2FN[config.activation_function]))
     return all(
         not module.training
-        and getattr(module, "eps", config.layer_norm_epsilon) == config.layer_norm_epsilon
-        and getattr(module, "scaling", scaling) == scaling
+        and module.__dict__.get("eps", config.layer_norm_epsilon) == config.layer_norm_epsilon
+        and module.__dict__.get("scaling", scaling) == scaling
         and (type(module) in known or type(module).__module__ == type(model).__module__)
-        and (type(module.forward) is Dispatcher or not REPLACED & module.__dict__.keys())
+        and (not REPLACED & module.__dict__.keys() or type(module.forward) is Dispatcher)
         and not (module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl)
         and all(
-            type(parameter) is nn.Parameter and parameter.device.type == "cpu" and parameter.dtype == model.dtype
-            for parameter in module.parameters(recurse=False)
+            parameter is None
+            or (type(parameter) is nn.Parameter and parameter.device.type == "cpu" and parameter.dtype == dtype)
+            for parameter in module._parameters.values()
         )
         for module in model.modules()
     )
@@ -391,12 +415,12 @@ INSTALLING = threading.Lock()
 def lean_decoding(model: Any, prompt: bool = False) -> Iterator[None]:
     """Within it, this thread's `model.forward` is lean wherever it can be, if there is nothing unusual about the model.
 
-    Of all dtypes, float16 alone has lean forward passes of a `prompt`.
+    Only `PROMPT_DTYPES` have lean forward passes of a `prompt`.
     """
     thread = threading.get_ident()
     lean = None
     with INSTALLING:  # what `is_plain` looks at, another thread may be about to replace
-        if (not prompt or model.dtype == torch.float16) and is_plain(model):
+        if (not prompt or model.dtype in PROMPT_DTYPES) and is_plain(model):
             dispatcher = model.forward if type(model.forward) is Dispatcher else Dispatcher(model)
             outer = dispatcher.lean.get(thread)  # of a `generate` within whose steps this one runs
             if outer is not None:

@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessor
 
 from hf_model import CustomGPTConfig, CustomGPTForCausalLM, decoding_custom_gpt
-from hf_model.decoding_custom_gpt import PACKED, LeanForward, weights_of
+from hf_model.decoding_custom_gpt import PACKED, Affine, LeanForward, weights_of
 
 CONTEXT = 64
 
@@ -73,13 +73,22 @@ def prompts(rows: int = 1, length: int = 9) -> torch.Tensor:
     return torch.randint(4, 500, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.fixture
+def no_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+
+
+@pytest.fixture
+def no_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+
+
 @pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_and_cache_are_the_plain_steps_bit_for_bit_by_the_plain_products(
-    both_ways, steps, bias, activation, dtype, monkeypatch
+    both_ways, steps, bias, activation, dtype, no_onednn, no_mkl
 ):
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     model = model_of(bias=bias, activation_function=activation).to(dtype)
     plain, lean = both_ways(model, prompts(), max_new_tokens=40, do_sample=False)
     assert torch.equal(lean.sequences, plain.sequences)
@@ -97,16 +106,80 @@ def assert_rounding_apart(lean: Any, plain: Any) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * float(other.std()))
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_by_onednns_products_logits_are_the_plain_steps_up_to_rounding(both_ways, steps, bias, monkeypatch):
-    if not (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")):
-        pytest.skip("oneDNN is used on processors with AVX2")
-    monkeypatch.setattr(decoding_custom_gpt, "ONEDNN_FROM", 1)
-    model = model_of(bias=bias)
-    assert weights_of(model).onednn_from == 1
-    plain, lean = both_ways(model, prompts(), max_new_tokens=40, do_sample=False)
-    assert_rounding_apart(lean, plain)
-    assert len(steps) == 1
+def matrices(model: CustomGPTForCausalLM) -> list[Affine]:
+    weights = weights_of(model)
+    return [
+        weights.lm_head,
+        *(part for block in weights.blocks for part in (block.c_attn, block.attn_proj, block.c_fc, block.mlp_proj)),
+    ]
+
+
+class TestFloat32:
+    """Against the plain steps of the same model."""
+
+    @pytest.fixture(autouse=True)
+    def needs_the_products(self) -> None:
+        if not (
+            torch.backends.mkl.is_available()
+            and torch.backends.mkldnn.is_available()
+            and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+        ):
+            pytest.skip("MKL's and oneDNN's products are used on processors with AVX2")
+
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_by_onednn_alone(self, both_ways, steps, lean_prompts, no_mkl, bias):
+        model = model_of(bias=bias)
+        assert weights_of(model).onednn
+        assert all(affine.parts is None for affine in matrices(model))
+        plain, lean = both_ways(model, prompts(), max_new_tokens=40, do_sample=False)
+        assert_rounding_apart(lean, plain)
+        assert (steps, lean_prompts) == ([1], [9])
+
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_by_mkl_in_parts_alone(self, both_ways, steps, lean_prompts, no_onednn, bias, monkeypatch):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # not all of the model's sizes are multiples of it
+        model = model_of(bias=bias)
+        assert {len(affine.parts) for affine in matrices(model)} == {2, 3}
+        plain, lean = both_ways(model, prompts(), max_new_tokens=40, do_sample=False)
+        assert_rounding_apart(lean, plain)
+        assert (steps, lean_prompts) == ([1], [])
+
+    def test_large_matrices_go_to_onednn_unless_their_rows_are_long(self, monkeypatch):
+        monkeypatch.setattr(decoding_custom_gpt, "SMALL", 4 * 64 * 64)
+        model = model_of()
+        in_parts = {id(affine.weight) for affine in matrices(model) if affine.parts is not None}
+        block = model.transformer.h[0]
+        assert id(block.attn.c_attn.weight) in in_parts
+        assert id(block.mlp.c_proj.weight) in in_parts
+        assert not {id(block.mlp.c_fc.weight), id(model.lm_head.weight)} & in_parts
+
+    def test_weights_laid_out_in_another_way(self, both_ways, steps):
+        model = model_of()
+        c_fc = model.transformer.h[1].mlp.c_fc
+        c_fc.weight.data = c_fc.weight.data.t().contiguous().t()
+        plain, lean = both_ways(model, prompts(), max_new_tokens=10, do_sample=False)
+        assert_rounding_apart(lean, plain)
+        assert steps == [1]
+
+    @pytest.mark.parametrize("rows", [1, 3])
+    def test_past_the_context_the_window_is_lean_too(self, both_ways, lean_prompts, rows):
+        plain, lean = both_ways(model_of(), prompts(rows), max_new_tokens=CONTEXT, do_sample=False)
+        assert_rounding_apart(lean, plain)
+        assert lean_prompts == [9] + [CONTEXT] * 8
+
+    def test_padded_rows(self, both_ways, steps, lean_prompts):
+        ids = prompts(rows=3)
+        mask = torch.ones_like(ids)
+        mask[0, :4] = 0
+        plain, lean = both_ways(model_of(), ids, attention_mask=mask, max_new_tokens=40, do_sample=False)
+        assert_rounding_apart(lean, plain)
+        assert (steps, lean_prompts) == ([1], [9])
+
+    def test_the_cache_is_the_plain_steps(self, both_ways):
+        plain, lean = both_ways(model_of(), prompts(), max_new_tokens=20, do_sample=False)
+        for one, other in zip(lean.past_key_values.layers, plain.past_key_values.layers, strict=True):
+            torch.testing.assert_close(one.keys, other.keys, rtol=0, atol=1e-5 * float(other.keys.std()))
+            torch.testing.assert_close(one.values, other.values, rtol=0, atol=1e-5 * float(other.values.std()))
 
 
 class TestFloat16:
@@ -185,16 +258,6 @@ class TestFloat16:
 def test_sampled_tokens_are_the_plain_steps(both_ways, steps, options):
     plain, lean = both_ways(model_of(), prompts(), **options)
     assert torch.equal(lean.sequences, plain.sequences)
-    assert steps
-
-
-def test_padded_rows_get_the_plain_steps_tokens(both_ways, steps, monkeypatch):
-    monkeypatch.setattr(decoding_custom_gpt, "ONEDNN_FROM", 1)
-    ids = prompts(rows=3)
-    mask = torch.ones_like(ids)
-    mask[0, :4] = 0
-    plain, lean = both_ways(model_of(), ids, attention_mask=mask, max_new_tokens=40, do_sample=False)
-    assert_rounding_apart(lean, plain)
     assert steps
 
 
