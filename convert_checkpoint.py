@@ -1,6 +1,7 @@
 """Convert a GPT checkpoint and its tokenizer JSON to a Hugging Face folder, and check it against its source."""
 
 import argparse
+import gc
 import io
 import os
 import re
@@ -56,12 +57,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    # Imported here, after the arguments are known to be right: these imports take seconds.
+    # Imported here, after the arguments are known to be right: these imports take seconds. A third of them would go into
+    # looking for garbage among the objects that they make, now and again at the exit, and there is none.
+    gc.disable()
     from huggingface_hub.utils import disable_progress_bars
     from transformers.utils import logging
 
     from hf_model.conversion import convert, push
 
+    gc.freeze()
+    gc.enable()
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()

@@ -1,6 +1,7 @@
 """Generate text from a prompt with a GPT checkpoint, or with the folder that convert_checkpoint.py made of it."""
 
 import argparse
+import gc
 import io
 import os
 import sys
@@ -140,12 +141,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    # Imported here, after the arguments are known to be right: these imports take seconds.
+    # Imported here, after the arguments are known to be right: these imports take seconds. A third of them would go into
+    # looking for garbage among the objects that they make, now and again at the exit, and there is none.
+    gc.disable()
     from transformers.utils import logging
 
     from hf_model import generation
     from hf_model.conversion import describe_architecture, describe_parameters
 
+    gc.freeze()
+    gc.enable()
     logging.set_verbosity_error()  # the library's reminders about lengths and flags are answered in the README
     logging.disable_progress_bar()
 

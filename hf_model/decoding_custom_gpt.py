@@ -136,7 +136,7 @@ def weights_of(model: Any) -> Weights:
         fast = model.dtype == torch.float32 and vectorized
         onednn = fast and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
         return gather(model, in_parts if fast and torch.backends.mkl.is_available() else as_it_is, onednn)
-    state = [total for weight in model.parameters() for total in checksum(weight)]
+    state = [checksum(weight) for weight in model.parameters()]
     known = PACKED.get(model)
     if known is None or not all(map(torch.equal, known[0], state)):
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # FBGEMM packs on one thread
@@ -144,13 +144,14 @@ def weights_of(model: Any) -> Weights:
     return known[1]
 
 
-def checksum(weight: Tensor) -> list[Tensor]:
-    """Sums over rows and over columns of the bits: two rows that change places are seen, too. Of a vector, a copy."""
-    if weight.ndim == 1:
-        return [weight.detach().clone()]
-    four = weight.is_contiguous() and weight.shape[1] % 4 == 0 and weight.storage_offset() % 4 == 0
-    bits = weight.detach().view(torch.int64 if four else torch.int16)  # four values at a time, where memory allows
-    return [bits.sum(0), bits.sum(1)]
+def checksum(weight: Tensor) -> Tensor:
+    """Sums of the bits of 256 values each, or of a row. Of a vector, a copy."""
+    values = weight.detach()
+    if values.ndim == 1:
+        return values.clone()
+    if values.is_contiguous() and values.numel() % 256 == 0 and values.storage_offset() % 4 == 0:
+        return values.view(-1, 256).view(torch.int64).sum(1)  # four values at a time
+    return values.view(torch.int16).sum(1)
 
 
 PREPARING = threading.Lock()  # one thread packs or compiles, the others wait for it
@@ -262,7 +263,7 @@ class LeanForward:
     def fits_prompt(
         self, input_ids: Any, attention_mask: Any, position_ids: Any, cache: Any, kwargs: dict[str, Any]
     ) -> bool:
-        """Whether these are all tokens so far, with or without a cache to fill, and there is a fast product for rows."""
+        """Whether these are all tokens so far, with or without a cache to fill, of a model with fast products."""
         return (
             self.model.dtype in PROMPT_DTYPES
             and input_ids is not None
