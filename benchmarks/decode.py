@@ -14,7 +14,8 @@ import re
 import statistics
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -125,7 +126,9 @@ class Engine:
         return self.requests.recv() if case else None
 
 
-def measure(size: str, cases: dict[str, Case], rounds: int, only: list[str]) -> dict[str, dict]:
+@contextmanager
+def running(size: str, only: list[str]) -> Iterator[dict[str, Engine]]:
+    """The engines that are installed, warmed up."""
     names = [name for name in ENGINES if not only or any(part in name for part in only)]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -136,33 +139,33 @@ def measure(size: str, cases: dict[str, Case], rounds: int, only: list[str]) -> 
                 del engines[name]
             else:
                 stack.callback(engine.run, None)
-                engine.run(Case(1, 32, 2))  # warms up
-        report: dict[str, dict] = {name: {} for name in engines}
-        for label, case in cases.items():
-            seconds: dict[str, list[float]] = {name: [] for name in engines}
-            first: dict[str, list[int]] = {}
-            for turn in range(rounds):
-                for name, engine in engines.items():
-                    if name == "original" and turn:
-                        continue  # a full forward pass for every token: once must do
-                    answer = engine.run(case)
-                    if isinstance(answer, tuple):
-                        seconds[name].append(answer[0])
-                        first[name] = answer[1]
-            reference = first.get("original") or next(iter(first.values()), [])
-            for name, times in seconds.items():
-                if times:
-                    same = next((i for i, token in enumerate(reference) if first[name][i] != token), len(reference))
-                    report[name][label] = {
-                        "median": case.tokens() / statistics.median(times),
-                        "best": case.tokens() / min(times),
-                        "worst": case.tokens() / max(times),
-                        "same_tokens": f"{same}/{len(reference)}",
-                    }
-                    print(
-                        f"  {label:18} {name:24} {report[name][label]['median']:8.1f} tokens/s, {same} same", flush=True
-                    )
-    return report
+                engine.run(Case(1, 32, 2))
+        yield engines
+
+
+def measure(case: Case, engines: dict[str, Engine], rounds: int) -> dict[str, dict[str, float | str]]:
+    """Tokens per second of each engine that takes the case, and how many of its tokens are the original's."""
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    first: dict[str, list[int]] = {}
+    for turn in range(rounds):
+        for name, engine in engines.items():
+            if name == "original" and turn:
+                continue  # a full forward pass for every token: once must do
+            answer = engine.run(case)
+            if isinstance(answer, tuple):
+                seconds[name].append(answer[0])
+                first[name] = answer[1]
+    reference = first.get("original") or next(iter(first.values()), [])
+
+    def result(times: list[float], tokens: list[int]) -> dict[str, float | str]:
+        same = next((i for i, token in enumerate(reference) if tokens[i] != token), len(reference))
+        spread = {"median": statistics.median(times), "best": min(times), "worst": max(times)}
+        return {
+            **{name: case.tokens() / time for name, time in spread.items()},
+            "same_tokens": f"{same}/{len(reference)}",
+        }
+
+    return {name: result(times, first[name]) for name, times in seconds.items() if times}
 
 
 def weights_read(config: GPTConfig) -> int:
@@ -240,8 +243,14 @@ def main() -> None:
     }
     for name in args.sizes:
         print(f"{name}: {text(SIZES[name])}")
-        engines = measure(name, {label: CASES[label] for label in args.cases}, args.rounds, args.only)
-        report["sizes"][name] = {"limit_f32": speed / weights_read(SIZES[name]), "engines": engines}
+        with running(name, args.only) as engines:
+            results: dict[str, dict] = {engine: {} for engine in engines}
+            for label in args.cases:
+                for engine, result in measure(CASES[label], engines, args.rounds).items():
+                    results[engine][label] = result
+                    speed_of = f"{result['median']:8.1f} tokens/s, {result['same_tokens']} same"
+                    print(f"  {label:18} {engine:24} {speed_of}", flush=True)
+        report["sizes"][name] = {"limit_f32": speed / weights_read(SIZES[name]), "engines": results}
 
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "decode.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")

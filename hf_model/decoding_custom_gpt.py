@@ -4,14 +4,16 @@ A step of the plain model costs about as much time in Python, masks and cache co
 Here the whole step is one TorchScript function, `decode`, without Python between the operators, and each layer's keys
 and values stand in one tensor with room to grow. Its matrix products are, by the dtype of the model:
 
-- float32: oneDNN's, which read the weights where they lie, at the speed of the memory. They add up in another order
-  than the plain model's: logits differ by rounding (some 1e-6 of their spread). For one row, MKL's product, which is
-  the plain model's, is faster where a matrix is small or has long rows, if each thread gets a part of the matrix: left
-  to itself, MKL multiplies a matrix and a vector on one thread.
+- float32: oneDNN's, which read the weights where they lie, at the speed of the memory. For one row, MKL's are faster
+  where a matrix is small or has no more rows than columns, if each thread gets a part of the matrix: left to itself,
+  MKL multiplies a matrix and a vector on one thread. Both may add up in another order than the plain model's product:
+  logits differ by rounding (some 1e-6 of their spread).
 - float16: FBGEMM's, of a packed copy of the weights. Those stay float16, everything else is computed in float32; the
   plain model's own float16 products are slow on a CPU, most of all for many rows.
-- bfloat16, or where PyTorch has none of these libraries: the plain model's own, and the same bits; of a prompt, the
-  plain model's forward pass altogether.
+- other dtypes, processors without AVX2, a PyTorch without the library: the plain model's own, and the same bits. There,
+  prompts are left to the plain model.
+
+The weights must not be exchanged while `generate` runs; between its calls they may.
 
 CUSTOM_GPT_PLAIN_DECODE=1 in the environment, or a model with anything unusual about it (`is_plain`), leaves every step
 to the plain model.
@@ -43,7 +45,7 @@ EXPECTED = {"position_ids", "use_cache", "return_dict", "logits_to_keep"}  # arg
 Packed: Any = torch.classes.quantized.LinearPackedParamsBase
 
 
-SMALL = 2**20  # weights; oneDNN takes up to 25 microseconds to begin
+IN_PARTS_BELOW = 2**20  # weights; larger matrices with more rows than columns are oneDNN's (measured on two cores)
 
 
 class Affine(NamedTuple):
@@ -84,7 +86,7 @@ def project(x: Tensor, linear: Affine, onednn: bool) -> Tensor:
 
 
 def normalize(x: Tensor, norm: Affine, eps: float) -> Tensor:
-    return F.layer_norm(x, x.shape[1:], norm.weight, norm.bias, eps)
+    return torch.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, eps)
 
 
 def decode(
@@ -106,9 +108,8 @@ def decode(
     for block, room in zip(weights.blocks, states):  # noqa: B905 TorchScript knows no `strict`
         nh, hs = room.shape[2], room.shape[4]
         qkv = project(normalize(x, block.ln_1, eps), block.c_attn, onednn).view(B, T, 3, nh, hs).permute(2, 0, 3, 1, 4)
-        seen = room.narrow(3, 0, past + T)
-        seen.narrow(3, past, T).copy_(qkv.narrow(0, 1, 2))
-        key, value = seen.unbind(0)  # (B, nh, S, hs)
+        room.narrow(3, past, T).copy_(qkv[1:])
+        key, value = room.narrow(3, 0, past + T).unbind(0)  # (B, nh, S, hs)
         y = F.scaled_dot_product_attention(qkv[0], key, value, mask, 0.0, T > 1 and mask is None)  # (B, nh, T, hs)
         x = x + project(y.transpose(1, 2).reshape(x.shape), block.attn_proj, onednn)
         hidden = F.gelu(project(normalize(x, block.ln_2, eps), block.c_fc, onednn), approximate=gelu)  # (B T, 4C)
@@ -128,30 +129,34 @@ def scripted_decode() -> Callable[..., Tensor]:
         return decode
 
 
-def weights_of(model: Any) -> Weights:
-    """The model's own tensors, or in float16 copies that are kept as long as the model lives and does not change."""
+def weights_of(model: Any, compared: bool = False) -> Weights:
+    """The model's own tensors, or in float16 copies that are kept as long as the model lives and does not change.
+
+    `compared` says that the copies are known to be those of the model.
+    """
     vectorized = torch.backends.cpu.get_cpu_capability().startswith("AVX")
     if not (model.dtype == torch.float16 and vectorized and torch.backends.quantized.engine in ("x86", "fbgemm")):
         PACKED.pop(model, None)
         fast = model.dtype == torch.float32 and vectorized
         onednn = fast and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
         return gather(model, in_parts if fast and torch.backends.mkl.is_available() else as_it_is, onednn)
-    state = [checksum(weight) for weight in model.parameters()]
     known = PACKED.get(model)
+    if known is not None and compared:
+        return known[1]
+    state = [total for weight in model.parameters() for total in checksum(weight)]
     if known is None or not all(map(torch.equal, known[0], state)):
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # FBGEMM packs on one thread
             known = PACKED[model] = (state, gather(model, packed, False, pool.map))
     return known[1]
 
 
-def checksum(weight: Tensor) -> Tensor:
-    """Sums of the bits of 256 values each, or of a row. Of a vector, a copy."""
-    values = weight.detach()
-    if values.ndim == 1:
-        return values.clone()
-    if values.is_contiguous() and values.numel() % 256 == 0 and values.storage_offset() % 4 == 0:
-        return values.view(-1, 256).view(torch.int64).sum(1)  # four values at a time
-    return values.view(torch.int16).sum(1)
+def checksum(weight: Tensor) -> list[Tensor]:
+    """Sums over rows and over columns of the bits: two rows that change places are seen, too. Of a vector, a copy."""
+    if weight.ndim == 1:
+        return [weight.detach().clone()]
+    four = weight.is_contiguous() and weight.shape[1] % 4 == 0 and weight.storage_offset() % 4 == 0
+    bits = weight.detach().view(torch.int64 if four else torch.int16)  # four values at a time, where memory allows
+    return [bits.sum(0), bits.sum(1)]
 
 
 PREPARING = threading.Lock()  # one thread packs or compiles, the others wait for it
@@ -163,13 +168,12 @@ def as_it_is(layer: Any) -> Affine:
 
 
 def in_parts(layer: Any) -> Affine:
-    weight = layer.weight
-    if weight.ndim == 1 or not weight.is_contiguous():
+    weight, n = layer.weight, torch.get_num_threads()
+    if weight.ndim == 1 or not weight.is_contiguous() or weight.shape[0] % n:
         return as_it_is(layer)
     n_out, n_in = weight.shape
-    if n_out > n_in and weight.numel() >= SMALL:
+    if n_out > n_in and weight.numel() >= IN_PARTS_BELOW:
         return as_it_is(layer)
-    n = next(n for n in range(torch.get_num_threads(), 0, -1) if n_out % n == 0)
     return Affine(weight, layer.bias, weight.detach().view(n, n_out // n, n_in).transpose(1, 2))
 
 
@@ -194,9 +198,9 @@ def gather(model: Any, affine: Callable[[Any], Affine], onednn: bool, each: Call
 class LeanForward:
     """One thread's `forward` while `generate` runs; anything that it does not know goes to the plain `forward`."""
 
-    def __init__(self, model: Any, plain: Callable, plain_prepare: Callable):
+    def __init__(self, model: Any, plain: Callable, plain_prepare: Callable, compared: bool):
         self.plain, self.plain_prepare = plain, plain_prepare
-        self.model = model
+        self.model, self.compared = model, compared
         self.n_layer, self.n_head = model.config.n_layer, model.config.n_head
         self.head_dim = model.config.n_embd // model.config.n_head
         self.block_size = model.config.block_size
@@ -211,7 +215,7 @@ class LeanForward:
     def weights(self) -> Weights:
         with PREPARING:
             scripted_decode()
-            return weights_of(self.model)
+            return weights_of(self.model, self.compared)
 
     def __call__(
         self,
@@ -273,7 +277,8 @@ class LeanForward:
             and (cache is None or is_empty_cache(cache))
             and kwargs.get("use_cache") is (cache is not None)
             and kwargs.get("return_dict") is not False
-            and type(kwargs.get("logits_to_keep", 0)) is int
+            and type(logits_to_keep := kwargs.get("logits_to_keep", 0)) is int
+            and logits_to_keep >= 0
             and all(value is None or value is False or name in EXPECTED for name, value in kwargs.items())
             and (self.weights.onednn or self.weights.lm_head.packed is not None)
         )
@@ -287,15 +292,17 @@ class LeanForward:
         **kwargs: Any,
     ) -> Any:
         B, T = input_ids.shape
+        dtype, device = self.weights.ln_f.weight.dtype, input_ids.device
         mask = None
         if attention_mask is not None and not attention_mask.all():
-            seen = torch.ones(T, T, dtype=torch.bool).tril()
-            mask = seen & attention_mask[:, None, None].bool() | torch.eye(T, dtype=torch.bool)  # padding sees itself
-        dtype = self.weights.ln_f.weight.dtype
-        states = [torch.empty(2, B, self.n_head, T, self.head_dim, dtype=dtype) for _ in self.weights.blocks]
+            seen = torch.ones_like(attention_mask[0], dtype=torch.bool).expand(T, T).tril()
+            padding = attention_mask[:, None, None] == 0
+            mask = seen & ~padding | torch.eye(T, dtype=torch.bool, device=device)  # padding sees itself
+        rooms = self.n_layer if cache is not None else 1  # one serves all layers, if nobody asks for it afterwards
+        states = [torch.empty(2, B, self.n_head, T, self.head_dim, dtype=dtype, device=device) for _ in range(rooms)]
         position_ids = self.positions(input_ids, attention_mask)
         last = min(logits_to_keep or T, T)
-        inputs = (self.weights, input_ids, position_ids, mask, states, 0, last)
+        inputs = (self.weights, input_ids, position_ids, mask, states * (self.n_layer // rooms), 0, last)
         logits = scripted_decode()(*inputs, self.eps, self.gelu)
         if cache is not None:
             for layer in range(self.n_layer):  # the cache makes copies: of one layer at a time
@@ -328,7 +335,8 @@ class LeanForward:
         for layer in cache.layers:
             B, nh, _, hs = layer.keys.shape
             room_for = max(past + 1, min(2 * past + 64, self.block_size))
-            room = torch.empty(2, B, nh, room_for, hs, dtype=self.weights.ln_f.weight.dtype)
+            dtype = self.weights.ln_f.weight.dtype
+            room = torch.empty(2, B, nh, room_for, hs, dtype=dtype, device=layer.keys.device)
             room[0, :, :, :past], room[1, :, :, :past] = layer.keys, layer.values
             states.append(room)
         self.cache, self.past, self.states, self.adopted = cache, past, states, cache.layers[0].keys
@@ -399,17 +407,23 @@ def is_plain(model: Any) -> bool:
         and module.__dict__.get("scaling", scaling) == scaling
         and (type(module) in known or type(module).__module__ == type(model).__module__)
         and (not REPLACED & module.__dict__.keys() or type(module.forward) is Dispatcher)
-        and not (module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl)
+        and not (module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl or module._buffers)
         and all(
             parameter is None
-            or (type(parameter) is nn.Parameter and parameter.device.type == "cpu" and parameter.dtype == dtype)
-            for parameter in module._parameters.values()
+            or (
+                name in ("weight", "bias")
+                and type(parameter) is nn.Parameter
+                and parameter.device.type == "cpu"
+                and parameter.dtype == dtype
+            )
+            for name, parameter in module._parameters.items()
         )
         for module in model.modules()
     )
 
 
 INSTALLING = threading.Lock()
+COMPARED = threading.local()  # `model`: whose packed weights this thread's last prompt went through
 
 
 @contextmanager
@@ -419,6 +433,7 @@ def lean_decoding(model: Any, prompt: bool = False) -> Iterator[None]:
     Only `PROMPT_DTYPES` have lean forward passes of a `prompt`.
     """
     thread = threading.get_ident()
+    compared = COMPARED.__dict__.pop("model", lambda: None)() is model  # the steps follow the prompt at once
     lean = None
     with INSTALLING:  # what `is_plain` looks at, another thread may be about to replace
         if (not prompt or model.dtype in PROMPT_DTYPES) and is_plain(model):
@@ -426,7 +441,9 @@ def lean_decoding(model: Any, prompt: bool = False) -> Iterator[None]:
             outer = dispatcher.lean.get(thread)  # of a `generate` within whose steps this one runs
             if outer is not None:
                 outer.settle()
-            lean = dispatcher.lean[thread] = LeanForward(model, dispatcher.plain, dispatcher.plain_prepare)
+            lean = dispatcher.lean[thread] = LeanForward(
+                model, dispatcher.plain, dispatcher.plain_prepare, compared and not prompt
+            )
             model.forward, model.prepare_inputs_for_generation = dispatcher, dispatcher.prepare
     try:
         yield
@@ -440,6 +457,8 @@ def lean_decoding(model: Any, prompt: bool = False) -> Iterator[None]:
                 else:
                     del model.forward, model.prepare_inputs_for_generation
             lean.settle()
+            if prompt and "weights" in lean.__dict__:
+                COMPARED.model = weakref.ref(model)
 
 
 __all__ = ["lean_decoding"]

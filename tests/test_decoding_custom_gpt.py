@@ -108,10 +108,8 @@ def assert_rounding_apart(lean: Any, plain: Any) -> None:
 
 def matrices(model: CustomGPTForCausalLM) -> list[Affine]:
     weights = weights_of(model)
-    return [
-        weights.lm_head,
-        *(part for block in weights.blocks for part in (block.c_attn, block.attn_proj, block.c_fc, block.mlp_proj)),
-    ]
+    blocks = [affine for block in weights.blocks for affine in block if affine.weight.ndim == 2]
+    return [weights.lm_head, *blocks]
 
 
 class TestFloat32:
@@ -119,12 +117,14 @@ class TestFloat32:
 
     @pytest.fixture(autouse=True)
     def needs_the_products(self) -> None:
-        if not (
-            torch.backends.mkl.is_available()
-            and torch.backends.mkldnn.is_available()
-            and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-        ):
-            pytest.skip("MKL's and oneDNN's products are used on processors with AVX2")
+        if not (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")):
+            pytest.skip("oneDNN's products are used on processors with AVX2")
+
+    @pytest.fixture
+    def two_threads(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        if not torch.backends.mkl.is_available():
+            pytest.skip("matrices are cut in parts for MKL")
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
     @pytest.mark.parametrize("bias", [True, False])
     def test_by_onednn_alone(self, both_ways, steps, lean_prompts, no_mkl, bias):
@@ -136,22 +136,48 @@ class TestFloat32:
         assert (steps, lean_prompts) == ([1], [9])
 
     @pytest.mark.parametrize("bias", [True, False])
-    def test_by_mkl_in_parts_alone(self, both_ways, steps, lean_prompts, no_onednn, bias, monkeypatch):
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # not all of the model's sizes are multiples of it
+    def test_by_mkl_in_parts_alone(self, both_ways, steps, lean_prompts, no_onednn, two_threads, bias):
         model = model_of(bias=bias)
-        assert {len(affine.parts) for affine in matrices(model)} == {2, 3}
+        assert {len(affine.parts) for affine in matrices(model)} == {2}
         plain, lean = both_ways(model, prompts(), max_new_tokens=40, do_sample=False)
         assert_rounding_apart(lean, plain)
         assert (steps, lean_prompts) == ([1], [])
 
-    def test_large_matrices_go_to_onednn_unless_their_rows_are_long(self, monkeypatch):
-        monkeypatch.setattr(decoding_custom_gpt, "SMALL", 4 * 64 * 64)
+    def test_by_both(self, both_ways, steps, lean_prompts, two_threads, monkeypatch):
+        monkeypatch.setattr(decoding_custom_gpt, "IN_PARTS_BELOW", 4 * 64 * 64)
         model = model_of()
+        plain, lean = both_ways(model, prompts(), max_new_tokens=40, do_sample=False)
+        assert_rounding_apart(lean, plain)
+        assert (steps, lean_prompts) == ([1], [9])
         in_parts = {id(affine.weight) for affine in matrices(model) if affine.parts is not None}
         block = model.transformer.h[0]
-        assert id(block.attn.c_attn.weight) in in_parts
-        assert id(block.mlp.c_proj.weight) in in_parts
+        assert {id(block.attn.c_attn.weight), id(block.attn.c_proj.weight), id(block.mlp.c_proj.weight)} <= in_parts
         assert not {id(block.mlp.c_fc.weight), id(model.lm_head.weight)} & in_parts
+
+    def test_what_the_threads_do_not_divide_goes_to_onednn_whole(self, two_threads, monkeypatch):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+        assert {affine.weight.shape[0] for affine in matrices(model_of()) if affine.parts is not None} == {3 * 64}
+
+    def test_changed_weights_are_seen_by_the_next_call(self, both_ways, two_threads):
+        model = model_of()
+        first, _ = both_ways(model, prompts(), max_new_tokens=10, do_sample=False)
+        for name, weight in model.named_parameters():
+            if "c_proj" in name:
+                weight.data = -weight.data
+        plain, lean = both_ways(model, prompts(), max_new_tokens=10, do_sample=False)
+        assert_rounding_apart(lean, plain)
+        assert not torch.equal(lean.sequences, first.sequences)
+
+    def test_other_default_dtypes_do_not_matter(self, both_ways, lean_prompts):
+        model = model_of()
+        expected, _ = both_ways(model, prompts(), max_new_tokens=10, do_sample=False)
+        torch.set_default_dtype(torch.float64)
+        try:
+            _, lean = both_ways(model, prompts(), max_new_tokens=10, do_sample=False)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert_rounding_apart(lean, expected)
+        assert lean_prompts == [9, 9]
 
     def test_weights_laid_out_in_another_way(self, both_ways, steps):
         model = model_of()
@@ -240,6 +266,15 @@ class TestFloat16:
         gc.collect()
         assert gone() is None
 
+    def test_a_call_compares_them_once(self, monkeypatch):
+        model = model_of().half()
+        compared: list[int] = []
+        checksum = decoding_custom_gpt.checksum
+        monkeypatch.setattr(decoding_custom_gpt, "checksum", lambda weight: (compared.append(1), checksum(weight))[1])
+        for calls in (1, 2):
+            model.generate(prompts(), max_new_tokens=5, do_sample=False)
+            assert len(compared) == calls * len(list(model.parameters()))
+
     def test_it_is_nearer_to_float32_than_the_plain_float16(self, both_ways):
         model = model_of()
         exact = both_ways(model, prompts(), max_new_tokens=1)[0].logits[0]
@@ -264,17 +299,40 @@ def test_sampled_tokens_are_the_plain_steps(both_ways, steps, options):
 @pytest.mark.parametrize(
     "options",
     [
-        {"num_beams": 3},
         {"output_attentions": True},
         {"output_hidden_states": True},
-        {"use_cache": False},
         {"cache_implementation": "static"},
     ],
+    ids=str,
 )
-def test_anything_unusual_is_left_to_the_plain_step(both_ways, steps, options):
+def test_anything_unusual_is_left_to_the_plain_forward(both_ways, steps, lean_prompts, options):
     plain, lean = both_ways(model_of(), prompts(), max_new_tokens=10, do_sample=False, **options)
+    assert (steps, lean_prompts) == ([], [])
     assert torch.equal(lean.sequences, plain.sequences)
-    assert not steps
+    for name in ("attentions", "hidden_states"):
+        assert (getattr(lean, name) is not None) == (f"output_{name}" in options)
+        for one, other in zip(getattr(lean, name) or (), getattr(plain, name) or (), strict=True):
+            assert all(map(torch.equal, one, other))
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"use_cache": False}, {"prefill_chunk_size": 4}], ids=str)
+def test_other_ways_to_generate(both_ways, options):
+    plain, lean = both_ways(model_of(), prompts(), max_new_tokens=10, do_sample=False, **options)
+    assert_rounding_apart(lean, plain)
+
+
+@pytest.mark.parametrize("name", ["scaling", "eps"])
+@pytest.mark.parametrize("kind", [torch.nn.Parameter, torch.nn.Buffer])
+def test_a_number_that_became_a_tensor_of_the_module_is_left_to_the_plain_forward(name, kind):
+    model = model_of()
+    block = model.transformer.h[1]
+    module = block.attn if name == "scaling" else block.ln_1
+    value = getattr(module, name)
+    with torch.no_grad():
+        assert decoding_custom_gpt.is_plain(model)
+        delattr(module, name)
+        setattr(module, name, kind(torch.tensor(value)))
+        assert not decoding_custom_gpt.is_plain(model)
 
 
 def test_a_model_with_a_hook_is_left_to_the_plain_step(steps):
