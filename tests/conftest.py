@@ -1,6 +1,7 @@
 """What every test has: no network, the same random state; and for those that ask, the example converted once."""
 
 import os
+import signal
 from pathlib import Path
 
 # Both are read by the imports below, and by the processes that tests start.
@@ -12,6 +13,9 @@ import torch
 
 from hf_model.conversion import convert
 from tests.tiny import CHECKPOINT, TOKENIZER
+
+# A shell starts its background programs with Ctrl-C ignored, which the processes that tests start would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
