@@ -34,6 +34,12 @@ state_dict = torch.load(sys.argv[1], mmap=True, weights_only=True)["model_state_
 save_file(state_dict, sys.argv[2])
 """
 
+IMPORTS = """
+from convert_checkpoint import no_garbage_search
+with no_garbage_search():
+    import hf_model.conversion
+"""
+
 
 def files_of(size: str, folder: Path) -> tuple[Path, Path]:
     """A random checkpoint, and the example's tokenizer with as many tokens as the checkpoint has embeddings."""
@@ -124,7 +130,7 @@ def main() -> None:
             conversion: dict[str, list[str | Path]] = {
                 "imports of a bare conversion": ["-c", "import torch, safetensors.torch"],
                 "bare conversion": ["-c", BARE, checkpoint, "OUTPUT"],
-                "imports of convert_checkpoint.py": ["-c", "import hf_model.conversion"],
+                "imports of convert_checkpoint.py": ["-c", IMPORTS],
                 "convert_checkpoint.py": convert,
             }
             report["converting"][size] = measure(size, conversion, args.rounds)

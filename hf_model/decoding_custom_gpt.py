@@ -40,12 +40,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 GELU = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}
 PROMPT_DTYPES = (torch.float32, torch.float16)
 EXPECTED = {"position_ids", "use_cache", "return_dict", "logits_to_keep"}  # arguments that a single token may come with
-
+IN_PARTS_BELOW = 2**20  # weights; larger matrices with more rows than columns are oneDNN's (measured on two cores)
 
 Packed: Any = torch.classes.quantized.LinearPackedParamsBase
-
-
-IN_PARTS_BELOW = 2**20  # weights; larger matrices with more rows than columns are oneDNN's (measured on two cores)
 
 
 class Affine(NamedTuple):
@@ -94,7 +91,8 @@ def decode(
     ids: Tensor,  # (B, T)
     position_ids: Tensor,  # (B, T) or (1, T)
     mask: Tensor | None,  # (B, 1, T, S), or None: each token attends to all before it
-    states: list[Tensor],  # for each layer, keys and values (2, B, nh, room, hs), `past` tokens of them filled
+    states: list[Tensor],  # for each layer, keys and values (2, B, nh, room, hs), `past` tokens of them filled;
+    # or the same tensor for all layers, where nobody reads them afterwards
     past: int,  # 0 where T > 1
     last: int,  # how many tokens get logits
     eps: float,
@@ -191,7 +189,8 @@ def gather(model: Any, affine: Callable[[Any], Affine], onednn: bool, each: Call
         return Block(*map(affine, (layer.ln_1, attn.c_attn, attn.c_proj, layer.ln_2, mlp.c_fc, mlp.c_proj)))
 
     decoder = model.transformer
-    head, blocks = affine(model.lm_head), list(each(block, decoder.h))
+    largest_first = [model.lm_head, *decoder.h]
+    head, *blocks = each(lambda layer: affine(layer) if layer is model.lm_head else block(layer), largest_first)
     return Weights(decoder.wte.weight, decoder.wpe.weight, blocks, affine(decoder.ln_f), head, onednn)
 
 
