@@ -4,14 +4,14 @@ A step of the plain model costs about as much time in Python, masks and cache co
 Here the whole step is one TorchScript function, `decode`, without Python between the operators, and each layer's keys
 and values stand in one tensor with room to grow. Its matrix products are, by the dtype of the model:
 
-- float32: oneDNN's, which read the weights where they lie, at the speed of the memory. For one row, MKL's are faster
-  where a matrix is small or has no more rows than columns, if each thread gets a part of the matrix: left to itself,
-  MKL multiplies a matrix and a vector on one thread. Both may add up in another order than the plain model's product:
-  logits differ by rounding (some 1e-6 of their spread).
+- float32: of steps, oneDNN's, which read the weights where they lie, at the speed of the memory. For one row, MKL's are
+  faster where a matrix is small or has no more rows than columns, if each thread gets a part of the matrix: left to
+  itself, MKL multiplies a matrix and a vector on one thread. Both may add up in another order than the plain model's
+  product: logits differ by rounding (some 1e-6 of their spread). Of prompts, MKL's alone, for oneDNN keeps about a
+  megabyte for each number of rows that it meets.
 - float16: FBGEMM's, of a packed copy of the weights. Those stay float16, everything else is computed in float32; the
   plain model's own float16 products are slow on a CPU, most of all for many rows.
-- other dtypes, processors without AVX2, a PyTorch without the library: the plain model's own, and the same bits. There,
-  prompts are left to the plain model.
+- other dtypes, processors without AVX2, a PyTorch without the library: the plain model's own, and the same bits.
 
 The weights must not be exchanged while `generate` runs; between its calls they may.
 
@@ -38,7 +38,6 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 GELU = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}
-PROMPT_DTYPES = (torch.float32, torch.float16)
 EXPECTED = {"position_ids", "use_cache", "return_dict", "logits_to_keep"}  # arguments that a single token may come with
 IN_PARTS_BELOW = 2**20  # weights; larger matrices with more rows than columns are oneDNN's (measured on two cores)
 
@@ -49,6 +48,7 @@ class Affine(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     parts: Tensor | None = None  # the weight's rows in a part for each thread, transposed: (n, in, out / n)
+    best_in_parts: bool = False  # for one row, against oneDNN
     packed: Optional[Packed] = None  # noqa: UP045 weight and bias in FBGEMM's layout; a ScriptClass takes no `|`
 
 
@@ -71,14 +71,14 @@ class Weights(NamedTuple):
 
 
 def project(x: Tensor, linear: Affine, onednn: bool) -> Tensor:
-    packed, parts, bias = linear.packed, linear.parts, linear.bias
+    packed, parts, bias, rows = linear.packed, linear.parts, linear.bias, x.shape[0]
     if packed is not None:
         return torch.ops.quantized.linear_dynamic_fp16(x, packed)
-    if parts is not None and x.shape[0] == 1:
-        y = torch.bmm(x.expand(parts.shape[0], 1, x.shape[1]), parts).view(1, -1)
-        return y if bias is None else y + bias
-    if onednn:
+    if onednn and not (rows == 1 and linear.best_in_parts):
         return torch.ops.mkldnn._linear_pointwise(x, linear.weight, bias, "none", [], "")
+    if parts is not None and rows <= 256:  # more rows MKL spreads over the threads as well
+        y = torch.bmm(x.expand(parts.shape[0], rows, x.shape[1]), parts).transpose(0, 1).reshape(rows, -1)
+        return y if bias is None else y + bias
     return F.linear(x, linear.weight, bias)
 
 
@@ -100,7 +100,7 @@ def decode(
 ) -> Tensor:
     """Logits (B, last, V) of T tokens for each row, whose keys and values are added to `states`."""
     B, T = ids.shape
-    onednn = weights.onednn
+    onednn = weights.onednn and (T == 1 or T == weights.wpe.shape[0])  # a step, or the window past the context
     x = F.embedding(ids, weights.wte) + F.embedding(position_ids, weights.wpe)  # (B, T, C)
     x = x.to(weights.ln_f.weight.dtype).view(B * T, -1)
     for block, room in zip(weights.blocks, states):  # noqa: B905 TorchScript knows no `strict`
@@ -170,9 +170,8 @@ def in_parts(layer: Any) -> Affine:
     if weight.ndim == 1 or not weight.is_contiguous() or weight.shape[0] % n:
         return as_it_is(layer)
     n_out, n_in = weight.shape
-    if n_out > n_in and weight.numel() >= IN_PARTS_BELOW:
-        return as_it_is(layer)
-    return Affine(weight, layer.bias, weight.detach().view(n, n_out // n, n_in).transpose(1, 2))
+    parts = weight.detach().view(n, n_out // n, n_in).transpose(1, 2)
+    return Affine(weight, layer.bias, parts, n_out <= n_in or weight.numel() < IN_PARTS_BELOW)
 
 
 @torch.no_grad()
@@ -266,10 +265,9 @@ class LeanForward:
     def fits_prompt(
         self, input_ids: Any, attention_mask: Any, position_ids: Any, cache: Any, kwargs: dict[str, Any]
     ) -> bool:
-        """Whether these are all tokens so far, with or without a cache to fill, of a model with fast products."""
+        """Whether these are all tokens so far, with or without a cache to fill."""
         return (
-            self.model.dtype in PROMPT_DTYPES
-            and input_ids is not None
+            input_ids is not None
             and 1 < input_ids.shape[1] <= self.block_size
             and (attention_mask is None or attention_mask.shape == input_ids.shape)
             and (position_ids is None or bool((position_ids == self.positions(input_ids, attention_mask)).all()))
@@ -279,7 +277,6 @@ class LeanForward:
             and type(logits_to_keep := kwargs.get("logits_to_keep", 0)) is int
             and logits_to_keep >= 0
             and all(value is None or value is False or name in EXPECTED for name, value in kwargs.items())
-            and (self.weights.onednn or self.weights.lm_head.packed is not None)
         )
 
     def take_prompt(
@@ -429,13 +426,13 @@ COMPARED = threading.local()  # `model`: whose packed weights this thread's last
 def lean_decoding(model: Any, prompt: bool = False) -> Iterator[None]:
     """Within it, this thread's `model.forward` is lean wherever it can be, if there is nothing unusual about the model.
 
-    Only `PROMPT_DTYPES` have lean forward passes of a `prompt`.
+    `prompt` says that it is a prompt which comes, not the steps after it.
     """
     thread = threading.get_ident()
     compared = COMPARED.__dict__.pop("model", lambda: None)() is model  # the steps follow the prompt at once
     lean = None
     with INSTALLING:  # what `is_plain` looks at, another thread may be about to replace
-        if (not prompt or model.dtype in PROMPT_DTYPES) and is_plain(model):
+        if is_plain(model):
             dispatcher = model.forward if type(model.forward) is Dispatcher else Dispatcher(model)
             outer = dispatcher.lean.get(thread)  # of a `generate` within whose steps this one runs
             if outer is not None:
