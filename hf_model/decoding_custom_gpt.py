@@ -4,13 +4,15 @@ A step of the plain model costs about as much time in Python, masks and cache co
 Here the whole step is one TorchScript function, `decode`, without Python between the operators, and each layer's keys
 and values stand in one tensor with room to grow. Its matrix products are, by the dtype of the model:
 
-- float32: of steps, oneDNN's, which read the weights where they lie, at the speed of the memory. For one row, MKL's are
-  faster where a matrix is small or has no more rows than columns, if each thread gets a part of the matrix: left to
-  itself, MKL multiplies a matrix and a vector on one thread. Both may add up in another order than the plain model's
-  product: logits differ by rounding (some 1e-6 of their spread). Of prompts, MKL's alone, for oneDNN keeps about a
-  megabyte for each number of rows that it meets.
+- float32: of steps, oneDNN's, which read the weights where they lie, at the speed of the memory. MKL is faster for up
+  to three rows on Intel's processors, and elsewhere for one row of a matrix that is small or has no more rows than
+  columns, if each thread gets a part of it: there, MKL multiplies a matrix and a vector on one thread. oneDNN and the
+  parts may add up in another order than the plain model's product: logits differ by rounding (some 1e-6 of their
+  spread). Of prompts, MKL's alone, for oneDNN keeps about a megabyte for each number of rows that it meets.
 - float16: FBGEMM's, of a packed copy of the weights. Those stay float16, everything else is computed in float32; the
   plain model's own float16 products are slow on a CPU, most of all for many rows.
+- bfloat16: FBGEMM's as well, since float16 holds its weights (those below 2^-14 to within 2^-25); but the plain model's
+  own for many rows, where the processor has instructions for them.
 - other dtypes, processors without AVX2, a PyTorch without the library: the plain model's own, and the same bits.
 
 The weights must not be exchanged while `generate` runs; between its calls they may.
@@ -39,7 +41,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 GELU = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}
 EXPECTED = {"position_ids", "use_cache", "return_dict", "logits_to_keep"}  # arguments that a single token may come with
-IN_PARTS_BELOW = 2**20  # weights; larger matrices with more rows than columns are oneDNN's (measured on two cores)
+# Measured on two cores:
+IN_PARTS_BELOW = 2**20  # weights; larger matrices with more rows than columns are oneDNN's on AMD's processors
+MKL_ROWS_ON_INTEL = 3  # more are oneDNN's
+BFLOAT16_ROWS = 8  # fewer are FBGEMM's
 
 Packed: Any = torch.classes.quantized.LinearPackedParamsBase
 
@@ -48,7 +53,7 @@ class Affine(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     parts: Tensor | None = None  # the weight's rows in a part for each thread, transposed: (n, in, out / n)
-    best_in_parts: bool = False  # for one row, against oneDNN
+    mkl_rows: int = 0  # up to how many rows are faster by MKL than by oneDNN
     packed: Optional[Packed] = None  # noqa: UP045 weight and bias in FBGEMM's layout; a ScriptClass takes no `|`
 
 
@@ -74,7 +79,7 @@ def project(x: Tensor, linear: Affine, onednn: bool) -> Tensor:
     packed, parts, bias, rows = linear.packed, linear.parts, linear.bias, x.shape[0]
     if packed is not None:
         return torch.ops.quantized.linear_dynamic_fp16(x, packed)
-    if onednn and not (rows == 1 and linear.best_in_parts):
+    if onednn and rows > linear.mkl_rows:
         return torch.ops.mkldnn._linear_pointwise(x, linear.weight, bias, "none", [], "")
     if parts is not None and rows <= 256:  # more rows MKL spreads over the threads as well
         y = torch.bmm(x.expand(parts.shape[0], rows, x.shape[1]), parts).transpose(0, 1).reshape(rows, -1)
@@ -101,8 +106,9 @@ def decode(
     """Logits (B, last, V) of T tokens for each row, whose keys and values are added to `states`."""
     B, T = ids.shape
     onednn = weights.onednn and (T == 1 or T == weights.wpe.shape[0])  # a step, or the window past the context
-    x = F.embedding(ids, weights.wte) + F.embedding(position_ids, weights.wpe)  # (B, T, C)
-    x = x.to(weights.ln_f.weight.dtype).view(B * T, -1)
+    dtype = weights.ln_f.weight.dtype
+    x = F.embedding(ids, weights.wte).to(dtype) + F.embedding(position_ids, weights.wpe).to(dtype)  # (B, T, C)
+    x = x.view(B * T, -1)
     for block, room in zip(weights.blocks, states):  # noqa: B905 TorchScript knows no `strict`
         nh, hs = room.shape[2], room.shape[4]
         qkv = project(normalize(x, block.ln_1, eps), block.c_attn, onednn).view(B, T, 3, nh, hs).permute(2, 0, 3, 1, 4)
@@ -127,24 +133,37 @@ def scripted_decode() -> Callable[..., Tensor]:
         return decode
 
 
-def weights_of(model: Any, compared: bool = False) -> Weights:
-    """The model's own tensors, or in float16 copies that are kept as long as the model lives and does not change.
+def weights_of(model: Any, rows: int = 1, compared: bool = False) -> Weights:
+    """The weights for products of so many rows: the model's own tensors, or packed ones.
 
-    `compared` says that the copies are known to be those of the model.
+    Those are kept as long as the model lives and does not change; `compared` says that they are known to be its own.
     """
+    capabilities = torch.cpu.get_capabilities()
     vectorized = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    if not (model.dtype == torch.float16 and vectorized and torch.backends.quantized.engine in ("x86", "fbgemm")):
+    is_half = model.dtype in (torch.float16, torch.bfloat16)
+    is_wide = model.dtype == torch.bfloat16 and rows >= BFLOAT16_ROWS and capabilities.get("avx512_bf16", False)
+    if not is_half:
         PACKED.pop(model, None)
-        fast = model.dtype == torch.float32 and vectorized
-        onednn = fast and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
-        return gather(model, in_parts if fast and torch.backends.mkl.is_available() else as_it_is, onednn)
+    if is_half and not is_wide and vectorized and torch.backends.quantized.engine in ("x86", "fbgemm"):
+        return packed_weights(model, compared)
+    if model.dtype != torch.float32 or not vectorized:
+        return gather(model, as_it_is)
+    onednn = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    if not torch.backends.mkl.is_available():
+        return gather(model, as_it_is, onednn)
+    return gather(model, for_intel if "Intel" in capabilities.get("cpu_name", "") else in_parts, onednn)
+
+
+def packed_weights(model: Any, compared: bool) -> Weights:
     known = PACKED.get(model)
     if known is not None and compared:
         return known[1]
     state = [total for weight in model.parameters() for total in checksum(weight)]
     if known is None or not all(map(torch.equal, known[0], state)):
+        largest = torch.finfo(torch.float16).max  # FBGEMM would make it of what is larger, or no number
+        fits = all(abs(extreme) <= largest for weight in model.parameters() for extreme in torch.aminmax(weight))
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # FBGEMM packs on one thread
-            known = PACKED[model] = (state, gather(model, packed, False, pool.map))
+            known = PACKED[model] = (state, gather(model, packed if fits else as_it_is, each=pool.map))
     return known[1]
 
 
@@ -171,7 +190,11 @@ def in_parts(layer: Any) -> Affine:
         return as_it_is(layer)
     n_out, n_in = weight.shape
     parts = weight.detach().view(n, n_out // n, n_in).transpose(1, 2)
-    return Affine(weight, layer.bias, parts, n_out <= n_in or weight.numel() < IN_PARTS_BELOW)
+    return Affine(weight, layer.bias, parts, mkl_rows=int(n_out <= n_in or weight.numel() < IN_PARTS_BELOW))
+
+
+def for_intel(layer: Any) -> Affine:
+    return Affine(layer.weight, layer.bias, mkl_rows=MKL_ROWS_ON_INTEL)
 
 
 @torch.no_grad()
@@ -182,7 +205,7 @@ def packed(layer: Any) -> Affine:
     return Affine(layer.weight, None, packed=torch.ops.quantized.linear_prepack_fp16(weight, bias))
 
 
-def gather(model: Any, affine: Callable[[Any], Affine], onednn: bool, each: Callable = map) -> Weights:
+def gather(model: Any, affine: Callable[[Any], Affine], onednn: bool = False, each: Callable = map) -> Weights:
     def block(layer: Any) -> Block:
         attn, mlp = layer.attn, layer.mlp
         return Block(*map(affine, (layer.ln_1, attn.c_attn, attn.c_proj, layer.ln_2, mlp.c_fc, mlp.c_proj)))
@@ -208,12 +231,16 @@ class LeanForward:
         self.adopted: Any = None  # its first layer's keys, as they were found
         self.states: list[Tensor] = []
         self.past = 0
+        self.known: dict[bool, Weights] = {}
 
-    @functools.cached_property
-    def weights(self) -> Weights:
-        with PREPARING:
-            scripted_decode()
-            return weights_of(self.model, self.compared)
+    def weights(self, rows: int) -> Weights:
+        is_wide = rows >= BFLOAT16_ROWS
+        if is_wide not in self.known:
+            with PREPARING:
+                scripted_decode()
+                weights = self.known[is_wide] = weights_of(self.model, rows, self.compared)
+            self.compared = self.compared or weights.lm_head.packed is not None
+        return self.known[is_wide]
 
     def __call__(
         self,
@@ -236,7 +263,7 @@ class LeanForward:
         mask = None if attention_mask is None or attention_mask.all() else attention_mask[:, None, None].bool()
         inputs = (input_ids, position_ids, mask, self.states, self.past)
         with torch.inference_mode():  # a little less to do for each operator
-            logits = scripted_decode()(self.weights, *inputs, 1, self.eps, self.gelu)
+            logits = scripted_decode()(self.weights(len(input_ids)), *inputs, 1, self.eps, self.gelu)
         self.past += 1
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
@@ -288,7 +315,8 @@ class LeanForward:
         **kwargs: Any,
     ) -> Any:
         B, T = input_ids.shape
-        dtype, device = self.weights.ln_f.weight.dtype, input_ids.device
+        weights = self.weights(B * T)
+        dtype, device = weights.ln_f.weight.dtype, input_ids.device
         mask = None
         if attention_mask is not None and not attention_mask.all():
             seen = torch.ones_like(attention_mask[0], dtype=torch.bool).expand(T, T).tril()
@@ -298,11 +326,11 @@ class LeanForward:
         states = [torch.empty(2, B, self.n_head, T, self.head_dim, dtype=dtype, device=device) for _ in range(rooms)]
         position_ids = self.positions(input_ids, attention_mask)
         last = min(logits_to_keep or T, T)
-        inputs = (self.weights, input_ids, position_ids, mask, states * (self.n_layer // rooms), 0, last)
+        inputs = (weights, input_ids, position_ids, mask, states * (self.n_layer // rooms), 0, last)
         logits = scripted_decode()(*inputs, self.eps, self.gelu)
         if cache is not None:
             for layer in range(self.n_layer):  # the cache makes copies: of one layer at a time
-                cache.update(*states.pop(0).to(self.weights.wte.dtype).unbind(), layer)
+                cache.update(*states.pop(0).to(weights.wte.dtype).unbind(), layer)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
     def prepare(
@@ -331,7 +359,7 @@ class LeanForward:
         for layer in cache.layers:
             B, nh, _, hs = layer.keys.shape
             room_for = max(past + 1, min(2 * past + 64, self.block_size))
-            dtype = self.weights.ln_f.weight.dtype
+            dtype = self.weights(B).ln_f.weight.dtype
             room = torch.empty(2, B, nh, room_for, hs, dtype=dtype, device=layer.keys.device)
             room[0, :, :, :past], room[1, :, :, :past] = layer.keys, layer.values
             states.append(room)
@@ -395,11 +423,11 @@ def is_plain(model: Any) -> bool:
         return False
     if torch.is_autocast_enabled("cpu") or nn.modules.module._has_any_global_hook():
         return False
-    dtype, scaling = model.dtype, (config.n_embd // config.n_head) ** -0.5
+    dtype, eps, scaling = model.dtype, config.layer_norm_epsilon, (config.n_embd // config.n_head) ** -0.5
     known = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList, type(ACT2FN[config.activation_function]))
     return all(
         not module.training
-        and module.__dict__.get("eps", config.layer_norm_epsilon) == config.layer_norm_epsilon
+        and module.__dict__.get("eps", eps) == eps
         and module.__dict__.get("scaling", scaling) == scaling
         and (type(module) in known or type(module).__module__ == type(model).__module__)
         and (not REPLACED & module.__dict__.keys() or type(module.forward) is Dispatcher)
@@ -453,7 +481,7 @@ def lean_decoding(model: Any, prompt: bool = False) -> Iterator[None]:
                 else:
                     del model.forward, model.prepare_inputs_for_generation
             lean.settle()
-            if prompt and "weights" in lean.__dict__:
+            if prompt and lean.compared:
                 COMPARED.model = weakref.ref(model)
 
 

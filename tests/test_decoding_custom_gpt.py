@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, LogitsProcessor
 
 from hf_model import CustomGPTConfig, CustomGPTForCausalLM, decoding_custom_gpt
-from hf_model.decoding_custom_gpt import PACKED, Affine, LeanForward, weights_of
+from hf_model.decoding_custom_gpt import BFLOAT16_ROWS, MKL_ROWS_ON_INTEL, PACKED, Affine, LeanForward, weights_of
 
 CONTEXT = 64
 
@@ -83,19 +84,34 @@ def no_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh"])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_and_cache_are_the_plain_steps_bit_for_bit_by_the_plain_products(
-    both_ways, steps, bias, activation, dtype, no_onednn, no_mkl
-):
-    model = model_of(bias=bias, activation_function=activation).to(dtype)
-    plain, lean = both_ways(model, prompts(), max_new_tokens=40, do_sample=False)
+@pytest.fixture
+def no_avx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+
+
+@pytest.fixture
+def processor(monkeypatch: pytest.MonkeyPatch):
+    """Makes this processor another one, as far as `torch.cpu.get_capabilities` tells."""
+    return lambda **capabilities: monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+
+
+def assert_bit_for_bit(lean: Any, plain: Any) -> None:
     assert torch.equal(lean.sequences, plain.sequences)
     assert all(torch.equal(one, other) for one, other in zip(lean.logits, plain.logits, strict=True))
     for one, other in zip(lean.past_key_values.layers, plain.past_key_values.layers, strict=True):
         assert torch.equal(one.keys, other.keys)
         assert torch.equal(one.values, other.values)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_and_cache_are_the_plain_steps_bit_for_bit_by_the_plain_products(
+    both_ways, steps, bias, activation, dtype, no_avx
+):
+    model = model_of(bias=bias, activation_function=activation).to(dtype)
+    plain, lean = both_ways(model, prompts(), max_new_tokens=40, do_sample=False)
+    assert_bit_for_bit(lean, plain)
     assert len(steps) == 1
 
 
@@ -126,6 +142,14 @@ class TestFloat32:
             pytest.skip("matrices are cut in parts for MKL")
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
+    @pytest.fixture
+    def amd(self, processor) -> None:
+        processor(cpu_name="AMD EPYC")
+
+    @pytest.fixture
+    def intel(self, processor) -> None:
+        processor(cpu_name="Intel Xeon")
+
     @pytest.mark.parametrize("bias", [True, False])
     def test_by_onednn_alone(self, both_ways, steps, lean_prompts, no_mkl, bias):
         model = model_of(bias=bias)
@@ -137,25 +161,41 @@ class TestFloat32:
         assert (steps, lean_prompts) == ([1], [9])
 
     @pytest.mark.parametrize("bias", [True, False])
-    def test_by_mkl_in_parts_alone(self, both_ways, steps, lean_prompts, no_onednn, two_threads, bias):
+    def test_by_mkl_in_parts_alone(self, both_ways, steps, lean_prompts, no_onednn, two_threads, amd, bias):
         model = model_of(bias=bias)
         assert {len(affine.parts) for affine in matrices(model)} == {2}
         plain, lean = both_ways(model, prompts(), max_new_tokens=40, do_sample=False)
         assert_rounding_apart(lean, plain)
         assert (steps, lean_prompts) == ([1], [9])
 
-    def test_by_both(self, both_ways, steps, lean_prompts, two_threads, monkeypatch):
+    def test_by_both(self, both_ways, steps, lean_prompts, two_threads, amd, monkeypatch):
         monkeypatch.setattr(decoding_custom_gpt, "IN_PARTS_BELOW", 4 * 64 * 64)
         model = model_of()
         plain, lean = both_ways(model, prompts(), max_new_tokens=40, do_sample=False)
         assert_rounding_apart(lean, plain)
         assert (steps, lean_prompts) == ([1], [9])
-        in_parts = {id(affine.weight) for affine in matrices(model) if affine.best_in_parts}
+        in_parts = {id(affine.weight) for affine in matrices(model) if affine.mkl_rows == 1}
         block = model.transformer.h[0]
         assert {id(block.attn.c_attn.weight), id(block.attn.c_proj.weight), id(block.mlp.c_proj.weight)} <= in_parts
         assert not {id(block.mlp.c_fc.weight), id(model.lm_head.weight)} & in_parts
 
-    def test_what_the_threads_do_not_divide_goes_to_onednn_whole(self, two_threads, monkeypatch):
+    @pytest.mark.parametrize("rows", [1, MKL_ROWS_ON_INTEL])
+    def test_few_rows_on_intel_are_the_plain_steps_bit_for_bit(self, both_ways, steps, lean_prompts, intel, rows):
+        if not torch.backends.mkl.is_available():
+            pytest.skip("the plain products are MKL's")
+        plain, lean = both_ways(model_of(), prompts(rows), max_new_tokens=40, do_sample=False)
+        assert_bit_for_bit(lean, plain)
+        assert (steps, lean_prompts) == ([1], [9])
+
+    def test_more_rows_on_intel_are_onednns(self, both_ways, steps, lean_prompts, intel):
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            plain, lean = both_ways(model_of(), prompts(MKL_ROWS_ON_INTEL + 1), max_new_tokens=3, do_sample=False)
+        assert_rounding_apart(lean, plain)
+        assert (steps, lean_prompts) == ([1], [9])
+        calls = {operator.key: operator.count for operator in profiler.key_averages()}
+        assert calls["mkldnn::_linear_pointwise"] == 2 * (3 * 4 + 1)  # two steps, three layers and the head
+
+    def test_what_the_threads_do_not_divide_goes_to_onednn_whole(self, two_threads, amd, monkeypatch):
         monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
         assert {affine.weight.shape[0] for affine in matrices(model_of()) if affine.parts is not None} == {3 * 64}
 
@@ -209,57 +249,68 @@ class TestFloat32:
             torch.testing.assert_close(one.values, other.values, rtol=0, atol=1e-5 * float(other.values.std()))
 
 
-class TestFloat16:
-    """Against the plain float32 model of the same float16 weights, an implementation without FBGEMM."""
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+class TestPacked:
+    """Against full forward passes of the plain float32 model with the same weights, which know no FBGEMM."""
 
     @pytest.fixture(autouse=True)
-    def needs_fbgemm(self) -> None:
+    def needs_fbgemm(self, processor) -> None:
         if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
             pytest.skip("FBGEMM needs AVX2")
+        processor(avx512_bf16=False)
 
-    def compare(self, model: CustomGPTForCausalLM, one_way: Any, ids: torch.Tensor, **options: Any) -> Any:
-        lean = one_way(model.half(), ids, plain=False, **options)
-        plain = one_way(copy.deepcopy(model).float(), ids, plain=True, **options)
-        assert torch.equal(lean.sequences, plain.sequences)
-        for one, other in zip(lean.logits, plain.logits, strict=True):
-            torch.testing.assert_close(one, other, rtol=0, atol=4e-3 * float(other.std()))
+    def compare(self, model: CustomGPTForCausalLM, ids: torch.Tensor, **options: Any) -> Any:
+        options = {"attention_mask": torch.ones_like(ids), "do_sample": False, **options}
+        lean = model.generate(ids, return_dict_in_generate=True, output_logits=True, pad_token_id=1, **options)
+        exact = copy.deepcopy(model).float()
+        mask = torch.ones_like(lean.sequences)
+        mask[:, : ids.shape[1]] = options["attention_mask"]
+        # The prompt's keys and values were rounded on their way through the cache.
+        tolerance = 2 * torch.finfo(model.dtype).eps
+        for end, logits in enumerate(lean.logits, start=ids.shape[1]):
+            window = slice(max(0, end - CONTEXT), end)
+            with torch.no_grad():
+                expected = exact(lean.sequences[:, window], attention_mask=mask[:, window]).logits[:, -1]
+            torch.testing.assert_close(logits, expected, rtol=0, atol=tolerance * float(expected.std()))
         return lean
 
     @pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh"])
     @pytest.mark.parametrize("bias", [True, False])
-    def test_prompt_and_steps_are_those_of_float32(self, one_way, steps, lean_prompts, bias, activation):
-        model = model_of(bias=bias, activation_function=activation)
-        lean = self.compare(model, one_way, prompts(), max_new_tokens=40, do_sample=False)
+    def test_prompt_and_steps_are_those_of_float32(self, steps, lean_prompts, dtype, bias, activation):
+        model = model_of(bias=bias, activation_function=activation).to(dtype)
+        lean = self.compare(model, prompts(), max_new_tokens=40)
         assert (steps, lean_prompts) == ([1], [9])
-        assert {layer.keys.dtype for layer in lean.past_key_values.layers} == {torch.float16}
+        assert {layer.keys.dtype for layer in lean.past_key_values.layers} == {dtype}
         assert lean.past_key_values.get_seq_length() == 9 + 39
 
-    def test_past_the_context_the_window_is_lean_too(self, one_way, lean_prompts):
-        self.compare(model_of(), one_way, prompts(), max_new_tokens=CONTEXT, do_sample=False)
+    def test_past_the_context_the_window_is_lean_too(self, lean_prompts, dtype):
+        self.compare(model_of().to(dtype), prompts(), max_new_tokens=CONTEXT)
         assert lean_prompts == [9] + [CONTEXT] * 8
 
-    def test_several_answers(self, one_way, steps, lean_prompts):
-        self.compare(model_of(), one_way, prompts(), max_new_tokens=20, do_sample=True, num_return_sequences=3)
+    def test_several_answers(self, steps, lean_prompts, dtype):
+        torch.manual_seed(3)
+        self.compare(model_of().to(dtype), prompts(), max_new_tokens=20, do_sample=True, num_return_sequences=3)
         assert (steps, lean_prompts) == ([1], [9])
 
-    def test_padded_rows(self, one_way, steps, lean_prompts):
+    def test_padded_rows(self, steps, lean_prompts, dtype):
         ids = prompts(rows=3)
         mask = torch.ones_like(ids)
         mask[0, :4] = 0
-        self.compare(model_of(), one_way, ids, attention_mask=mask, max_new_tokens=40, do_sample=False)
+        self.compare(model_of().to(dtype), ids, attention_mask=mask, max_new_tokens=40)
         assert (steps, lean_prompts) == ([1], [9])
 
     @pytest.mark.parametrize("change", [torch.neg, lambda weight: weight.flip(0), lambda weight: weight.flip(1)])
-    def test_changed_weights_are_seen_by_the_next_call(self, one_way, change):
-        model = model_of().half()
+    def test_changed_weights_are_seen_by_the_next_call(self, dtype, change):
+        model = model_of().to(dtype)
         before = model.generate(prompts(), max_new_tokens=10, do_sample=False, pad_token_id=1)
         model.lm_head.weight.data.copy_(change(model.lm_head.weight.data).clone())
-        after = self.compare(model, one_way, prompts(), max_new_tokens=10, do_sample=False)
+        after = self.compare(model, prompts(), max_new_tokens=10)
         assert not torch.equal(after.sequences, before)
 
-    def test_the_packed_weights_are_made_once_and_go_with_the_model(self):
-        model = model_of().half()
+    def test_the_packed_weights_are_made_once_and_go_with_the_model(self, dtype):
+        model = model_of().to(dtype)
         first = weights_of(model)
+        assert first.lm_head.packed is not None
         assert weights_of(model) is first
         assert model in PACKED
         gone = weakref.ref(model)
@@ -267,20 +318,39 @@ class TestFloat16:
         gc.collect()
         assert gone() is None
 
-    def test_a_call_compares_them_once(self, monkeypatch):
-        model = model_of().half()
+    def test_a_call_compares_them_once(self, monkeypatch, dtype):
+        model = model_of().to(dtype)
         compared: list[int] = []
         checksum = decoding_custom_gpt.checksum
         monkeypatch.setattr(decoding_custom_gpt, "checksum", lambda weight: (compared.append(1), checksum(weight))[1])
         for calls in (1, 2):
-            model.generate(prompts(), max_new_tokens=5, do_sample=False)
+            model.generate(prompts(), max_new_tokens=CONTEXT, do_sample=False)
             assert len(compared) == calls * len(list(model.parameters()))
 
-    def test_it_is_nearer_to_float32_than_the_plain_float16(self, both_ways):
+    def test_it_is_nearer_to_float32_than_the_plain_products(self, both_ways, dtype):
         model = model_of()
         exact = both_ways(model, prompts(), max_new_tokens=1)[0].logits[0]
-        plain, lean = both_ways(model.half(), prompts(), max_new_tokens=1)
+        plain, lean = both_ways(model.to(dtype), prompts(), max_new_tokens=1)
         assert (lean.logits[0] - exact).norm() < (plain.logits[0] - exact).norm()
+
+    @pytest.mark.parametrize("value", [7e4, float("inf"), float("nan")])
+    def test_values_that_float16_does_not_hold_are_left_to_the_plain_products(self, both_ways, steps, dtype, value):
+        model = model_of().to(dtype)
+        model.transformer.h[1].mlp.c_fc.weight.data[5, 5] = value
+        plain, lean = both_ways(model, prompts(), max_new_tokens=10, do_sample=False)
+        for one, other in zip(lean.logits, plain.logits, strict=True):
+            assert torch.equal(one.nan_to_num(nan=12345), other.nan_to_num(nan=12345))
+        assert steps == [1]
+
+
+def test_many_rows_of_bfloat16_are_the_plain_ones_where_the_processor_has_it(both_ways, processor):
+    processor(avx512_bf16=True)
+    model = model_of().bfloat16()
+    assert_bit_for_bit(*both_ways(model, prompts(BFLOAT16_ROWS), max_new_tokens=20, do_sample=False))
+    plain, lean = both_ways(model, prompts(), max_new_tokens=2, do_sample=False)
+    assert torch.equal(lean.logits[0], plain.logits[0])  # the prompt
+    is_packed = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    assert torch.equal(lean.logits[1], plain.logits[1]) != is_packed
 
 
 @pytest.mark.parametrize(
