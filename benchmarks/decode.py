@@ -122,8 +122,12 @@ class Engine:
         self.trouble: str | None = self.requests.recv()
 
     def run(self, case: Case | None) -> Any:
-        self.requests.send(case)
-        return self.requests.recv() if case else None
+        """The answer to a case, or why there is none."""
+        try:
+            self.requests.send(case)
+            return self.requests.recv() if case else None
+        except (BrokenPipeError, EOFError):
+            return "its process died"
 
 
 @contextmanager
@@ -139,7 +143,9 @@ def running(size: str, only: list[str]) -> Iterator[dict[str, Engine]]:
                 del engines[name]
             else:
                 stack.callback(engine.run, None)
-                engine.run(Case(1, 32, 2))
+                if isinstance(trouble := engine.run(Case(1, 32, 2)), str):
+                    print(f"  without {name}: {trouble}")
+                    del engines[name]
         yield engines
 
 

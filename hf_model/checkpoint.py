@@ -8,6 +8,7 @@ import threading
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -299,15 +300,19 @@ def _check_bytes(path: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
     if any(order != sys.byteorder.encode() for order in orders):
         return  # written on the other kind of machine: the bytes were swapped in loading
     records = {(entry.file_size, entry.CRC or 0) for entry in entries}
-    intact: set[int] = set()
+    storages: dict[int, tuple[str, torch.UntypedStorage]] = {}
     for name, tensor in state_dict.items():
         storage = tensor.untyped_storage()
-        if storage.data_ptr() in intact:
-            continue
-        content = torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data
-        if not records & {(storage.nbytes(), 0), (storage.nbytes(), zlib.crc32(content))}:
-            raise UserError(f"is damaged: the bytes of {name!r} are not those that were written (their CRC32 differs)")
-        intact.add(storage.data_ptr())
+        storages.setdefault(storage.data_ptr(), (name, storage))
+
+    def is_intact(named: tuple[str, torch.UntypedStorage]) -> bool:
+        content = torch.empty(0, dtype=torch.uint8).set_(named[1]).numpy().data
+        return not records.isdisjoint({(len(content), 0), (len(content), zlib.crc32(content))})
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for (name, _), intact in zip(storages.values(), pool.map(is_intact, storages.values()), strict=True):
+            if not intact:
+                raise UserError(f"is damaged: the bytes of {name!r} are not those that were written (their CRC32 differs)")
 
 
 def _find_model_args(content: Mapping[str, Any]) -> dict[str, Any]:
