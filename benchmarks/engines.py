@@ -189,6 +189,7 @@ ENGINES: dict[str, Callable[[GPT, Path], Generate]] = {
     "this repository f32": ours,
     "llama.cpp f16": partial(llama_cpp, quantization="F16"),
     "this repository f16": partial(ours, dtype=torch.float16),
+    "this repository bf16": partial(ours, dtype=torch.bfloat16),
     "llama.cpp q8_0": partial(llama_cpp, quantization="Q8_0"),
     "CTranslate2 int8": partial(ctranslate2, compute_type="int8"),
 }

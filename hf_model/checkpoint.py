@@ -312,7 +312,9 @@ def _check_bytes(path: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for (name, _), intact in zip(storages.values(), pool.map(is_intact, storages.values()), strict=True):
             if not intact:
-                raise UserError(f"is damaged: the bytes of {name!r} are not those that were written (their CRC32 differs)")
+                raise UserError(
+                    f"is damaged: the bytes of {name!r} are not those that were written (their CRC32 differs)"
+                )
 
 
 def _find_model_args(content: Mapping[str, Any]) -> dict[str, Any]:
