@@ -14,7 +14,7 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
@@ -80,14 +80,13 @@ def reading_speed(n_bytes: int) -> float:
     """Bytes per second that all threads read from so much memory again and again, at best: by sums, or by products."""
     rows = torch.ones(n_bytes // 4 // 1024, 1024)
     row = torch.ones(1, 1024)
-
-    def seconds(read: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        read()
-        return time.perf_counter() - start
-
-    ways = (lambda: rows.view(torch.int64).sum(), lambda: F.linear(row, rows))
-    return rows.nbytes / min(seconds(read) for _ in range(20) for read in ways)
+    times: list[float] = []
+    while sum(times) < 2:
+        for read in (lambda: rows.view(torch.int64).sum(), lambda: F.linear(row, rows)):
+            start = time.perf_counter()
+            read()
+            times.append(time.perf_counter() - start)
+    return rows.nbytes / min(times)
 
 
 def serve(engine: str, size: str, folder: Path, requests: Connection) -> None:
@@ -249,11 +248,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
 
+    speeds = {name: reading_speed(weights_read(SIZES[name])) for name in args.sizes}  # before any engine is there
     report: dict = {"machine": machine(), "rounds": args.rounds, "sizes": {}}
     for name in args.sizes:
         print(f"{name}: {text(SIZES[name])}")
-        n_bytes = weights_read(SIZES[name])
-        speed = reading_speed(n_bytes)
         with running(name, args.only) as engines:
             results: dict[str, dict] = {engine: {} for engine in engines}
             for label in args.cases:
@@ -261,7 +259,8 @@ def main() -> None:
                     results[engine][label] = result
                     speed_of = f"{result['median']:8.1f} tokens/s, {result['same_tokens']} same"
                     print(f"  {label:18} {engine:24} {speed_of}", flush=True)
-        report["sizes"][name] = {"reading": speed, "limit_f32": speed / n_bytes, "engines": results}
+        limit = speeds[name] / weights_read(SIZES[name])
+        report["sizes"][name] = {"reading": speeds[name], "limit_f32": limit, "engines": results}
 
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "decode.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
