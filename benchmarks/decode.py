@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -55,6 +55,7 @@ CASES = {
 RESULTS = Path(__file__).parent / "results"
 LEAST_SECONDS = 0.25  # of a turn: a short case is run again and again
 SAME = 8  # tokens that must agree, for the engines that keep float32
+DIED = "its process died"
 
 
 def machine() -> dict[str, str | int]:
@@ -124,15 +125,23 @@ class Engine:
         context = multiprocessing.get_context("spawn")
         context.Process(target=serve, args=(name, size, folder, far), daemon=True).start()
         far.close()  # so that a process that dies is seen
-        self.trouble: str | None = self.requests.recv()
+        self.trouble: str | None = self.answer()
 
-    def run(self, case: Case | None) -> Any:
-        """The answer to a case, or why there is none."""
-        try:
+    def run(self, case: Case) -> Any:
+        """Seconds and tokens, or why there are none."""
+        with suppress(OSError):
             self.requests.send(case)
-            return self.requests.recv() if case else None
-        except (BrokenPipeError, EOFError):
-            return "its process died"
+        return self.answer()
+
+    def answer(self) -> Any:
+        try:
+            return self.requests.recv()
+        except (EOFError, OSError):
+            return DIED
+
+    def end(self) -> None:
+        with suppress(OSError):
+            self.requests.send(None)
 
 
 @contextmanager
@@ -143,14 +152,11 @@ def running(size: str, only: list[str]) -> Iterator[dict[str, Engine]]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         engines = {name: Engine(name, size, folder) for name in names}
         for name, engine in list(engines.items()):
-            if engine.trouble:
-                print(f"  without {name}: {engine.trouble}")
+            stack.callback(engine.end)
+            trouble = engine.trouble or engine.run(Case(1, 32, 2))
+            if isinstance(trouble, str):
+                print(f"  without {name}: {trouble}")
                 del engines[name]
-            else:
-                stack.callback(engine.run, None)
-                if isinstance(trouble := engine.run(Case(1, 32, 2)), str):
-                    print(f"  without {name}: {trouble}")
-                    del engines[name]
         yield engines
 
 
@@ -159,10 +165,13 @@ def measure(case: Case, engines: dict[str, Engine], rounds: int) -> dict[str, di
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     first: dict[str, list[int]] = {}
     for turn in range(rounds):
-        for name, engine in engines.items():
+        for name, engine in list(engines.items()):
             if name == "original" and turn:
                 continue  # a full forward pass for every token: once must do
             answer = engine.run(case)
+            if answer == DIED:
+                print(f"  without {name} from here on: {DIED}")
+                del engines[name]
             if isinstance(answer, tuple):
                 seconds[name].append(answer[0])
                 first[name] = answer[1]
@@ -217,7 +226,8 @@ def plot(report: dict, path: Path) -> None:
     sizes = report["sizes"]
     figure, axes = pyplot.subplots(1, len(sizes), figsize=(6.2 * len(sizes), 4.2), squeeze=False, layout="constrained")
     for axis, (name, size) in zip(axes[0], sizes.items(), strict=True):
-        engines = {engine: results["one sequence"] for engine, results in size["engines"].items()}
+        label = "one sequence"
+        engines = {engine: results[label] for engine, results in size["engines"].items() if label in results}
         medians = [r["median"] for r in engines.values()]
         below = [r["median"] - r["worst"] for r in engines.values()]
         above = [r["best"] - r["median"] for r in engines.values()]

@@ -5,14 +5,14 @@ Here the whole step is one TorchScript function, `decode`, without Python betwee
 and values stand in one tensor with room to grow. Its matrix products are, by the dtype of the model:
 
 - float32: of steps, oneDNN's, which read the weights where they lie, at the speed of the memory. MKL is faster for up
-  to three rows on Intel's processors, and elsewhere for one row of a matrix that is small or has no more rows than
-  columns, if each thread gets a part of it: there, MKL multiplies a matrix and a vector on one thread. oneDNN and the
-  parts may add up in another order than the plain model's product: logits differ by rounding (some 1e-6 of their
-  spread). Of prompts, MKL's alone, for oneDNN keeps about a megabyte for each number of rows that it meets.
+  to three rows on Intel's processors. On others it multiplies a matrix and a vector on one thread; it is faster for one
+  row of a matrix that is small or has no more rows than columns, if each thread gets a part of it. oneDNN and the parts
+  may add up in another order than the plain model's product: logits differ by rounding (some 1e-6 of their spread). Of
+  prompts, MKL's alone, for oneDNN keeps about a megabyte for each number of rows that it meets.
 - float16: FBGEMM's, of a packed copy of the weights. Those stay float16, everything else is computed in float32; the
   plain model's own float16 products are slow on a CPU, most of all for many rows.
-- bfloat16: FBGEMM's as well, since float16 holds its weights (those below 2^-14 to within 2^-25); but the plain model's
-  own for many rows, where the processor has instructions for them.
+- bfloat16: FBGEMM's as well, where float16 holds the weights (`fits_float16`). Where the processor has instructions for
+  bfloat16, many rows are left to the plain model's own products, which are oneDNN's, memory included.
 - other dtypes, processors without AVX2, a PyTorch without the library: the plain model's own, and the same bits.
 
 The weights must not be exchanged while `generate` runs; between its calls they may.
@@ -27,7 +27,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Optional
@@ -41,10 +41,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 GELU = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}
 EXPECTED = {"position_ids", "use_cache", "return_dict", "logits_to_keep"}  # arguments that a single token may come with
-# Measured on two cores:
-IN_PARTS_BELOW = 2**20  # weights; larger matrices with more rows than columns are oneDNN's on AMD's processors
+# Measured on two cores, the first on AMD's, the others on Intel's with AMX:
+IN_PARTS_BELOW = 2**20  # weights; larger matrices with more rows than columns are oneDNN's
 MKL_ROWS_ON_INTEL = 3  # more are oneDNN's
-BFLOAT16_ROWS = 8  # fewer are FBGEMM's
+BFLOAT16_ROWS = 8  # from which on bfloat16's own products are the faster ones, where the processor has them
 
 Packed: Any = torch.classes.quantized.LinearPackedParamsBase
 
@@ -138,17 +138,17 @@ def weights_of(model: Any, rows: int = 1, compared: bool = False) -> Weights:
 
     Those are kept as long as the model lives and does not change; `compared` says that they are known to be its own.
     """
-    capabilities = torch.cpu.get_capabilities()
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     vectorized = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    is_half = model.dtype in (torch.float16, torch.bfloat16)
-    is_wide = model.dtype == torch.bfloat16 and rows >= BFLOAT16_ROWS and capabilities.get("avx512_bf16", False)
-    if not is_half:
+    onednn = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    if model.dtype not in (torch.float16, torch.bfloat16):
         PACKED.pop(model, None)
-    if is_half and not is_wide and vectorized and torch.backends.quantized.engine in ("x86", "fbgemm"):
-        return packed_weights(model, compared)
+    elif vectorized and torch.backends.quantized.engine in ("x86", "fbgemm"):
+        own_products = model.dtype == torch.bfloat16 and onednn and capabilities.get("avx512_bf16", False)
+        if not (own_products and rows >= BFLOAT16_ROWS):
+            return packed_weights(model, compared)
     if model.dtype != torch.float32 or not vectorized:
         return gather(model, as_it_is)
-    onednn = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
     if not torch.backends.mkl.is_available():
         return gather(model, as_it_is, onednn)
     return gather(model, for_intel if "Intel" in capabilities.get("cpu_name", "") else in_parts, onednn)
@@ -160,11 +160,16 @@ def packed_weights(model: Any, compared: bool) -> Weights:
         return known[1]
     state = [total for weight in model.parameters() for total in checksum(weight)]
     if known is None or not all(map(torch.equal, known[0], state)):
-        largest = torch.finfo(torch.float16).max  # FBGEMM would make it of what is larger, or no number
-        fits = all(abs(extreme) <= largest for weight in model.parameters() for extreme in torch.aminmax(weight))
+        fits = all(fits_float16(layer.weight) for layer in model.modules() if isinstance(layer, nn.Linear))
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # FBGEMM packs on one thread
             known = PACKED[model] = (state, gather(model, packed if fits else as_it_is, each=pool.map))
     return known[1]
+
+
+def fits_float16(weight: Tensor) -> bool:
+    """Whether all is finite there, and the largest value neither too large nor small enough to lose precision."""
+    largest = max(abs(extreme.item()) for extreme in torch.aminmax(weight))  # NaN is passed on by both
+    return largest == 0 or 2**-14 <= largest <= torch.finfo(torch.float16).max
 
 
 def checksum(weight: Tensor) -> list[Tensor]:
@@ -234,13 +239,13 @@ class LeanForward:
         self.known: dict[bool, Weights] = {}
 
     def weights(self, rows: int) -> Weights:
-        is_wide = rows >= BFLOAT16_ROWS
-        if is_wide not in self.known:
+        many = rows >= BFLOAT16_ROWS
+        if many not in self.known:
             with PREPARING:
                 scripted_decode()
-                weights = self.known[is_wide] = weights_of(self.model, rows, self.compared)
-            self.compared = self.compared or weights.lm_head.packed is not None
-        return self.known[is_wide]
+                weights = self.known[many] = weights_of(self.model, rows, self.compared)
+            self.compared = self.compared or weights is PACKED.get(self.model, (None, None))[1]
+        return self.known[many]
 
     def __call__(
         self,
@@ -355,11 +360,11 @@ class LeanForward:
 
     def adopt(self, cache: Any) -> None:
         past = cache.get_seq_length()
+        B, nh, _, hs = cache.layers[0].keys.shape
+        room_for = max(past + 1, min(2 * past + 64, self.block_size))
+        dtype = self.weights(B).ln_f.weight.dtype
         states = []
         for layer in cache.layers:
-            B, nh, _, hs = layer.keys.shape
-            room_for = max(past + 1, min(2 * past + 64, self.block_size))
-            dtype = self.weights(B).ln_f.weight.dtype
             room = torch.empty(2, B, nh, room_for, hs, dtype=dtype, device=layer.keys.device)
             room[0, :, :, :past], room[1, :, :, :past] = layer.keys, layer.values
             states.append(room)

@@ -106,7 +106,7 @@ def assert_bit_for_bit(lean: Any, plain: Any) -> None:
 @pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_and_cache_are_the_plain_steps_bit_for_bit_by_the_plain_products(
+def test_logits_and_cache_are_the_plain_steps_bit_for_bit_without_avx(
     both_ways, steps, bias, activation, dtype, no_avx
 ):
     model = model_of(bias=bias, activation_function=activation).to(dtype)
@@ -126,6 +126,11 @@ def matrices(model: CustomGPTForCausalLM) -> list[Affine]:
     weights = weights_of(model)
     blocks = [affine for block in weights.blocks for affine in block if affine.weight.ndim == 2]
     return [weights.lm_head, *blocks]
+
+
+def test_they_are_without_the_libraries_too(both_ways, steps, no_onednn, no_mkl):
+    assert_bit_for_bit(*both_ways(model_of(), prompts(), max_new_tokens=40, do_sample=False))
+    assert steps == [1]
 
 
 class TestFloat32:
@@ -199,7 +204,7 @@ class TestFloat32:
         monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
         assert {affine.weight.shape[0] for affine in matrices(model_of()) if affine.parts is not None} == {3 * 64}
 
-    def test_changed_weights_are_seen_by_the_next_call(self, both_ways, two_threads):
+    def test_changed_weights_are_seen_by_the_next_call(self, both_ways, two_threads, amd):
         model = model_of()
         first, _ = both_ways(model, prompts(), max_new_tokens=10, do_sample=False)
         for name, weight in model.named_parameters():
@@ -220,7 +225,7 @@ class TestFloat32:
         assert_rounding_apart(lean, expected)
         assert lean_prompts == [9, 9]
 
-    def test_weights_laid_out_in_another_way(self, both_ways, steps):
+    def test_weights_laid_out_in_another_way(self, both_ways, steps, two_threads, amd):
         model = model_of()
         c_fc = model.transformer.h[1].mlp.c_fc
         c_fc.weight.data = c_fc.weight.data.t().contiguous().t()
@@ -249,54 +254,60 @@ class TestFloat32:
             torch.testing.assert_close(one.values, other.values, rtol=0, atol=1e-5 * float(other.values.std()))
 
 
+def compare_with_float32(model: CustomGPTForCausalLM, ids: torch.Tensor, *, epsilons: float = 2, **options: Any) -> Any:
+    """Generate, and compare with full forward passes of the plain float32 model with the same weights."""
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, **options}
+    lean = model.generate(ids, return_dict_in_generate=True, output_logits=True, pad_token_id=1, **options)
+    exact = copy.deepcopy(model).float()
+    mask = torch.ones_like(lean.sequences)
+    mask[:, : ids.shape[1]] = options["attention_mask"]
+    # The prompt's keys and values, at least, were rounded on their way through the cache.
+    tolerance = epsilons * torch.finfo(model.dtype).eps
+    for end, logits in enumerate(lean.logits, start=ids.shape[1]):
+        window = slice(max(0, end - CONTEXT), end)
+        with torch.no_grad():
+            expected = exact(lean.sequences[:, window], attention_mask=mask[:, window]).logits[:, -1]
+        torch.testing.assert_close(logits, expected, rtol=0, atol=tolerance * float(expected.std()))
+    return lean
+
+
+needs_fbgemm = pytest.mark.skipif(
+    not torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    or torch.backends.quantized.engine not in ("x86", "fbgemm"),
+    reason="FBGEMM needs AVX2",
+)
+
+
+@needs_fbgemm
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 class TestPacked:
-    """Against full forward passes of the plain float32 model with the same weights, which know no FBGEMM."""
-
     @pytest.fixture(autouse=True)
-    def needs_fbgemm(self, processor) -> None:
-        if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-            pytest.skip("FBGEMM needs AVX2")
+    def without_products_for_bfloat16(self, processor) -> None:
         processor(avx512_bf16=False)
-
-    def compare(self, model: CustomGPTForCausalLM, ids: torch.Tensor, **options: Any) -> Any:
-        options = {"attention_mask": torch.ones_like(ids), "do_sample": False, **options}
-        lean = model.generate(ids, return_dict_in_generate=True, output_logits=True, pad_token_id=1, **options)
-        exact = copy.deepcopy(model).float()
-        mask = torch.ones_like(lean.sequences)
-        mask[:, : ids.shape[1]] = options["attention_mask"]
-        # The prompt's keys and values were rounded on their way through the cache.
-        tolerance = 2 * torch.finfo(model.dtype).eps
-        for end, logits in enumerate(lean.logits, start=ids.shape[1]):
-            window = slice(max(0, end - CONTEXT), end)
-            with torch.no_grad():
-                expected = exact(lean.sequences[:, window], attention_mask=mask[:, window]).logits[:, -1]
-            torch.testing.assert_close(logits, expected, rtol=0, atol=tolerance * float(expected.std()))
-        return lean
 
     @pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh"])
     @pytest.mark.parametrize("bias", [True, False])
     def test_prompt_and_steps_are_those_of_float32(self, steps, lean_prompts, dtype, bias, activation):
         model = model_of(bias=bias, activation_function=activation).to(dtype)
-        lean = self.compare(model, prompts(), max_new_tokens=40)
+        lean = compare_with_float32(model, prompts(), max_new_tokens=40)
         assert (steps, lean_prompts) == ([1], [9])
         assert {layer.keys.dtype for layer in lean.past_key_values.layers} == {dtype}
         assert lean.past_key_values.get_seq_length() == 9 + 39
 
     def test_past_the_context_the_window_is_lean_too(self, lean_prompts, dtype):
-        self.compare(model_of().to(dtype), prompts(), max_new_tokens=CONTEXT)
+        compare_with_float32(model_of().to(dtype), prompts(), max_new_tokens=CONTEXT)
         assert lean_prompts == [9] + [CONTEXT] * 8
 
     def test_several_answers(self, steps, lean_prompts, dtype):
         torch.manual_seed(3)
-        self.compare(model_of().to(dtype), prompts(), max_new_tokens=20, do_sample=True, num_return_sequences=3)
+        compare_with_float32(model_of().to(dtype), prompts(), max_new_tokens=20, do_sample=True, num_return_sequences=3)
         assert (steps, lean_prompts) == ([1], [9])
 
     def test_padded_rows(self, steps, lean_prompts, dtype):
         ids = prompts(rows=3)
         mask = torch.ones_like(ids)
         mask[0, :4] = 0
-        self.compare(model_of().to(dtype), ids, attention_mask=mask, max_new_tokens=40)
+        compare_with_float32(model_of().to(dtype), ids, attention_mask=mask, max_new_tokens=40)
         assert (steps, lean_prompts) == ([1], [9])
 
     @pytest.mark.parametrize("change", [torch.neg, lambda weight: weight.flip(0), lambda weight: weight.flip(1)])
@@ -304,7 +315,7 @@ class TestPacked:
         model = model_of().to(dtype)
         before = model.generate(prompts(), max_new_tokens=10, do_sample=False, pad_token_id=1)
         model.lm_head.weight.data.copy_(change(model.lm_head.weight.data).clone())
-        after = self.compare(model, prompts(), max_new_tokens=10)
+        after = compare_with_float32(model, prompts(), max_new_tokens=10)
         assert not torch.equal(after.sequences, before)
 
     def test_the_packed_weights_are_made_once_and_go_with_the_model(self, dtype):
@@ -333,24 +344,47 @@ class TestPacked:
         plain, lean = both_ways(model.to(dtype), prompts(), max_new_tokens=1)
         assert (lean.logits[0] - exact).norm() < (plain.logits[0] - exact).norm()
 
-    @pytest.mark.parametrize("value", [7e4, float("inf"), float("nan")])
-    def test_values_that_float16_does_not_hold_are_left_to_the_plain_products(self, both_ways, steps, dtype, value):
+    @pytest.mark.parametrize("change", [65536.0, float("inf"), float("nan"), 1e-8], ids=str)
+    def test_weights_that_float16_does_not_hold_are_left_to_the_plain_products(
+        self, both_ways, steps, monkeypatch, dtype, change
+    ):
         model = model_of().to(dtype)
-        model.transformer.h[1].mlp.c_fc.weight.data[5, 5] = value
-        plain, lean = both_ways(model, prompts(), max_new_tokens=10, do_sample=False)
+        if change < 1:
+            model.lm_head.weight.data *= change
+        else:
+            model.transformer.h[1].mlp.c_fc.weight.data[5, 5] = change
+        compared: list[int] = []
+        checksum = decoding_custom_gpt.checksum
+        monkeypatch.setattr(decoding_custom_gpt, "checksum", lambda weight: (compared.append(1), checksum(weight))[1])
+        plain, lean = both_ways(model, prompts(), max_new_tokens=CONTEXT, do_sample=False)
         for one, other in zip(lean.logits, plain.logits, strict=True):
             assert torch.equal(one.nan_to_num(nan=12345), other.nan_to_num(nan=12345))
         assert steps == [1]
+        assert len(compared) == len(list(model.parameters()))
 
 
-def test_many_rows_of_bfloat16_are_the_plain_ones_where_the_processor_has_it(both_ways, processor):
-    processor(avx512_bf16=True)
-    model = model_of().bfloat16()
-    assert_bit_for_bit(*both_ways(model, prompts(BFLOAT16_ROWS), max_new_tokens=20, do_sample=False))
-    plain, lean = both_ways(model, prompts(), max_new_tokens=2, do_sample=False)
-    assert torch.equal(lean.logits[0], plain.logits[0])  # the prompt
-    is_packed = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    assert torch.equal(lean.logits[1], plain.logits[1]) != is_packed
+@needs_fbgemm
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="bfloat16's own products are oneDNN's")
+class TestBfloat16WithProductsOfItsOwn:
+    @pytest.fixture(autouse=True)
+    def with_products_for_bfloat16(self, processor) -> None:
+        processor(avx512_bf16=True)
+
+    def test_many_rows_are_the_plain_ones(self, both_ways):
+        model = model_of().bfloat16()
+        assert_bit_for_bit(*both_ways(model, prompts(BFLOAT16_ROWS), max_new_tokens=20, do_sample=False))
+        assert model not in PACKED
+
+    def test_a_prompt_is_the_plain_one_and_the_steps_after_it_are_packed(self, both_ways, lean_prompts):
+        model = model_of().bfloat16()
+        compare_with_float32(model, prompts(), max_new_tokens=CONTEXT, epsilons=8)  # of bfloat16, many times
+        assert lean_prompts == [9] + [CONTEXT] * 8
+        plain, lean = both_ways(model, prompts(), max_new_tokens=2, do_sample=False)
+        assert torch.equal(lean.logits[0], plain.logits[0])
+        assert not torch.equal(lean.logits[1], plain.logits[1])
+
+    def test_without_onednn_a_prompt_is_packed_too(self, no_onednn):
+        compare_with_float32(model_of().bfloat16(), prompts(), max_new_tokens=5)
 
 
 @pytest.mark.parametrize(
