@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
     )
     path = shlex.quote(str(folder))
     say(f'\nTry it:\n  python generate.py --checkpoint_path {path} --prompt "What is the capital of France?"')
-    say(f"  transformers serve {path} --trust_remote_code")
+    say(f'  pip install "transformers[serving]" && transformers serve {path} --trust-remote-code')
     if args.push_to_hub:
         say(f"\npushed        {push(folder, args.push_to_hub)}")
 

@@ -58,9 +58,13 @@ def number(
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__)
     files = parser.add_argument_group("files")
-    files.add_argument("--checkpoint_path", default=DEFAULT_CHECKPOINT, help="checkpoint (.pt) or converted folder")
+    files.add_argument(
+        "--checkpoint_path",
+        default=DEFAULT_CHECKPOINT,
+        help="checkpoint (.pt) or converted folder (default: %(default)s)",
+    )
     files.add_argument(
         "--tokenizer_path", help=f"tokenizer JSON (default: {DEFAULT_TOKENIZER}, or the converted folder's own)"
     )
@@ -80,37 +84,58 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
-        "--max_new_tokens", type=number(int, 1, maximum=MOST_TOKENS), default=150, help="longest answer, in tokens"
+        "--max_new_tokens",
+        type=number(int, 1, maximum=MOST_TOKENS),
+        default=150,
+        help="longest answer, in tokens (default: %(default)s)",
     )
-    sampling.add_argument("--temperature", type=number(float, 0), default=0.8, help="randomness; 0 is greedy")
-    sampling.add_argument("--top_k", type=number(int, 0), default=50, help="sample from the k likeliest; 0 is all")
+    sampling.add_argument(
+        "--temperature", type=number(float, 0), default=0.8, help="randomness; 0 is greedy (default: %(default)s)"
+    )
+    sampling.add_argument(
+        "--top_k", type=number(int, 0), default=50, help="sample from the k likeliest; 0 is all (default: %(default)s)"
+    )
     sampling.add_argument(
         "--top_p",
         type=number(float, 0, exclusive=True, maximum=1),
         default=1.0,
-        help="sample from this much probability",
+        help="sample from this much probability (default: %(default)s)",
     )
     sampling.add_argument(
         "--repetition_penalty",
         type=number(float, 0, exclusive=True),
         default=1.0,
-        help="above 1 discourages repetition",
+        help="above 1 discourages repetition (default: %(default)s)",
     )
     sampling.add_argument(
-        "--num_return_sequences", type=number(int, 1, maximum=MOST_ANSWERS), default=1, help="how many answers"
+        "--num_return_sequences",
+        type=number(int, 1, maximum=MOST_ANSWERS),
+        default=1,
+        help="how many answers (default: %(default)s)",
     )
     sampling.add_argument(
-        "--seed", type=number(int, -(2**63), maximum=2**64 - 1), default=1337, help="makes a run repeatable"
+        "--seed",
+        type=number(int, -(2**63), maximum=2**64 - 1),
+        default=1337,
+        help="makes a run repeatable (default: %(default)s)",
     )
 
     batch = parser.add_argument_group("many prompts (with --prompts_file)")
     batch.add_argument("--output_file", type=Path, help="JSON Lines of the same records, each with its response")
-    batch.add_argument("--batch_size", type=number(int, 1, maximum=MOST_ANSWERS), default=16, help="records at a time")
+    batch.add_argument(
+        "--batch_size",
+        type=number(int, 1, maximum=MOST_ANSWERS),
+        default=16,
+        help="records at a time (default: %(default)s)",
+    )
 
     run = parser.add_argument_group("run")
     run.add_argument("--device", help="such as cuda, cuda:1, mps or cpu (default: the best there is)")
     run.add_argument(
-        "--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto", help="of the weights"
+        "--dtype",
+        choices=("auto", "float32", "float16", "bfloat16"),
+        default="auto",
+        help="of the weights (default: the checkpoint's)",
     )
     run.add_argument("--no_stream", action="store_true", help="print the text when it is complete")
     run.add_argument("--response_only", action="store_true", help="print the answer alone; the rest goes to stderr")

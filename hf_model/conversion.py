@@ -1,6 +1,7 @@
 """A checkpoint and a tokenizer JSON to a model and a tokenizer in memory, and to a Hugging Face folder on disk."""
 
 import gc
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -143,6 +144,7 @@ def convert(
     model, tokenizer, checkpoint = load_original(
         checkpoint_path, tokenizer_path, dtype=dtype, n_head=n_head, activation=activation
     )
+    rounded = _rounded(checkpoint.dtype, model.dtype)
     report(f"source        {_describe_source(checkpoint)}")
     report(f"architecture  {describe_architecture(model.config)}")
     report(f"parameters    {describe_parameters(model)}")
@@ -155,8 +157,10 @@ def convert(
             model.save_pretrained(folder, max_shard_size=max_shard_size)
         except SafetensorError as error:  # its own form of a full disk
             raise UserError(f"{output_dir}: cannot be written ({error})") from None
+        for weights in folder.glob("*.safetensors"):  # which safetensors lets nobody read but their owner
+            shutil.copymode(folder / "config.json", weights)
         save_tokenizer(tokenizer, folder)
-        (folder / "README.md").write_text(model_card(model.config, output_dir.name), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(model.config, output_dir.name, rounded), encoding="utf-8")
         # What is mapped goes before the folder is read back, so that the weights are not in memory twice.
         del model, checkpoint
         gc.collect()
@@ -183,6 +187,13 @@ def describe_architecture(config: CustomGPTConfig) -> str:
 
 def describe_parameters(model: CustomGPTForCausalLM) -> str:
     return f"{model.num_parameters():,} in {str(model.dtype).removeprefix('torch.')}"
+
+
+def _rounded(source: torch.dtype, dtype: torch.dtype) -> str:
+    """What became of the weights, in words; "" if `dtype` holds whatever `source` does."""
+    if torch.promote_types(source, dtype) == dtype:
+        return ""
+    return f"rounded from {str(source).removeprefix('torch.')} to {str(dtype).removeprefix('torch.')}"
 
 
 def _describe_source(checkpoint: Checkpoint) -> str:
@@ -229,7 +240,8 @@ def verify_folder(folder: Path, checkpoint_path: str | Path, tokenizer_path: str
     while remaining:
         # Both sides are mapped afresh for every few tensors, so that memory holds neither file whole.
         written = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-        source = read_checkpoint(checkpoint_path, check_bytes=False).state_dict
+        checkpoint = read_checkpoint(checkpoint_path, check_bytes=False)
+        source = checkpoint.state_dict
         source.setdefault("lm_head.weight", source["transformer.wte.weight"])
         if astray := written.keys() ^ source.keys():
             raise UserError(f"{folder}: {', '.join(sorted(astray))} is on one side only")
@@ -240,7 +252,9 @@ def verify_folder(folder: Path, checkpoint_path: str | Path, tokenizer_path: str
             if not _same_bits(tensor, source[name].to(tensor.dtype)):
                 raise UserError(f"{folder}: {name} differs from {checkpoint_path}: the disk or the memory is faulty")
             compared_bytes += tensor.nbytes
-    return f"{len(names)} tensors equal bit for bit, {len(TOKENIZER_PROBES)} texts encoded the same"
+    rounded = _rounded(checkpoint.dtype, tensor.dtype)
+    equal = f"{len(names)} tensors equal bit for bit" + (f" to the source's, {rounded}" if rounded else "")
+    return f"{equal}, {len(TOKENIZER_PROBES)} texts encoded the same"
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

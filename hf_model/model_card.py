@@ -11,7 +11,7 @@ pipeline_tag: text-generation
 # {name}
 
 A GPT-2 style language model ({n_layer} layers, {n_head} heads, {n_embd} wide, context {block_size}, vocabulary
-{vocab_size}), trained in plain PyTorch and converted for Hugging Face transformers without changing a weight.
+{vocab_size}), trained in plain PyTorch and converted for Hugging Face transformers {how}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -39,10 +39,11 @@ otherwise (`generation_config.json`), and goes on past the context of {block_siz
 """
 
 
-def model_card(config: CustomGPTConfig, name: str) -> str:
-    """The Markdown text of the card of a model in a folder called `name`."""
+def model_card(config: CustomGPTConfig, name: str, rounded: str = "") -> str:
+    """The Markdown text of the card of a model in a folder called `name`; `rounded` says what became of its weights."""
     return CARD.format(
         name=name,
+        how=f"with its weights {rounded}" if rounded else "without changing a weight",
         prompt=format_prompt("{instruction}"),
         prompt_with_input=format_prompt("{instruction}", "{input}"),
         example=format_example("What is the capital of France?", "Paris"),

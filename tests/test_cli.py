@@ -301,6 +301,13 @@ class TestConvert:
         answer = run(script, *arguments, "--response_only")
         assert (answer.status, answer.out) == (0, "Paris\n")
 
+    def test_the_help_gives_each_default_once(self, call: Callable[..., Result]) -> None:
+        for script in (generate, convert_checkpoint):
+            text = " ".join(call(script, "--help").out.split())
+            for argument in re.split(r" (?=--\w+ )", text):
+                assert argument.count("default") <= 1, argument
+            assert "None" not in text
+
     def test_a_failed_conversion_is_one_line(self, tmp_path: Path, call: Callable[..., Result]) -> None:
         checkpoint_path, _ = save_files(tmp_path, gpt(vocab_size=299))
         arguments = ("--checkpoint_path", str(checkpoint_path), "--tokenizer_path", str(tmp_path / "tokenizer.json"))

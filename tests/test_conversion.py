@@ -89,6 +89,9 @@ class TestTheExampleFolder:
     def test_carries_the_model_s_code(self, name: str, capitals: Path) -> None:
         assert (capitals / name).read_bytes() == (ROOT / "hf_model" / name).read_bytes()
 
+    def test_may_be_read_by_whom_its_other_files_may(self, capitals: Path) -> None:
+        assert {file.stat().st_mode for file in capitals.iterdir()} == {(capitals / "config.json").stat().st_mode}
+
     def test_brings_its_tokenizer(self, capitals: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(capitals)
         assert tokenizer.decode(tokenizer("the capital").input_ids) == "[BOS]the capital"
@@ -135,6 +138,26 @@ class TestWeights:
             assert torch.equal(written[name], weight.to(expected))
         assert read_json(folder / "config.json")["dtype"] == str(expected).removeprefix("torch.")
         assert AutoModelForCausalLM.from_pretrained(folder).dtype == expected
+
+    @pytest.mark.parametrize(
+        "original, dtype, rounded",
+        [
+            (torch.float32, "auto", None),
+            (torch.float16, "float32", None),
+            (torch.float32, "float16", "rounded from float32 to float16"),
+            (torch.float16, "bfloat16", "rounded from float16 to bfloat16"),
+        ],
+        ids=str,
+    )
+    def test_that_are_rounded_are_not_called_unchanged(
+        self, original: torch.dtype, dtype: str, rounded: str | None, tmp_path: Path
+    ) -> None:
+        folder, lines = converted(tmp_path, gpt().to(original), dtype=dtype)
+        card = " ".join((folder / "README.md").read_text(encoding="utf-8").split())
+        assert ("without changing a weight." in card) == (rounded is None)
+        if rounded is not None:
+            assert f"transformers with its weights {rounded}." in card
+            assert f"equal bit for bit to the source's, {rounded}, " in lines[-1]
 
     def test_are_split_over_shards_of_the_size_that_is_asked_for(self, tmp_path: Path) -> None:
         model = gpt()

@@ -1,6 +1,7 @@
 """A real `transformers serve` process on loopback, asked by the `openai` client and by `transformers chat`."""
 
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from hf_model.prompt import format_prompt
+from tests.tiny import CHECKPOINT, ROOT, TOKENIZER
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed (the `ecosystem` extra)")
 pytest.importorskip("fastapi", reason="transformers[serving] is not installed (the `ecosystem` extra)")
@@ -26,12 +28,24 @@ START_SECONDS = 180
 
 
 @pytest.fixture(scope="module")
-def url(capitals: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def suggested(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What the converter says to serve its folder with, behind the folder."""
+    folder = tmp_path_factory.mktemp("suggested") / "hf"
+    command = [sys.executable, str(ROOT / "convert_checkpoint.py"), "--output_dir", str(folder)]
+    command += ["--checkpoint_path", str(CHECKPOINT), "--tokenizer_path", str(TOKENIZER)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    _, serves, arguments = said.partition(f"transformers serve {folder} ")
+    assert serves
+    return shlex.split(arguments)
+
+
+@pytest.fixture(scope="module")
+def url(capitals: Path, suggested: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("serve")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    command = [*TRANSFORMERS, "serve", str(capitals), "--trust-remote-code", "--device", "cpu"]
+    command = [*TRANSFORMERS, "serve", str(capitals), *suggested, "--device", "cpu"]
     command += ["--host", "127.0.0.1", "--port", address.rpartition(":")[2]]
     with (folder / "log").open("w") as log, subprocess.Popen(command, cwd=folder, stdout=log, stderr=log) as server:
         try:
