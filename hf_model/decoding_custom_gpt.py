@@ -4,11 +4,12 @@ A step of the plain model costs about as much time in Python, masks and cache co
 Here the whole step is one TorchScript function, `decode`, without Python between the operators, and each layer's keys
 and values stand in one tensor with room to grow. Its matrix products are, by the dtype of the model:
 
-- float32: of steps, oneDNN's, which read the weights where they lie, at the speed of the memory. MKL is faster for up
-  to three rows on Intel's processors. On others it multiplies a matrix and a vector on one thread; it is faster for one
-  row of a matrix that is small or has no more rows than columns, if each thread gets a part of it. oneDNN and the parts
-  may add up in another order than the plain model's product: logits differ by rounding (some 1e-6 of their spread). Of
-  prompts, MKL's alone, for oneDNN keeps about a megabyte for each number of rows that it meets.
+- float32: of steps, oneDNN's, which read the weights where they lie, at the speed of the memory. MKL is as fast or
+  faster on Intel's processors for up to three rows, and for small matrices. On others it multiplies a matrix and a
+  vector on one thread; it is faster for one row of a matrix that is small or has no more rows than columns, if each
+  thread gets a part of it. oneDNN and the parts may add up in another order than the plain model's product: logits
+  differ by rounding (some 1e-6 of their spread). Of prompts, MKL's alone, for oneDNN keeps about a megabyte for each
+  number of rows.
 - float16: FBGEMM's, of a packed copy of the weights. Those stay float16, everything else is computed in float32; the
   plain model's own float16 products are slow on a CPU, most of all for many rows.
 - bfloat16: FBGEMM's as well, where float16 holds the weights (`fits_float16`). Where the processor has instructions for
@@ -24,6 +25,7 @@ to the plain model.
 import functools
 import inspect
 import os
+import sys
 import threading
 import warnings
 import weakref
@@ -41,10 +43,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 GELU = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}
 EXPECTED = {"position_ids", "use_cache", "return_dict", "logits_to_keep"}  # arguments that a single token may come with
-# Measured on two cores, the first on AMD's, the others on Intel's with AMX:
-IN_PARTS_BELOW = 2**20  # weights; larger matrices with more rows than columns are oneDNN's
-MKL_ROWS_ON_INTEL = 3  # more are oneDNN's
-BFLOAT16_ROWS = 8  # from which on bfloat16's own products are the faster ones, where the processor has them
+# Measured on two cores, the first on AMD's and Intel's, the others on Intel's with AMX:
+SMALL = 2**20  # weights; a matrix of fewer is MKL's
+MKL_ROWS_ON_INTEL = 3  # of larger ones; more rows are oneDNN's
+BFLOAT16_ROWS = 8  # from which on a whole step is faster by bfloat16's own products, where the processor has them
 
 Packed: Any = torch.classes.quantized.LinearPackedParamsBase
 
@@ -133,43 +135,65 @@ def scripted_decode() -> Callable[..., Tensor]:
         return decode
 
 
+def vectorized() -> bool:
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+
+def has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+
+
+def capabilities() -> Mapping[str, Any]:
+    """What the processor can do; an older PyTorch, under which a converted folder may run, does not tell."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
+def is_for_fbgemm(model: Any, rows: int) -> bool:
+    """Whether products of so many rows are FBGEMM's, if float16 holds the weights."""
+    if model.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if not vectorized() or torch.backends.quantized.engine not in ("x86", "fbgemm"):
+        return False
+    has_own = model.dtype == torch.bfloat16 and has_onednn() and capabilities().get("avx512_bf16", False)
+    return rows < BFLOAT16_ROWS or not has_own
+
+
 def weights_of(model: Any, rows: int = 1, compared: bool = False) -> Weights:
     """The weights for products of so many rows: the model's own tensors, or packed ones.
 
     Those are kept as long as the model lives and does not change; `compared` says that they are known to be its own.
     """
-    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    vectorized = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    onednn = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
-    if model.dtype not in (torch.float16, torch.bfloat16):
-        PACKED.pop(model, None)
-    elif vectorized and torch.backends.quantized.engine in ("x86", "fbgemm"):
-        own_products = model.dtype == torch.bfloat16 and onednn and capabilities.get("avx512_bf16", False)
-        if not (own_products and rows >= BFLOAT16_ROWS):
-            return packed_weights(model, compared)
-    if model.dtype != torch.float32 or not vectorized:
+    if is_for_fbgemm(model, rows):
+        return packed_weights(model, compared)
+    if model.dtype != torch.float32 or not vectorized():
         return gather(model, as_it_is)
+    PACKED.pop(model, None)  # it may have had another dtype before
     if not torch.backends.mkl.is_available():
-        return gather(model, as_it_is, onednn)
-    return gather(model, for_intel if "Intel" in capabilities.get("cpu_name", "") else in_parts, onednn)
+        return gather(model, as_it_is, has_onednn())
+    is_intel = "Intel" in capabilities().get("cpu_name", "")
+    return gather(model, for_intel if is_intel else in_parts, has_onednn())
 
 
 def packed_weights(model: Any, compared: bool) -> Weights:
+    """FBGEMM's copies, or the model's own tensors where float16 does not hold them."""
     known = PACKED.get(model)
-    if known is not None and compared:
-        return known[1]
-    state = [total for weight in model.parameters() for total in checksum(weight)]
-    if known is None or not all(map(torch.equal, known[0], state)):
-        fits = all(fits_float16(layer.weight) for layer in model.modules() if isinstance(layer, nn.Linear))
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # FBGEMM packs on one thread
-            known = PACKED[model] = (state, gather(model, packed if fits else as_it_is, each=pool.map))
-    return known[1]
+    if known is None or not compared:
+        state = [total for weight in model.parameters() for total in checksum(weight)]
+        if known is None or not all(map(torch.equal, known[0], state)):
+            fits = all(fits_float16(layer.weight) for layer in model.modules() if isinstance(layer, nn.Linear))
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # FBGEMM packs on one thread
+                known = PACKED[model] = (state, gather(model, packed, each=pool.map) if fits else None)
+    if known[1] is None:
+        return gather(model, as_it_is)
+    # Of equal tensors, those that the model has now: others, which it had before, may change and it will not.
+    return known[1]._replace(wte=model.transformer.wte.weight, wpe=model.transformer.wpe.weight)
 
 
 def fits_float16(weight: Tensor) -> bool:
-    """Whether all is finite there, and the largest value neither too large nor small enough to lose precision."""
+    """Whether float16 holds a matrix, all finite: no value is off by more than 2^-11 of the largest one."""
     largest = max(abs(extreme.item()) for extreme in torch.aminmax(weight))  # NaN is passed on by both
-    return largest == 0 or 2**-14 <= largest <= torch.finfo(torch.float16).max
+    smallest_largest = 0 if weight.dtype == torch.float16 else 2**-14  # below it float16's steps stay at 2^-24
+    return largest == 0 or smallest_largest <= largest <= torch.finfo(torch.float16).max
 
 
 def checksum(weight: Tensor) -> list[Tensor]:
@@ -182,7 +206,7 @@ def checksum(weight: Tensor) -> list[Tensor]:
 
 
 PREPARING = threading.Lock()  # one thread packs or compiles, the others wait for it
-PACKED: weakref.WeakKeyDictionary[Any, tuple[list[Tensor], Weights]] = weakref.WeakKeyDictionary()
+PACKED: weakref.WeakKeyDictionary[Any, tuple[list[Tensor], Weights | None]] = weakref.WeakKeyDictionary()
 
 
 def as_it_is(layer: Any) -> Affine:
@@ -195,11 +219,11 @@ def in_parts(layer: Any) -> Affine:
         return as_it_is(layer)
     n_out, n_in = weight.shape
     parts = weight.detach().view(n, n_out // n, n_in).transpose(1, 2)
-    return Affine(weight, layer.bias, parts, mkl_rows=int(n_out <= n_in or weight.numel() < IN_PARTS_BELOW))
+    return Affine(weight, layer.bias, parts, mkl_rows=int(n_out <= n_in or weight.numel() < SMALL))
 
 
 def for_intel(layer: Any) -> Affine:
-    return Affine(layer.weight, layer.bias, mkl_rows=MKL_ROWS_ON_INTEL)
+    return Affine(layer.weight, layer.bias, mkl_rows=sys.maxsize if layer.weight.numel() < SMALL else MKL_ROWS_ON_INTEL)
 
 
 @torch.no_grad()
@@ -207,7 +231,7 @@ def packed(layer: Any) -> Affine:
     weight, bias = layer.weight.float(), None if layer.bias is None else layer.bias.float()
     if isinstance(layer, nn.LayerNorm):
         return Affine(weight, bias)
-    return Affine(layer.weight, None, packed=torch.ops.quantized.linear_prepack_fp16(weight, bias))
+    return Affine(weight.new_empty(0), None, packed=torch.ops.quantized.linear_prepack_fp16(weight, bias))
 
 
 def gather(model: Any, affine: Callable[[Any], Affine], onednn: bool = False, each: Callable = map) -> Weights:
@@ -243,8 +267,8 @@ class LeanForward:
         if many not in self.known:
             with PREPARING:
                 scripted_decode()
-                weights = self.known[many] = weights_of(self.model, rows, self.compared)
-            self.compared = self.compared or weights is PACKED.get(self.model, (None, None))[1]
+                self.known[many] = weights_of(self.model, rows, self.compared)
+            self.compared = self.compared or is_for_fbgemm(self.model, rows)
         return self.known[many]
 
     def __call__(

@@ -165,6 +165,7 @@ class TestWeights:
         shards = sorted(folder.glob("*.safetensors"))
         assert len(shards) > 2
         assert all(shard.stat().st_size < 64_000 for shard in shards)
+        assert {shard.stat().st_mode for shard in shards} == {(folder / "config.json").stat().st_mode}
         index = read_json(folder / "model.safetensors.index.json")["weight_map"]
         assert index == {name: shard.name for shard in shards for name in load_file(shard)}
         loaded = AutoModelForCausalLM.from_pretrained(folder).state_dict()

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import threading
 import weakref
 from collections.abc import Callable
@@ -13,7 +14,15 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, LogitsProcessor
 
 from hf_model import CustomGPTConfig, CustomGPTForCausalLM, decoding_custom_gpt
-from hf_model.decoding_custom_gpt import BFLOAT16_ROWS, MKL_ROWS_ON_INTEL, PACKED, Affine, LeanForward, weights_of
+from hf_model.decoding_custom_gpt import (
+    BFLOAT16_ROWS,
+    MKL_ROWS_ON_INTEL,
+    PACKED,
+    Affine,
+    LeanForward,
+    fits_float16,
+    weights_of,
+)
 
 CONTEXT = 64
 
@@ -174,7 +183,7 @@ class TestFloat32:
         assert (steps, lean_prompts) == ([1], [9])
 
     def test_by_both(self, both_ways, steps, lean_prompts, two_threads, amd, monkeypatch):
-        monkeypatch.setattr(decoding_custom_gpt, "IN_PARTS_BELOW", 4 * 64 * 64)
+        monkeypatch.setattr(decoding_custom_gpt, "SMALL", 4 * 64 * 64)
         model = model_of()
         plain, lean = both_ways(model, prompts(), max_new_tokens=40, do_sample=False)
         assert_rounding_apart(lean, plain)
@@ -192,13 +201,23 @@ class TestFloat32:
         assert_bit_for_bit(lean, plain)
         assert (steps, lean_prompts) == ([1], [9])
 
-    def test_more_rows_on_intel_are_onednns(self, both_ways, steps, lean_prompts, intel):
+    def test_by_a_pytorch_that_does_not_know_the_processor(self, both_ways, steps, lean_prompts, monkeypatch):
+        monkeypatch.delattr(torch.cpu, "get_capabilities")
+        plain, lean = both_ways(model_of(), prompts(), max_new_tokens=10, do_sample=False)
+        assert_rounding_apart(lean, plain)
+        assert (steps, lean_prompts) == ([1], [9])
+
+    @pytest.mark.parametrize("small, matrices", [(0, 4), (4 * 64 * 64, 2), (4 * 64 * 64 + 1, 0)])
+    def test_more_rows_on_intel_are_onednns_for_large_matrices(
+        self, both_ways, steps, lean_prompts, intel, monkeypatch, small, matrices
+    ):
+        monkeypatch.setattr(decoding_custom_gpt, "SMALL", small)
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             plain, lean = both_ways(model_of(), prompts(MKL_ROWS_ON_INTEL + 1), max_new_tokens=3, do_sample=False)
         assert_rounding_apart(lean, plain)
         assert (steps, lean_prompts) == ([1], [9])
         calls = {operator.key: operator.count for operator in profiler.key_averages()}
-        assert calls["mkldnn::_linear_pointwise"] == 2 * (3 * 4 + 1)  # two steps, three layers and the head
+        assert calls["mkldnn::_linear_pointwise"] == 2 * (3 * matrices + 1)  # two steps, three layers and the head
 
     def test_what_the_threads_do_not_divide_goes_to_onednn_whole(self, two_threads, amd, monkeypatch):
         monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
@@ -271,6 +290,14 @@ def compare_with_float32(model: CustomGPTForCausalLM, ids: torch.Tensor, *, epsi
     return lean
 
 
+def exchange_weights(model: CustomGPTForCausalLM) -> None:
+    """Put equal ones in their place, as an average of them in training; training goes on, and changes the old ones."""
+    trained = list(model.parameters())
+    model.load_state_dict({name: weight.clone() for name, weight in model.state_dict().items()}, assign=True)
+    for weight in trained:
+        weight.data.neg_()
+
+
 needs_fbgemm = pytest.mark.skipif(
     not torch.backends.cpu.get_cpu_capability().startswith("AVX")
     or torch.backends.quantized.engine not in ("x86", "fbgemm"),
@@ -320,14 +347,41 @@ class TestPacked:
 
     def test_the_packed_weights_are_made_once_and_go_with_the_model(self, dtype):
         model = model_of().to(dtype)
-        first = weights_of(model)
-        assert first.lm_head.packed is not None
-        assert weights_of(model) is first
+        first = weights_of(model).lm_head.packed
+        assert first is not None
+        assert weights_of(model).lm_head.packed is first
         assert model in PACKED
         gone = weakref.ref(model)
         del model, first
         gc.collect()
         assert gone() is None
+
+    def test_an_average_of_the_weights_that_takes_their_place_is_what_generates(self, one_way, dtype):
+        model = model_of().to(dtype)
+        expected = one_way(model, prompts(), plain=False, max_new_tokens=10, do_sample=False)
+        exchange_weights(model)
+        assert_bit_for_bit(one_way(model, prompts(), plain=False, max_new_tokens=10, do_sample=False), expected)
+
+    def test_they_go_when_the_model_takes_another_dtype(self, dtype):
+        model = model_of().to(dtype)
+        model.generate(prompts(), max_new_tokens=3, pad_token_id=1)
+        assert model in PACKED
+        model.float().generate(prompts(), max_new_tokens=3, pad_token_id=1)
+        assert model not in PACKED
+
+    def test_embeddings_are_added_in_float32(self, dtype):
+        model = model_of().to(dtype)
+        model.transformer.wte.weight.data[:] = 1024  # which LayerNorm takes away again
+        compare_with_float32(model, prompts(), max_new_tokens=10)
+
+    def test_another_library_s_engine_leaves_all_to_the_plain_products(self, both_ways, steps, monkeypatch, dtype):
+        others = set(torch.backends.quantized.supported_engines) - {"x86", "fbgemm", "none"}
+        if not others:
+            pytest.skip("this PyTorch was built with FBGEMM alone")
+        monkeypatch.setattr(torch.backends.quantized, "engine", others.pop())
+        model = model_of().to(dtype)
+        assert_bit_for_bit(*both_ways(model, prompts(), max_new_tokens=10, do_sample=False))
+        assert (steps, model in PACKED) == ([1], False)
 
     def test_a_call_compares_them_once(self, monkeypatch, dtype):
         model = model_of().to(dtype)
@@ -344,15 +398,12 @@ class TestPacked:
         plain, lean = both_ways(model.to(dtype), prompts(), max_new_tokens=1)
         assert (lean.logits[0] - exact).norm() < (plain.logits[0] - exact).norm()
 
-    @pytest.mark.parametrize("change", [65536.0, float("inf"), float("nan"), 1e-8], ids=str)
+    @pytest.mark.parametrize("change", [65536.0, float("inf"), float("nan")], ids=str)
     def test_weights_that_float16_does_not_hold_are_left_to_the_plain_products(
         self, both_ways, steps, monkeypatch, dtype, change
     ):
         model = model_of().to(dtype)
-        if change < 1:
-            model.lm_head.weight.data *= change
-        else:
-            model.transformer.h[1].mlp.c_fc.weight.data[5, 5] = change
+        model.transformer.h[1].mlp.c_fc.weight.data[5, 5] = change
         compared: list[int] = []
         checksum = decoding_custom_gpt.checksum
         monkeypatch.setattr(decoding_custom_gpt, "checksum", lambda weight: (compared.append(1), checksum(weight))[1])
@@ -361,6 +412,33 @@ class TestPacked:
             assert torch.equal(one.nan_to_num(nan=12345), other.nan_to_num(nan=12345))
         assert steps == [1]
         assert len(compared) == len(list(model.parameters()))
+        assert weights_of(model).lm_head.packed is None
+
+
+@pytest.mark.parametrize(
+    "dtype, largest, fits",
+    [
+        (torch.float16, 0.0, True),
+        (torch.float16, 2**-24, True),
+        (torch.float16, 65504.0, True),
+        (torch.float16, float("inf"), False),
+        (torch.float16, float("nan"), False),
+        (torch.bfloat16, 0.0, True),
+        (torch.bfloat16, 2**-14, True),
+        (torch.bfloat16, 2**-14 - 2**-22, False),  # the next lower bfloat16
+        (torch.bfloat16, 65280.0, True),
+        (torch.bfloat16, 65536.0, False),
+        (torch.bfloat16, float("inf"), False),
+        (torch.bfloat16, float("nan"), False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_float16_holds(dtype, largest, sign, fits):
+    weight = torch.zeros(3, 4, dtype=dtype)
+    weight[1, 2] = sign * largest
+    assert math.isnan(largest) or abs(weight[1, 2].item()) == largest
+    assert fits_float16(weight) == fits
 
 
 @needs_fbgemm
@@ -370,9 +448,10 @@ class TestBfloat16WithProductsOfItsOwn:
     def with_products_for_bfloat16(self, processor) -> None:
         processor(avx512_bf16=True)
 
-    def test_many_rows_are_the_plain_ones(self, both_ways):
+    def test_many_rows_are_the_plain_ones(self, both_ways, steps, lean_prompts):
         model = model_of().bfloat16()
         assert_bit_for_bit(*both_ways(model, prompts(BFLOAT16_ROWS), max_new_tokens=20, do_sample=False))
+        assert (steps, lean_prompts) == ([1], [9])
         assert model not in PACKED
 
     def test_a_prompt_is_the_plain_one_and_the_steps_after_it_are_packed(self, both_ways, lean_prompts):
@@ -382,6 +461,27 @@ class TestBfloat16WithProductsOfItsOwn:
         plain, lean = both_ways(model, prompts(), max_new_tokens=2, do_sample=False)
         assert torch.equal(lean.logits[0], plain.logits[0])
         assert not torch.equal(lean.logits[1], plain.logits[1])
+
+    def test_an_average_of_weights_that_float16_does_not_hold_takes_their_place(self, one_way):
+        model = model_of().bfloat16()
+        model.transformer.h[1].mlp.c_fc.weight.data[5, 5] = 65536
+        expected = one_way(model, prompts(), plain=False, max_new_tokens=10, do_sample=False)
+        exchange_weights(model)
+        assert_bit_for_bit(one_way(model, prompts(), plain=False, max_new_tokens=10, do_sample=False), expected)
+
+    def test_a_window_past_the_context_is_the_plain_one(self, one_way, lean_prompts):
+        model = model_of().bfloat16()
+        lean = one_way(model, prompts(), plain=False, max_new_tokens=CONTEXT, do_sample=False)
+        assert lean_prompts == [9] + [CONTEXT] * 8
+        plain = one_way(model, lean.sequences[:, :-1], plain=True, max_new_tokens=1, do_sample=False)
+        assert torch.equal(lean.logits[-1], plain.logits[0])
+
+    def test_changed_weights_are_seen_by_the_steps_after_a_prompt(self):
+        model = model_of().bfloat16()
+        before = model.generate(prompts(), max_new_tokens=10, do_sample=False, pad_token_id=1)
+        model.lm_head.weight.data.neg_()
+        after = compare_with_float32(model, prompts(), max_new_tokens=10, epsilons=8)
+        assert not torch.equal(after.sequences, before)
 
     def test_without_onednn_a_prompt_is_packed_too(self, no_onednn):
         compare_with_float32(model_of().bfloat16(), prompts(), max_new_tokens=5)

@@ -1,4 +1,4 @@
-"""On a GPU the model gives what it gives on the CPU. Skipped where there is no GPU."""
+"""On a GPU the model gives what it gives on the CPU. Skipped where there is no GPU; no GPU has run these tests yet."""
 
 from pathlib import Path
 
