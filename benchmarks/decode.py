@@ -145,9 +145,8 @@ class Engine:
 
 
 @contextmanager
-def running(size: str, only: list[str]) -> Iterator[dict[str, Engine]]:
-    """The engines that are installed, warmed up."""
-    names = [name for name in ENGINES if not only or any(part in name for part in only)]
+def running(size: str, names: list[str]) -> Iterator[dict[str, Engine]]:
+    """Those of the engines that are installed, warmed up."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         engines = {name: Engine(name, size, folder) for name in names}
@@ -223,10 +222,9 @@ def plot(report: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    sizes = report["sizes"]
+    sizes, label = report["sizes"], "one sequence"
     figure, axes = pyplot.subplots(1, len(sizes), figsize=(6.2 * len(sizes), 4.2), squeeze=False, layout="constrained")
     for axis, (name, size) in zip(axes[0], sizes.items(), strict=True):
-        label = "one sequence"
         engines = {engine: results[label] for engine, results in size["engines"].items() if label in results}
         medians = [r["median"] for r in engines.values()]
         below = [r["median"] - r["worst"] for r in engines.values()]
@@ -249,20 +247,29 @@ def plot(report: dict, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def number_of_rounds(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=number_of_rounds, default=5)
     parser.add_argument("--only", nargs="*", default=[], help="parts of the names of the engines to run")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
+    names = [name for name in ENGINES if not args.only or any(part in name for part in args.only)]
+    if not names:
+        parser.error(f"argument --only: no engine's name holds {' or '.join(args.only)}: {', '.join(ENGINES)}")
 
     speeds = {name: reading_speed(weights_read(SIZES[name])) for name in args.sizes}  # before any engine is there
     report: dict = {"machine": machine(), "rounds": args.rounds, "sizes": {}}
     for name in args.sizes:
         print(f"{name}: {text(SIZES[name])}")
-        with running(name, args.only) as engines:
+        with running(name, names) as engines:
             results: dict[str, dict] = {engine: {} for engine in engines}
             for label in args.cases:
                 for engine, result in measure(CASES[label], engines, args.rounds).items():

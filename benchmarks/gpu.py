@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from transformers.utils import logging
 
-from benchmarks.decode import RESULTS, SIZES, weights_read
+from benchmarks.decode import RESULTS, SIZES, number_of_rounds, weights_read
 from examples.plain_gpt import GPTConfig
 from hf_model import CustomGPTConfig, CustomGPTForCausalLM
 
@@ -76,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--sizes", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=number_of_rounds, default=5)
     args = parser.parse_args()
     if args.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU here, so nothing was measured")

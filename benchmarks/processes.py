@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.decode import RESULTS, SIZES, machine
+from benchmarks.decode import RESULTS, SIZES, machine, number_of_rounds
 from examples.plain_gpt import GPT, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -89,7 +89,7 @@ def measure(label: str, programs: dict[str, list[str | Path]], rounds: int) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["example", "B", "A"], choices=["example", *SIZES])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=number_of_rounds, default=3)
     args = parser.parse_args()
 
     report: dict = {"machine": machine(), "rounds": args.rounds, "answering": {}, "many prompts": {}, "converting": {}}

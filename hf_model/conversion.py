@@ -186,14 +186,16 @@ def describe_architecture(config: CustomGPTConfig) -> str:
 
 
 def describe_parameters(model: CustomGPTForCausalLM) -> str:
-    return f"{model.num_parameters():,} in {str(model.dtype).removeprefix('torch.')}"
+    return f"{model.num_parameters():,} in {_name(model.dtype)}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _rounded(source: torch.dtype, dtype: torch.dtype) -> str:
     """What became of the weights, in words; "" if `dtype` holds whatever `source` does."""
-    if torch.promote_types(source, dtype) == dtype:
-        return ""
-    return f"rounded from {str(source).removeprefix('torch.')} to {str(dtype).removeprefix('torch.')}"
+    return "" if torch.promote_types(source, dtype) == dtype else f"rounded from {_name(source)} to {_name(dtype)}"
 
 
 def _describe_source(checkpoint: Checkpoint) -> str:

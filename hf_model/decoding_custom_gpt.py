@@ -192,8 +192,9 @@ def packed_weights(model: Any, compared: bool) -> Weights:
 def fits_float16(weight: Tensor) -> bool:
     """Whether float16 holds a matrix, all finite: no value is off by more than 2^-11 of the largest one."""
     largest = max(abs(extreme.item()) for extreme in torch.aminmax(weight))  # NaN is passed on by both
-    smallest_largest = 0 if weight.dtype == torch.float16 else 2**-14  # below it float16's steps stay at 2^-24
-    return largest == 0 or smallest_largest <= largest <= torch.finfo(torch.float16).max
+    float16 = torch.finfo(torch.float16)
+    least = 0 if weight.dtype == torch.float16 else float16.smallest_normal  # 2^-14; below it the steps stay at 2^-24
+    return largest == 0 or least <= largest <= float16.max
 
 
 def checksum(weight: Tensor) -> list[Tensor]:

@@ -312,6 +312,14 @@ class TestPacked:
     def without_products_for_bfloat16(self, processor) -> None:
         processor(avx512_bf16=False)
 
+    @pytest.fixture
+    def compared(self, monkeypatch) -> list[int]:
+        """One entry for each parameter that is compared with what was packed."""
+        parameters: list[int] = []
+        checksum = decoding_custom_gpt.checksum
+        monkeypatch.setattr(decoding_custom_gpt, "checksum", lambda weight: (parameters.append(1), checksum(weight))[1])
+        return parameters
+
     @pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh"])
     @pytest.mark.parametrize("bias", [True, False])
     def test_prompt_and_steps_are_those_of_float32(self, steps, lean_prompts, dtype, bias, activation):
@@ -383,11 +391,8 @@ class TestPacked:
         assert_bit_for_bit(*both_ways(model, prompts(), max_new_tokens=10, do_sample=False))
         assert (steps, model in PACKED) == ([1], False)
 
-    def test_a_call_compares_them_once(self, monkeypatch, dtype):
+    def test_a_call_compares_them_once(self, compared, dtype):
         model = model_of().to(dtype)
-        compared: list[int] = []
-        checksum = decoding_custom_gpt.checksum
-        monkeypatch.setattr(decoding_custom_gpt, "checksum", lambda weight: (compared.append(1), checksum(weight))[1])
         for calls in (1, 2):
             model.generate(prompts(), max_new_tokens=CONTEXT, do_sample=False)
             assert len(compared) == calls * len(list(model.parameters()))
@@ -400,13 +405,10 @@ class TestPacked:
 
     @pytest.mark.parametrize("change", [65536.0, float("inf"), float("nan")], ids=str)
     def test_weights_that_float16_does_not_hold_are_left_to_the_plain_products(
-        self, both_ways, steps, monkeypatch, dtype, change
+        self, both_ways, steps, compared, dtype, change
     ):
         model = model_of().to(dtype)
         model.transformer.h[1].mlp.c_fc.weight.data[5, 5] = change
-        compared: list[int] = []
-        checksum = decoding_custom_gpt.checksum
-        monkeypatch.setattr(decoding_custom_gpt, "checksum", lambda weight: (compared.append(1), checksum(weight))[1])
         plain, lean = both_ways(model, prompts(), max_new_tokens=CONTEXT, do_sample=False)
         for one, other in zip(lean.logits, plain.logits, strict=True):
             assert torch.equal(one.nan_to_num(nan=12345), other.nan_to_num(nan=12345))
