@@ -13,10 +13,10 @@ import torch.nn.functional as F
 
 from benchmarks.decode import RESULTS
 from benchmarks.processes import EXAMPLE, ROOT
-from hf_model.conversion import load_original
 from hf_model.decoding_custom_gpt import lean_decoding
+from hf_model.loading import load_original
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.prompt import format_example
+from hf_model.vocabulary import format_example
 
 DTYPES = ("float32", "float16", "bfloat16")
 

@@ -13,11 +13,11 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from hf_model.disk import disk_errors
 from hf_model.errors import UserError
-from hf_model.folder import disk_errors
 from hf_model.generation import Sampling, continue_prompts, encode
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.prompt import format_prompt
+from hf_model.vocabulary import format_prompt
 
 Record = dict[str, Any]
 

@@ -4,7 +4,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_model.prompt import format_example, format_prompt
+from hf_model.vocabulary import format_example, format_prompt
 
 # Ordinary instructions and answers. A model need not know them: whether it was trained on the next token or on the
 # current one shows on any text.

@@ -1,141 +1,19 @@
 """Text from a prompt, on the stock `model.generate`: what `generate.py` does between its arguments and its output."""
 
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from tokenizers.decoders import DecodeStream
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedTokenizerFast,
-)
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
-from hf_model.configuration_custom_gpt import CustomGPTConfig
-from hf_model.conversion import default_generation, load_original
-from hf_model.errors import UserError, memory_for, one_line
+from hf_model.errors import UserError, memory_for
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.tokenization import check_vocabulary, convert_tokenizer
-
-
-def pick_device(name: str | None = None) -> torch.device:
-    """The device of that name, or the best one there is: cuda, then mps, then the CPU.
-
-    Raises:
-        UserError: there is no such device.
-    """
-    accelerators = [
-        *(f"cuda:{index}" for index in range(torch.cuda.device_count())),
-        *(["mps"] if torch.backends.mps.is_available() else []),
-    ]
-    if name is None:
-        return torch.device(accelerators[0] if accelerators else "cpu")
-    try:
-        device = torch.device(name)
-        if device.type == "meta":
-            raise RuntimeError("holds no values")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):  # each backend has its own way of not being there
-        raise UserError(
-            f"--device {name}: there is no such device here; there is {', '.join([*accelerators, 'cpu'])}"
-        ) from None
-    return device
-
-
-@memory_for("to load the model")
-def load(
-    checkpoint_path: str | Path,
-    tokenizer_path: str | Path | None,
-    *,
-    device: torch.device,
-    dtype: str = "auto",
-    n_head: int | None = None,
-    activation: str = "gelu",
-) -> tuple[CustomGPTForCausalLM, PreTrainedTokenizerFast]:
-    """Load the original's checkpoint file, or a converted folder.
-
-    Args:
-        checkpoint_path: a `.pt` file (converted in memory, memory-mapped, nothing written) or a folder.
-        tokenizer_path: the original's tokenizer JSON; None takes the folder's own.
-        device: where the model goes.
-        dtype: `"auto"` for that of the weights, or the name of a torch dtype.
-        n_head, activation: as in `load_original`, for a file.
-
-    Raises:
-        UserError: a file or the folder is not what it should be.
-    """
-    if Path(checkpoint_path).is_dir():
-        model, tokenizer = _load_folder(Path(checkpoint_path), tokenizer_path, dtype)
-    else:
-        if tokenizer_path is None:
-            raise UserError(f"{checkpoint_path}: is a file, so the tokenizer must be given too")
-        model, tokenizer, _ = load_original(
-            checkpoint_path, tokenizer_path, dtype=dtype, n_head=n_head, activation=activation
-        )
-    return model.to(device), tokenizer
-
-
-def _load_folder(
-    folder: Path, tokenizer_path: str | Path | None, dtype: str
-) -> tuple[CustomGPTForCausalLM, PreTrainedTokenizerFast]:
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: holds no model (no config.json)")
-    try:
-        # A stranger's folder may name code of its own; the library would ask on the terminal whether to run it.
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if not isinstance(config, CustomGPTConfig):
-            raise UserError(
-                f"{folder}: holds a model of type {config.model_type!r}, not {CustomGPTConfig.model_type!r}"
-            )
-        _check_sizes(folder, config)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-        model, loading = loaded
-        if astray := sorted(loading["missing_keys"] | loading["unexpected_keys"]):  # the library would go on without
-            raise UserError(f"{folder}: its config.json and its weights do not belong together ({', '.join(astray)})")
-        if tokenizer_path is None:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        else:
-            tokenizer = convert_tokenizer(tokenizer_path, model_max_length=config.block_size)
-            model.generation_config = default_generation(tokenizer, config.vocab_size)
-        check_vocabulary(tokenizer, config.vocab_size, tokenizer_path or folder, folder)
-        return model, tokenizer
-    except UserError:
-        raise
-    # The folder's files are not to be trusted in anything: whatever they trip in the library is their fault.
-    except Exception as error:
-        raise UserError(f"{folder}: cannot be loaded ({one_line(error, 200)})") from None
-
-
-def _check_sizes(folder: Path, config: CustomGPTConfig) -> None:
-    """Refuse sizes that the weights cannot have, for which the library would first take the time and the memory."""
-    layers: set[str] = set()
-    n_bytes = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:  # reads names and shapes only
-            layers.update(found[1] for name in file.keys() if (found := re.search(r"\bh\.(\d+)\.", name)))  # noqa: SIM118
-        n_bytes += path.stat().st_size
-    if not n_bytes:
-        raise UserError(f"{folder}: cannot be loaded (no file named model.safetensors, nor a part of it)")
-    n_weights = (config.vocab_size + config.block_size + 12 * config.n_layer * config.n_embd) * config.n_embd
-    if config.n_layer > len(layers) or n_weights > 2 * n_bytes:  # the narrowest weights have four bits
-        raise UserError(
-            f"{folder}: its config.json and its weights do not belong together (n_layer={config.n_layer}, "
-            f"n_embd={config.n_embd}, vocab_size={config.vocab_size} and block_size={config.block_size} are "
-            f"more than the weights' {len(layers)} layers and {n_bytes:,} bytes)"
-        )
 
 
 @dataclass(frozen=True)

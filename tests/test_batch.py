@@ -14,8 +14,9 @@ from generate import main
 from hf_model import batch
 from hf_model.batch import answer_file, read_records
 from hf_model.errors import UserError
-from hf_model.generation import Sampling, encode, generate, load
-from hf_model.prompt import format_prompt
+from hf_model.generation import Sampling, encode, generate
+from hf_model.loading import load
+from hf_model.vocabulary import format_prompt
 from tests.tiny import ROOT
 
 GREEDY = Sampling(temperature=0, max_new_tokens=12)

@@ -16,7 +16,9 @@ import pytest
 
 import convert_checkpoint
 import generate
-from hf_model import generation
+from hf_model import loading
+from hf_model_cli import convert as convert_command
+from hf_model_cli import generate as generate_command
 from tests.tiny import CAPITALS, CHECKPOINT, EOS, ROOT, TOKENIZER, gpt, save_files
 
 EXAMPLE = ("--checkpoint_path", str(CHECKPOINT), "--tokenizer_path", str(TOKENIZER))
@@ -127,7 +129,7 @@ class TestArguments:
             (tmp_path / default).parent.mkdir(parents=True)
             (tmp_path / default).touch()
         monkeypatch.chdir(tmp_path)
-        args = vars(generate.parse_arguments(["--prompt", "Hello"]))
+        args = vars(generate_command.parse_arguments(["--prompt", "Hello"]))
         assert {
             "checkpoint_path": "out/finetune/ckpt.pt",
             "tokenizer_path": "data/tokenizer/custom_gpt_tokenizer.json",
@@ -142,8 +144,8 @@ class TestArguments:
         }.items() <= args.items()
 
     def test_convert_writes_beside_the_checkpoint_unless_told_otherwise(self) -> None:
-        assert convert_checkpoint.parse_arguments([*EXAMPLE]).output_dir == CAPITALS / "hf"
-        assert convert_checkpoint.parse_arguments([*EXAMPLE, "--output_dir", "out"]).output_dir == Path("out")
+        assert convert_command.parse_arguments([*EXAMPLE]).output_dir == CAPITALS / "hf"
+        assert convert_command.parse_arguments([*EXAMPLE, "--output_dir", "out"]).output_dir == Path("out")
 
     def test_a_process_refuses_before_the_slow_imports(self) -> None:
         arguments = [*EXAMPLE, *FRANCE, "--temperature", "-1"]
@@ -254,7 +256,7 @@ class TestGenerate:
         def pick_device(name: str | None) -> None:
             raise error
 
-        monkeypatch.setattr(generation, "pick_device", pick_device)
+        monkeypatch.setattr(loading, "pick_device", pick_device)
         assert call(generate, *EXAMPLE, *FRANCE) == Result(2, "", f"generate.py: error: {error}\n")
 
     @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")

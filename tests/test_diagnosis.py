@@ -13,7 +13,7 @@ from examples.plain_gpt import GPT, GPTConfig, save_checkpoint
 from hf_model import diagnosis
 from hf_model.conversion import convert
 from hf_model.diagnosis import copied_share, non_finite
-from hf_model.tokenization import convert_tokenizer
+from hf_model.vocabulary import convert_tokenizer
 from tests.tiny import TOKENIZER, save_tokenizer
 
 

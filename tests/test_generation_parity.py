@@ -5,7 +5,7 @@ import torch
 from tokenizers import Tokenizer
 
 from examples.plain_gpt import GPT, GPTConfig
-from hf_model import CustomGPTForCausalLM, generation
+from hf_model import CustomGPTForCausalLM, generation, loading
 from tests.tiny import BOS, CHECKPOINT, EOS, PAD, SIZES, TOKENIZER, gpt, twin
 
 
@@ -83,7 +83,7 @@ def test_generate_py_s_own_path_says_what_the_original_says_on_the_example(quest
     torch.manual_seed(7)
     expected = original.generate(torch.tensor([ids]), 80, temperature=1.5, top_k=50, eos_id=EOS)[0].tolist()
 
-    model, tokenizer = generation.load(CHECKPOINT, TOKENIZER, device=torch.device("cpu"))
+    model, tokenizer = loading.load(CHECKPOINT, TOKENIZER, device=torch.device("cpu"))
     output = generation.generate(
         model,
         tokenizer,

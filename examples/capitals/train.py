@@ -126,7 +126,7 @@ def main() -> None:
     tokenizer = train_tokenizer(records, vocab_size=1024)
     rows = [encode(tokenizer, record) for record in records]
     config = GPTConfig(
-        n_layer=3, n_head=4, n_embd=96, block_size=64, vocab_size=tokenizer.get_vocab_size(), bias=False, dropout=0.1
+        n_layer=3, n_head=3, n_embd=96, block_size=64, vocab_size=tokenizer.get_vocab_size(), bias=False, dropout=0.1
     )
     model = GPT(config)
     print(f"{len(records)} questions, {sum(p.numel() for p in model.parameters()):,} parameters")

@@ -13,12 +13,11 @@ from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
 from examples.capitals.train import Record, examples
-from hf_model.conversion import load_original
 from hf_model.diagnosis import copied_share
 from hf_model.generation import Sampling, continue_prompts, encode
+from hf_model.loading import load_original
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.prompt import format_prompt
-from hf_model.tokenization import save_tokenizer
+from hf_model.vocabulary import format_prompt, save_tokenizer
 
 
 def conversation(record: Record) -> dict[str, list[dict[str, str]]]:

@@ -12,7 +12,7 @@ from threading import Thread
 
 import pytest
 
-from hf_model.folder import OURS
+from hf_model.disk import OURS
 from tests.tiny import CHECKPOINT, ROOT, TOKENIZER
 
 REPO = "me/capitals"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from hf_model.prompt import format_prompt
+from hf_model.vocabulary import format_prompt
 from tests.tiny import CHECKPOINT, ROOT, TOKENIZER
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed (the `ecosystem` extra)")

@@ -15,7 +15,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_model import generation
+from hf_model import loading
 from tests.ecosystem.conftest import NEW_FACTS, answer, rows
 
 
@@ -77,7 +77,7 @@ def test_the_saved_folder_loads_as_a_converted_one_does(trained: tuple, capitals
     }
     configs = [json.loads((folder / "config.json").read_text()) for folder in (capitals, saved)]
     assert configs[1]["auto_map"] == configs[0]["auto_map"]
-    model, tokenizer = generation.load(saved, None, device=torch.device("cpu"))
+    model, tokenizer = loading.load(saved, None, device=torch.device("cpu"))
     for name, weight in run.model.state_dict().items():
         assert torch.equal(model.state_dict()[name], weight)
     assert tokenizer("Hello").input_ids == AutoTokenizer.from_pretrained(capitals)("Hello").input_ids

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from examples.evaluation.questions import QUESTIONS
 from hf_model.batch import read_records
 from hf_model.diagnosis import STUTTER_SHARE, copied_share
-from hf_model.prompt import format_example, format_prompt
+from hf_model.vocabulary import format_example, format_prompt
 from tests.ecosystem.conftest import NEW_FACTS, answer
 
 datasets = pytest.importorskip("datasets", reason="datasets is not installed (the `ecosystem` extra)")

@@ -13,10 +13,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_model
-from hf_model import CustomGPTForCausalLM, generation
+from hf_model import CustomGPTForCausalLM, generation, loading
 from hf_model.checkpoint import read_checkpoint
 from hf_model.generation import Sampling, encode
-from hf_model.prompt import format_prompt
+from hf_model.vocabulary import format_prompt
 from tests.reliability.files import save, weights
 from tests.tiny import CHECKPOINT, TOKENIZER
 
@@ -25,7 +25,7 @@ PROMPT = format_prompt("What is the capital of France?")
 
 @pytest.mark.parametrize("temperature", [0, 1.5], ids=["greedy", "sampled"])
 def test_generations_of_one_model_in_threads_give_what_they_give_alone(temperature: float) -> None:
-    model, tokenizer = generation.load(CHECKPOINT, TOKENIZER, device=torch.device("cpu"))
+    model, tokenizer = loading.load(CHECKPOINT, TOKENIZER, device=torch.device("cpu"))
 
     def answer(seed: int) -> list[str]:
         sampling = Sampling(max_new_tokens=30, temperature=temperature, seed=seed, num_return_sequences=1)

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, trainers
 
-from hf_model import generation
+from hf_model import loading
 from hf_model.checkpoint import read_checkpoint
 from hf_model.conversion import convert
 from hf_model.errors import UserError
@@ -343,7 +343,7 @@ def test_a_damaged_folder_is_refused(damage: Callable, message: str, capitals: P
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
     damage(folder)
     with pytest.raises(UserError, match=f"{folder}: {message}") as raised:
-        generation.load(folder, None, device=CPU)
+        loading.load(folder, None, device=CPU)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "marker").exists()
 

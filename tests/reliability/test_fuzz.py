@@ -18,7 +18,7 @@ import torch
 
 from hf_model.checkpoint import read_checkpoint
 from hf_model.errors import UserError
-from hf_model.tokenization import read_tokenizer
+from hf_model.vocabulary import read_tokenizer
 from tests.reliability.files import bounded, rezip, save, weights
 from tests.tiny import save_tokenizer
 

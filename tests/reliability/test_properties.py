@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from examples.plain_gpt import GPT, GPTConfig
-from hf_model.conversion import load_original
 from hf_model.errors import UserError
+from hf_model.loading import load_original
 
 EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "100"))
 PREFIXES = ("", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.")

@@ -15,11 +15,10 @@ import pytest
 import torch
 
 import generate as command_line
-from hf_model import generation
+from hf_model import generation, loading
 from hf_model.errors import UserError
 from hf_model.generation import Sampling, encode
-from hf_model.prompt import format_prompt
-from hf_model.tokenization import read_tokenizer
+from hf_model.vocabulary import format_prompt, read_tokenizer
 from tests.reliability.files import save, weights
 from tests.tiny import CHECKPOINT, EOS, ROOT, TOKENIZER
 
@@ -31,7 +30,7 @@ ENDLESS = ["--temperature", "100", "--top_k", "0", "--max_new_tokens", "1000000"
 
 @pytest.fixture(scope="module")
 def loaded() -> tuple:
-    return generation.load(CHECKPOINT, TOKENIZER, device=CPU)
+    return loading.load(CHECKPOINT, TOKENIZER, device=CPU)
 
 
 def resident_bytes() -> int:
@@ -161,7 +160,7 @@ def test_too_little_memory_for_the_model_is_an_error_that_says_so(tmp_path: Path
     resource.setrlimit(resource.RLIMIT_AS, (in_use + 16 * 2**20, hard))
     try:
         with pytest.raises(UserError, match=r"there is not enough memory to load it: free some, or"):
-            generation.load(path, TOKENIZER, device=CPU, n_head=4)
+            loading.load(path, TOKENIZER, device=CPU, n_head=4)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 

@@ -20,8 +20,8 @@ import pytest
 
 from hf_model import folder
 from hf_model.conversion import convert
+from hf_model.disk import whole_folder
 from hf_model.errors import UserError
-from hf_model.folder import whole_folder
 from tests.tiny import CHECKPOINT, ROOT, TOKENIZER
 
 KILLS = int(os.environ.get("WRITING_KILLS", "100"))

@@ -1,7 +1,7 @@
 """The README that a converted folder carries."""
 
 from hf_model.configuration_custom_gpt import CustomGPTConfig
-from hf_model.prompt import format_example, format_prompt
+from hf_model.vocabulary import format_example, format_prompt
 
 CARD = """\
 ---

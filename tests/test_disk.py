@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_model.disk import check_target, whole_folder
 from hf_model.errors import UserError
-from hf_model.folder import check_target, whole_folder
 
 
 def write(folder: Path, *names: str) -> Path:

@@ -4,8 +4,7 @@ import pytest
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from hf_model.prompt import format_example, format_prompt
-from hf_model.tokenization import convert_tokenizer
+from hf_model.vocabulary import convert_tokenizer, format_example, format_prompt
 from tests.tiny import EOS, TOKENIZER
 
 ASKED = {"role": "user", "content": "What is the capital of France?"}

@@ -1,4 +1,4 @@
-"""Reads a training checkpoint, a `torch.save` file, without running anything in it. Knows nothing of transformers."""
+"""A `torch.save` file to the values in it, without running anything: kinds of files, archives, pickles, checksums."""
 
 import io
 import re
@@ -10,21 +10,14 @@ import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.serialization import safe_globals
 
+from hf_model.checkpoint.scan import MAX_PICKLE_BYTES, scan_pickle
 from hf_model.errors import UserError, memory_for, one_line
-from hf_model.mapping import Architecture, clean_names, infer_architecture, is_tied
-from hf_model.pickle_scan import MAX_PICKLE_BYTES, scan_pickle
-
-WEIGHT_KEYS = ("model_state_dict", "model", "state_dict")
-MODEL_ARGS_KEYS = ("model_args", "config")
-WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 ZIP = b"PK\x03\x04"
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of torch's magic number
@@ -50,98 +43,7 @@ HARMLESS = re.compile(
 LOADING = threading.Lock()  # torch keeps the globals that it lets pass in one place for all threads
 
 
-@dataclass
-class Checkpoint:
-    """What a file holds of the model. The tensors are mapped from the file where its format allows."""
-
-    path: Path
-    state_dict: dict[str, torch.Tensor]
-    """Clean name to tensor, on the CPU, in the file's own dtypes."""
-    model_args: dict[str, Any]
-    """The sizes that the file states; empty where it states none."""
-    weights_key: str | None
-    """Where in the file the weights stood; None for a bare state dict."""
-    progress: dict[str, Any] = field(default_factory=dict)
-    """`iter_num` and the loss, where the file tells."""
-
-    def architecture(self, n_head: int | None = None) -> Architecture:
-        """The architecture that the weights and `model_args` tell; `n_head` overrides the file's.
-
-        Raises:
-            UserError: as `infer_architecture`, naming the file.
-        """
-        with _naming(self.path):
-            return infer_architecture(self.state_dict, self.model_args, n_head)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The narrowest dtype that holds every weight without loss."""
-        dtypes = {tensor.dtype for tensor in self.state_dict.values()}
-        dtype = dtypes.pop()
-        for other in dtypes:
-            dtype = torch.promote_types(dtype, other)
-        return dtype
-
-
-def read_checkpoint(path: str | Path, check_bytes: bool = True) -> Checkpoint:
-    """Read the model's part of a checkpoint; optimizer state is never read into memory from a zip-format file.
-
-    The weights stand under `model_state_dict`, `model` or `state_dict`, or the file is the state dict itself.
-
-    Args:
-        path: the file.
-        check_bytes: compare every weight with its CRC32. It costs a pass over the weights; the older format has none.
-
-    Raises:
-        UserError: no such file, another kind of file, a damaged one, one that would run code, or one without weights.
-    """
-    path = Path(path)
-    with _naming(path):
-        is_zip = _is_zip(path)
-        loaded = _load(path, is_zip)
-        content = _plain_dict(loaded)
-        if content is None:
-            raise UserError(f"holds a {type(loaded).__name__}, not a dict: save model.state_dict() with torch.save")
-        weights_key, weights = _find_weights(content)
-        state_dict = _checked(clean_names(weights))
-        if is_zip and check_bytes:
-            _check_bytes(path, state_dict)
-        _check_places(state_dict)
-    wrapper = content if weights_key is not None else {}
-    return Checkpoint(
-        path=path,
-        state_dict=state_dict,
-        model_args=_find_model_args(wrapper),
-        weights_key=weights_key,
-        progress={
-            key: number
-            for key in ("iter_num", "loss", "best_val_loss")
-            if (number := _number(wrapper.get(key))) is not None
-        },
-    )
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Put the file's name in front of an error's message."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
-@contextmanager
-def _distrust() -> Iterator[None]:
-    """The file is not to be trusted in anything: whatever it trips in the reader is its fault."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"is damaged or was not written to its end ({one_line(error, 120)})") from None
-
-
-def _is_zip(path: Path) -> bool:
+def is_zip(path: Path) -> bool:
     """Whether the file is of the zip format of `torch.save`, or of the older one of bare pickles."""
     try:
         if path.is_dir():
@@ -168,9 +70,9 @@ def _is_zip(path: Path) -> bool:
     raise UserError("is not a torch.save checkpoint")
 
 
-def _load(path: Path, is_zip: bool) -> Any:
+def load(path: Path, is_zip: bool) -> Any:
     """The unpickled content, with stand-ins for the harmless classes that it names."""
-    with _distrust():
+    with distrust():
         stand_ins = []
         for name in sorted(_globals_in_zip(path) if is_zip else _globals_in_legacy_file(path)):
             if _is_harmless(name):
@@ -248,53 +150,13 @@ class StandIn:
         self.state = state
 
 
-def _plain_dict(value: Any) -> dict[Any, Any] | None:
-    """A dict of the file's as nothing but a dict: the file can give an OrderedDict attributes that hide its methods."""
-    return dict(dict.items(value)) if isinstance(value, dict) else None
-
-
-def _find_weights(content: dict[Any, Any]) -> tuple[str | None, dict[Any, Any]]:
-    """The key under which the state dict stands, None where it is the content itself, and the state dict."""
-    for key in WEIGHT_KEYS:
-        if (weights := _plain_dict(content.get(key))) is not None:
-            return key, weights
-    if any(isinstance(value, torch.Tensor) for name, value in content.items() if "." in str(name)):
-        return None, content
-    raise UserError(
-        f"holds no weights under {', '.join(WEIGHT_KEYS)}; its keys are {', '.join(map(str, list(content)[:10]))}"
-    )
-
-
-def _checked(state_dict: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors of a state dict, each one of a floating-point dtype and all in its storage."""
-    checked: dict[str, torch.Tensor] = {}
-    for name, tensor in state_dict.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise UserError(f"{name!r} in its state dict is a {type(tensor).__name__}, not a tensor")
-        if tensor.dtype not in WEIGHT_DTYPES:
-            raise UserError(f"{name!r} is not a dense floating-point tensor of 16, 32 or 64 bits ({tensor.dtype})")
-        if tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise UserError(f"{name!r} claims more values than the file holds")
-        checked[name] = tensor.detach()
-    return checked
-
-
-def _check_places(state_dict: Mapping[str, torch.Tensor]) -> None:
-    """Refuse weights that overlap, a tied head aside: a small file could make a large model, and safetensors none."""
-    tied = {"lm_head.weight"} if "transformer.wte.weight" in state_dict and is_tied(state_dict) else set()
-    places = sorted((tensor.data_ptr(), tensor.nbytes, name) for name, tensor in state_dict.items() if name not in tied)
-    for (start, size, name), (next_start, _, next_name) in pairwise(places):
-        if start + size > next_start:
-            raise UserError(f"{name!r} and {next_name!r} share their values, which only the embedding and lm_head may")
-
-
-def _check_bytes(path: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
+def check_bytes(path: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
     """Find every weight's storage among the archive's records by its size and CRC32: mapping a file compares neither.
 
     Raises:
         UserError: a weight is not what was written.
     """
-    with _distrust(), zipfile.ZipFile(path) as archive:
+    with distrust(), zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         orders = [_read_entry(archive, entry) for entry in entries if entry.filename.endswith("/byteorder")]
     if any(order != sys.byteorder.encode() for order in orders):
@@ -317,32 +179,12 @@ def _check_bytes(path: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
                 )
 
 
-def _find_model_args(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The stated sizes, from a dict or from the attributes of a configuration object."""
-    for key in MODEL_ARGS_KEYS:
-        stated = content.get(key)
-        if (plain := _plain_dict(stated.state if isinstance(stated, StandIn) else stated)) is not None:
-            wanted = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout")
-            return {
-                name: _number(value, f"a {type(value).__name__}")
-                for name in wanted
-                if (value := plain.get(name)) is not None
-            }
-    return {}
-
-
-NUMPY_FORMATS = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "u8": "Q", "u4": "I", "b1": "?"}
-
-
-def _number(value: Any, default: Any = None) -> int | float | Any:
-    """A plain number from a number, a tensor of one element or a pickled NumPy scalar; else the default."""
-    if isinstance(value, float) or (isinstance(value, int) and value.bit_length() < 64):
-        return value
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        return _number(value.item(), default)
-    if isinstance(value, StandIn) and len(value.args) == 2 and isinstance(value.args[0], StandIn):
-        dtype, raw = value.args
-        code = NUMPY_FORMATS.get(str(dtype.args[0])) if dtype.args else None
-        if code and isinstance(raw, bytes) and struct.calcsize(code) == len(raw):
-            return struct.unpack("<" + code, raw)[0]
-    return default
+@contextmanager
+def distrust() -> Iterator[None]:
+    """The file is not to be trusted in anything: whatever it trips in the reader is its fault."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"is damaged or was not written to its end ({one_line(error, 120)})") from None

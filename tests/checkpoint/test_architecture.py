@@ -5,8 +5,8 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from hf_model.checkpoint.architecture import clean_names, infer_architecture
 from hf_model.errors import UserError
-from hf_model.mapping import clean_names, infer_architecture
 from tests.tiny import SIZES, gpt
 
 MODEL_ARGS = {**SIZES, "bias": True, "dropout": 0.1}

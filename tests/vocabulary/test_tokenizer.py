@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_model.errors import UserError
-from hf_model.tokenization import convert_tokenizer, read_tokenizer, save_tokenizer
+from hf_model.vocabulary import convert_tokenizer, read_tokenizer, save_tokenizer
 from tests.tiny import BOS, EOS, PAD, TOKENIZER
 from tests.tiny import save_tokenizer as save_tiny_tokenizer
 

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from hf_model.errors import UserError
-from hf_model.prompt import BOS, CHAT_TEMPLATE, EOS, PAD, UNK
+from hf_model.vocabulary.prompt import BOS, CHAT_TEMPLATE, EOS, PAD, UNK
 
 
 def convert_tokenizer(path: str | Path, model_max_length: int) -> PreTrainedTokenizerFast:

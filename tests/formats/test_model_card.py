@@ -3,7 +3,7 @@
 import yaml
 
 from hf_model import CustomGPTConfig
-from hf_model.model_card import model_card
+from hf_model.formats.model_card import model_card
 
 
 def test_says_what_the_model_is() -> None:

@@ -1,0 +1,129 @@
+"""A checkpoint file to what it holds of the model: weights under clean names, sizes, progress."""
+
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_model.checkpoint import archive
+from hf_model.checkpoint.architecture import Architecture, clean_names, infer_architecture
+from hf_model.checkpoint.archive import StandIn
+from hf_model.checkpoint.tensors import check_places, checked, find_weights, plain_dict
+from hf_model.errors import UserError
+
+MODEL_ARGS_KEYS = ("model_args", "config")
+
+
+@dataclass
+class Checkpoint:
+    """What a file holds of the model. The tensors are mapped from the file where its format allows."""
+
+    path: Path
+    state_dict: dict[str, torch.Tensor]
+    """Clean name to tensor, on the CPU, in the file's own dtypes."""
+    model_args: dict[str, Any]
+    """The sizes that the file states; empty where it states none."""
+    weights_key: str | None
+    """Where in the file the weights stood; None for a bare state dict."""
+    progress: dict[str, Any] = field(default_factory=dict)
+    """`iter_num` and the loss, where the file tells."""
+
+    def architecture(self, n_head: int | None = None) -> Architecture:
+        """The architecture that the weights and `model_args` tell; `n_head` overrides the file's.
+
+        Raises:
+            UserError: as `infer_architecture`, naming the file.
+        """
+        with _naming(self.path):
+            return infer_architecture(self.state_dict, self.model_args, n_head)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The narrowest dtype that holds every weight without loss."""
+        dtypes = {tensor.dtype for tensor in self.state_dict.values()}
+        dtype = dtypes.pop()
+        for other in dtypes:
+            dtype = torch.promote_types(dtype, other)
+        return dtype
+
+
+def read_checkpoint(path: str | Path, check_bytes: bool = True) -> Checkpoint:
+    """Read the model's part of a checkpoint; optimizer state is never read into memory from a zip-format file.
+
+    The weights stand under `model_state_dict`, `model` or `state_dict`, or the file is the state dict itself.
+
+    Args:
+        path: the file.
+        check_bytes: compare every weight with its CRC32. It costs a pass over the weights; the older format has none.
+
+    Raises:
+        UserError: no such file, another kind of file, a damaged one, one that would run code, or one without weights.
+    """
+    path = Path(path)
+    with _naming(path):
+        is_zip = archive.is_zip(path)
+        loaded = archive.load(path, is_zip)
+        content = plain_dict(loaded)
+        if content is None:
+            raise UserError(f"holds a {type(loaded).__name__}, not a dict: save model.state_dict() with torch.save")
+        weights_key, weights = find_weights(content)
+        state_dict = checked(clean_names(weights))
+        if is_zip and check_bytes:
+            archive.check_bytes(path, state_dict)
+        check_places(state_dict)
+    wrapper = content if weights_key is not None else {}
+    return Checkpoint(
+        path=path,
+        state_dict=state_dict,
+        model_args=_find_model_args(wrapper),
+        weights_key=weights_key,
+        progress={
+            key: number
+            for key in ("iter_num", "loss", "best_val_loss")
+            if (number := _number(wrapper.get(key))) is not None
+        },
+    )
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the file's name in front of an error's message."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _find_model_args(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The stated sizes, from a dict or from the attributes of a configuration object."""
+    for key in MODEL_ARGS_KEYS:
+        stated = content.get(key)
+        if (plain := plain_dict(stated.state if isinstance(stated, StandIn) else stated)) is not None:
+            wanted = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout")
+            return {
+                name: _number(value, f"a {type(value).__name__}")
+                for name in wanted
+                if (value := plain.get(name)) is not None
+            }
+    return {}
+
+
+NUMPY_FORMATS = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "u8": "Q", "u4": "I", "b1": "?"}
+
+
+def _number(value: Any, default: Any = None) -> int | float | Any:
+    """A plain number from a number, a tensor of one element or a pickled NumPy scalar; else the default."""
+    if isinstance(value, float) or (isinstance(value, int) and value.bit_length() < 64):
+        return value
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return _number(value.item(), default)
+    if isinstance(value, StandIn) and len(value.args) == 2 and isinstance(value.args[0], StandIn):
+        dtype, raw = value.args
+        code = NUMPY_FORMATS.get(str(dtype.args[0])) if dtype.args else None
+        if code and isinstance(raw, bytes) and struct.calcsize(code) == len(raw):
+            return struct.unpack("<" + code, raw)[0]
+    return default

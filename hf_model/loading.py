@@ -1,0 +1,206 @@
+"""The original's two files, or a converted folder, to a model and a tokenizer in memory."""
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+
+from hf_model.checkpoint import Checkpoint, read_checkpoint
+from hf_model.configuration_custom_gpt import CustomGPTConfig
+from hf_model.errors import UserError, memory_for, one_line
+from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
+from hf_model.vocabulary import check_vocabulary, convert_tokenizer
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_custom_gpt.CustomGPTConfig",
+    "AutoModel": "modeling_custom_gpt.CustomGPTModel",
+    "AutoModelForCausalLM": "modeling_custom_gpt.CustomGPTForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_custom_gpt.CustomGPTForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_custom_gpt.CustomGPTForTokenClassification",
+    # `transformers serve` takes a folder's own code by this name alone, before it looks for the library's classes.
+    "AutoModelForDecision": "modeling_custom_gpt.CustomGPTForCausalLM",
+}
+
+
+def pick_device(name: torch.device | str | None = None) -> torch.device:
+    """The device of that name, or the best one there is: cuda, then mps, then the CPU.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    accelerators = [
+        *(f"cuda:{index}" for index in range(torch.cuda.device_count())),
+        *(["mps"] if torch.backends.mps.is_available() else []),
+    ]
+    if name is None:
+        return torch.device(accelerators[0] if accelerators else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("holds no values")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):  # each backend has its own way of not being there
+        raise UserError(
+            f"--device {name}: there is no such device here; there is {', '.join([*accelerators, 'cpu'])}"
+        ) from None
+    return device
+
+
+@memory_for("to load the model")
+def load(
+    checkpoint_path: str | Path,
+    tokenizer_path: str | Path | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: str = "auto",
+    n_head: int | None = None,
+    activation: str = "gelu",
+) -> tuple[CustomGPTForCausalLM, PreTrainedTokenizerFast]:
+    """Load the original's checkpoint file, or a converted folder.
+
+    Args:
+        checkpoint_path: a `.pt` file (converted in memory, memory-mapped, nothing written) or a folder.
+        tokenizer_path: the original's tokenizer JSON; None takes the folder's own.
+        device: where the model goes; None is the best device there is, as `pick_device` says.
+        dtype: `"auto"` for that of the weights, or the name of a torch dtype.
+        n_head, activation: as in `load_original`, for a file.
+
+    Raises:
+        UserError: a file or the folder is not what it should be.
+    """
+    if Path(checkpoint_path).is_dir():
+        model, tokenizer = _load_folder(Path(checkpoint_path), tokenizer_path, dtype)
+    else:
+        if tokenizer_path is None:
+            raise UserError(f"{checkpoint_path}: is a file, so the tokenizer must be given too")
+        model, tokenizer, _ = load_original(
+            checkpoint_path, tokenizer_path, dtype=dtype, n_head=n_head, activation=activation
+        )
+    return model.to(pick_device(device)), tokenizer
+
+
+def _load_folder(
+    folder: Path, tokenizer_path: str | Path | None, dtype: str
+) -> tuple[CustomGPTForCausalLM, PreTrainedTokenizerFast]:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: holds no model (no config.json)")
+    try:
+        # A stranger's folder may name code of its own; the library would ask on the terminal whether to run it.
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if not isinstance(config, CustomGPTConfig):
+            raise UserError(
+                f"{folder}: holds a model of type {config.model_type!r}, not {CustomGPTConfig.model_type!r}"
+            )
+        _check_sizes(folder, config)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+        model, loading = loaded
+        if astray := sorted(loading["missing_keys"] | loading["unexpected_keys"]):  # the library would go on without
+            raise UserError(f"{folder}: its config.json and its weights do not belong together ({', '.join(astray)})")
+        if tokenizer_path is None:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        else:
+            tokenizer = convert_tokenizer(tokenizer_path, model_max_length=config.block_size)
+            model.generation_config = default_generation(tokenizer, config.vocab_size)
+        check_vocabulary(tokenizer, config.vocab_size, tokenizer_path or folder, folder)
+        return model, tokenizer
+    except UserError:
+        raise
+    # The folder's files are not to be trusted in anything: whatever they trip in the library is their fault.
+    except Exception as error:
+        raise UserError(f"{folder}: cannot be loaded ({one_line(error, 200)})") from None
+
+
+def _check_sizes(folder: Path, config: CustomGPTConfig) -> None:
+    """Refuse sizes that the weights cannot have, for which the library would first take the time and the memory."""
+    layers: set[str] = set()
+    n_bytes = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:  # reads names and shapes only
+            layers.update(found[1] for name in file.keys() if (found := re.search(r"\bh\.(\d+)\.", name)))  # noqa: SIM118
+        n_bytes += path.stat().st_size
+    if not n_bytes:
+        raise UserError(f"{folder}: cannot be loaded (no file named model.safetensors, nor a part of it)")
+    n_weights = (config.vocab_size + config.block_size + 12 * config.n_layer * config.n_embd) * config.n_embd
+    if config.n_layer > len(layers) or n_weights > 2 * n_bytes:  # the narrowest weights have four bits
+        raise UserError(
+            f"{folder}: its config.json and its weights do not belong together (n_layer={config.n_layer}, "
+            f"n_embd={config.n_embd}, vocab_size={config.vocab_size} and block_size={config.block_size} are "
+            f"more than the weights' {len(layers)} layers and {n_bytes:,} bytes)"
+        )
+
+
+def load_original(
+    checkpoint_path: str | Path,
+    tokenizer_path: str | Path,
+    *,
+    dtype: str = "auto",
+    n_head: int | None = None,
+    activation: str = "gelu",
+) -> tuple[CustomGPTForCausalLM, PreTrainedTokenizerFast, Checkpoint]:
+    """Make the model and the tokenizer of the original's two files, in memory; nothing is written.
+
+    The weights stay mapped from the file (zip format) and are read when they are used.
+
+    Args:
+        checkpoint_path: `torch.save` file.
+        tokenizer_path: `tokenizers` JSON.
+        dtype: `"auto"` for the file's own, or the name of a torch dtype.
+        n_head: number of attention heads, where the file does not tell.
+        activation: `"gelu"` (exact) or `"gelu_new"` (tanh).
+
+    Raises:
+        UserError: one of the files is not what it should be, or they do not belong together.
+    """
+    checkpoint = read_checkpoint(checkpoint_path)
+    architecture = checkpoint.architecture(n_head)
+    tokenizer = convert_tokenizer(tokenizer_path, model_max_length=architecture.block_size)
+    check_vocabulary(tokenizer, architecture.vocab_size, tokenizer_path, checkpoint_path)
+    try:
+        config = CustomGPTConfig(
+            **asdict(architecture),
+            activation_function=activation,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    except StrictDataclassError as error:
+        raise UserError(f"{checkpoint_path}: {error}") from None
+    torch_dtype = checkpoint.dtype if dtype == "auto" else getattr(torch, dtype)
+    config.dtype, config.auto_map = torch_dtype, AUTO_MAP
+    model = _model_of(config, {name: tensor.to(torch_dtype) for name, tensor in checkpoint.state_dict.items()})
+    model.generation_config = default_generation(tokenizer, architecture.vocab_size)
+    return model, tokenizer, checkpoint
+
+
+def _model_of(config: CustomGPTConfig, state_dict: dict[str, torch.Tensor]) -> CustomGPTForCausalLM:
+    """A model around these tensors: built without memory of its own, so nothing is initialised or copied."""
+    if config.tie_word_embeddings:
+        state_dict["lm_head.weight"] = state_dict["transformer.wte.weight"]
+    with torch.device("meta"):
+        model = CustomGPTForCausalLM(config)
+    model.load_state_dict(state_dict, assign=True)
+    model.tie_weights()
+    return model.eval()
+
+
+def default_generation(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> GenerationConfig:
+    """The original script's defaults. Ids past the tokenizer's vocabulary (padding rows) are never sampled."""
+    unused = list(range(len(tokenizer), vocab_size))
+    return GenerationConfig(
+        do_sample=True,
+        temperature=0.8,
+        top_k=50,
+        repetition_penalty=1.0,
+        max_new_tokens=150,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=unused or None,
+    )

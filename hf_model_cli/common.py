@@ -1,0 +1,148 @@
+"""What the commands share: a parser whose errors are one line, imports in a hurry, and how a command ends."""
+
+import argparse
+import difflib
+import gc
+import importlib.metadata
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+DISTRIBUTION = "custom-gpt-hf"
+DEFAULT_CHECKPOINT = "out/finetune/ckpt.pt"
+DEFAULT_TOKENIZER = "data/tokenizer/custom_gpt_tokenizer.json"
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+ACTIVATIONS = ("gelu", "gelu_new")
+
+
+class OutputError(Exception):
+    """Standard output or standard error cannot be written; its cause is the system's error."""
+
+
+def show(text: str, end: str = "\n", file: TextIO | None = None) -> None:
+    """Print at once.
+
+    Raises:
+        OutputError: the stream cannot be written.
+    """
+    try:
+        print(text, end=end, file=file, flush=True)
+    except OSError as error:
+        raise OutputError from error
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` whose errors are one line, and which names the argument that was probably meant."""
+
+    def __init__(self, **how: Any):
+        super().__init__(**how)
+        self.add_argument("--version", action=Version, nargs=0, help="show the version and exit")
+
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage of twenty arguments in front."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._advice(unknown[0])}")
+        return known
+
+    def _advice(self, word: str) -> str:
+        if not word.startswith("-"):
+            return " (a text of more than one word needs quotes, and each value the name of its argument in front)"
+        name = re.sub("-(?=.)", "_", word.lstrip("-").partition("=")[0]).lower()
+        names = [option.removeprefix("--") for option in self._option_string_actions]
+        close = difflib.get_close_matches(name, names, n=1)
+        return f" (did you mean --{close[0]}?)" if close else ""
+
+
+class Version(argparse.Action):
+    """Shows this project's version and those of the libraries that decide how it behaves."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        try:
+            own = importlib.metadata.version(DISTRIBUTION)
+        except importlib.metadata.PackageNotFoundError:  # a clone that was not installed
+            from hf_model import __version__ as own
+        libraries = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "torch"))
+        parser.exit(0, f"{DISTRIBUTION} {own} ({libraries}, Python {sys.version.split()[0]})\n")
+
+
+def number(
+    convert: Callable[[str], float], minimum: float, *, exclusive: bool = False, maximum: float = float("inf")
+) -> Callable[[str], float]:
+    """An argparse type: a number in a range, `minimum` left out if `exclusive`."""
+
+    def parse(text: str) -> float:
+        value = convert(text)
+        if not (minimum < value if exclusive else minimum <= value) or not value <= maximum or value == float("inf"):
+            low = f"{'above' if exclusive else 'at least'} {minimum}"
+            high = f" and at most {maximum}" if maximum < float("inf") else ""
+            raise argparse.ArgumentTypeError(f"must be {low}{high}, got {text}")
+        return value
+
+    parse.__name__ = convert.__name__  # argparse names it in its own messages
+    return parse
+
+
+@contextmanager
+def no_garbage_search() -> Iterator[None]:
+    """For imports: of their time, a quarter goes into looking through what they make, which all stays; more at exit."""
+    is_first, was_enabled = "torch" not in sys.modules, gc.isenabled()
+    gc.disable()
+    try:
+        yield
+        if is_first:
+            gc.freeze()
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def run_command(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
+    """Run a command with its parsed arguments, and turn however it ends into a line and an exit status.
+
+    0: done, or whoever read the output has seen enough. 2: an error that the user can mend. 130: Ctrl-C. Anything else
+    is a bug, and its traceback is shown.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows a "?" rather than a traceback
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        return 130
+    except ModuleNotFoundError as error:
+        return _failed(f"{error.name} is not installed for {sys.executable}: see the README")
+    except OutputError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error.__cause__, BrokenPipeError):  # `| head`
+            return 0
+        reason = getattr(error.__cause__, "strerror", None) or error.__cause__
+        return _failed(f"the output cannot be written ({reason})")
+    except Exception as error:
+        from hf_model.errors import UserError, one_line
+
+        if not isinstance(error, UserError | OSError):
+            raise
+        return _failed(one_line(error))
+    return 0
+
+
+def _failed(message: str) -> int:
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    return 2
+
+
+def check_file(parser: Parser, name: str, path: str | Path) -> None:
+    """End in the parser's error if an argument's file is not there."""
+    if not Path(path).is_file():
+        parser.error(f"argument --{name}: there is no file {path}")

@@ -1,0 +1,78 @@
+"""Which device is taken, and what a file or a folder is loaded as."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_model import CustomGPTForCausalLM
+from hf_model.errors import UserError
+from hf_model.loading import load, pick_device
+from tests.tiny import CHECKPOINT, TOKENIZER, gpt, save_files, save_tokenizer
+
+CPU = torch.device("cpu")
+
+
+class TestDevice:
+    @pytest.mark.parametrize(
+        "n_cuda, has_mps, expected", [(2, True, "cuda:0"), (0, True, "mps"), (0, False, "cpu")], ids=str
+    )
+    def test_the_best_one_is_chosen(
+        self, n_cuda: int, has_mps: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: n_cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: has_mps)
+        assert pick_device() == torch.device(expected)
+
+    def test_the_one_that_is_named_is_taken(self) -> None:
+        assert pick_device("cpu") == CPU
+
+    @pytest.mark.parametrize("name", ["cuda:99", "mps:7", "abacus", "meta", ""])
+    def test_one_that_is_not_there_is_refused_with_those_that_are(self, name: str) -> None:
+        with pytest.raises(UserError, match=f"--device {name}: there is no such device here; there is (.*, )?cpu$"):
+            pick_device(name)
+
+
+class TestLoad:
+    def test_a_file_is_converted_in_memory(self, tmp_path: Path) -> None:
+        original = gpt()
+        model, tokenizer = load(*save_files(tmp_path, original), device=CPU)
+        ids = torch.randint(300, (2, 16))
+        assert torch.equal(model(ids).logits, original(ids)[0])
+        assert tokenizer.model_max_length == 16
+        assert {path.name for path in tmp_path.iterdir()} == {"ckpt.pt", "tokenizer.json"}
+
+    def test_a_folder_brings_its_tokenizer(self, capitals: Path) -> None:
+        model, tokenizer = load(capitals, None, device=CPU)
+        assert isinstance(model, CustomGPTForCausalLM)
+        assert len(tokenizer) == 1024
+
+    def test_a_folder_can_be_given_another_tokenizer(self, capitals: Path, tmp_path: Path) -> None:
+        _, tokenizer = load(capitals, save_tokenizer(tmp_path / "tokenizer.json"), device=CPU)
+        assert (len(tokenizer), tokenizer.model_max_length) == (300, 64)
+
+    @pytest.mark.parametrize("form", ["file", "folder"])
+    def test_weights_get_the_dtype_that_is_asked_for(self, form: str, capitals: Path) -> None:
+        sources = (CHECKPOINT, TOKENIZER) if form == "file" else (capitals, None)
+        assert load(*sources, device=CPU)[0].dtype == torch.float32
+        assert load(*sources, device=CPU, dtype="bfloat16")[0].dtype == torch.bfloat16
+
+    def test_a_file_without_a_tokenizer_is_refused(self) -> None:
+        with pytest.raises(UserError, match=r"ckpt\.pt: is a file, so the tokenizer must be given too"):
+            load(CHECKPOINT, None, device=CPU)
+
+    @pytest.mark.parametrize(
+        "config, message",
+        [
+            (None, r"holds no model \(no config\.json\)"),
+            ({"model_type": "gpt2"}, "holds a model of type 'gpt2', not 'custom_gpt'"),
+            ({"model_type": "custom_gpt", "n_layer": 0}, "cannot be loaded .*`n_layer` must be at least 1"),
+            ({"model_type": "custom_gpt"}, "cannot be loaded .*no file named model.safetensors"),
+        ],
+    )
+    def test_a_folder_of_something_else_is_refused(self, config: dict | None, message: str, tmp_path: Path) -> None:
+        if config is not None:
+            (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        with pytest.raises(UserError, match=f"{tmp_path}: {message}"):
+            load(tmp_path, None, device=CPU)
