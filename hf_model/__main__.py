@@ -1,11 +1,19 @@
 """`python -m hf_model`: what there is."""
 
-from hf_model import __version__
+import argparse
 
-print(f"""custom-gpt-hf {__version__}: a GPT trained in plain PyTorch as a Hugging Face model
+from hf_model_cli.common import Parser
 
-custom-gpt-convert --help    a checkpoint and its tokenizer to a Hugging Face folder
-custom-gpt-generate --help   text from a checkpoint or from a converted folder
-python -c "import hf_model; help(hf_model)"    the same from Python
+parser = Parser(
+    prog="python -m hf_model",
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    description="""\
+A GPT trained in plain PyTorch (nanoGPT and its relatives) as a Hugging Face model. There are two commands:
 
-In a clone, convert_checkpoint.py and generate.py are the same two commands.""")
+  custom-gpt-convert --help     a checkpoint and its tokenizer to a Hugging Face folder
+  custom-gpt-generate --help    text from a checkpoint or from a converted folder
+
+In a clone, convert_checkpoint.py and generate.py are the same two. From Python: import hf_model; help(hf_model)""",
+)
+parser.parse_args()
+parser.print_help()

@@ -73,7 +73,8 @@ class Version(argparse.Action):
         except importlib.metadata.PackageNotFoundError:  # a clone that was not installed
             from hf_model import __version__ as own
         libraries = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "torch"))
-        parser.exit(0, f"{DISTRIBUTION} {own} ({libraries}, Python {sys.version.split()[0]})\n")
+        print(f"{DISTRIBUTION} {own} ({libraries}, Python {sys.version.split()[0]})")
+        parser.exit()
 
 
 def number(

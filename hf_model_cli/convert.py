@@ -78,7 +78,9 @@ def run(args: argparse.Namespace) -> None:
         report=say,
     )
     path = shlex.quote(str(folder))
-    say(f'\nTry it:\n  python generate.py --checkpoint_path {path} --prompt "What is the capital of France?"')
+    is_clone = Path(sys.argv[0]).suffix == ".py"
+    command = "python generate.py" if is_clone else "custom-gpt-generate"
+    say(f'\nTry it:\n  {command} --checkpoint_path {path} --prompt "What is the capital of France?"')
     say(f'  pip install "transformers[serving]" && transformers serve {path} --trust-remote-code')
     if args.push_to_hub:
         say(f"\npushed        {push(folder, args.push_to_hub)}")

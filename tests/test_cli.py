@@ -13,9 +13,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import transformers
 
 import convert_checkpoint
 import generate
+import hf_model
 from hf_model import loading
 from hf_model_cli import convert as convert_command
 from hf_model_cli import generate as generate_command
@@ -123,6 +125,37 @@ class TestArguments:
         result = call(generate, *EXAMPLE)
         assert result.status == 2
         assert "--prompt" in result.err
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            (("--promt", "hi"), "unrecognized arguments: --promt hi (did you mean --prompt?)"),
+            (("--promt=hi",), "unrecognized arguments: --promt=hi (did you mean --prompt?)"),
+            (("--max-new-tokens", "5"), "unrecognized arguments: --max-new-tokens 5 (did you mean --max_new_tokens?)"),
+            (("--Temprature", "0"), "unrecognized arguments: --Temprature 0 (did you mean --temperature?)"),
+            (("What", "is", "it?"), "unrecognized arguments: What is it? (a text of more than one word needs quotes"),
+            (("--prompt", "What", "is", "it?"), "unrecognized arguments: is it? (a text of more than one word needs"),
+            (("-5",), "unrecognized arguments: -5"),
+        ],
+        ids=" ".join,
+    )
+    def test_a_word_that_is_no_argument_is_named_first(
+        self, arguments: tuple[str, ...], message: str, call: Callable[..., Result]
+    ) -> None:
+        result = call(generate, *arguments)
+        assert (result.status, result.out) == (2, "")
+        assert result.err.startswith(f"generate.py: error: {message}")
+        assert result.err.count("\n") == 1
+
+    def test_the_prompt_is_one_or_a_file_of_them(self, call: Callable[..., Result]) -> None:
+        result = call(generate, *EXAMPLE, *FRANCE, "--prompts_file", str(TOKENIZER))
+        assert result.err == "generate.py: error: argument --prompt: not allowed with argument --prompts_file\n"
+
+    @pytest.mark.parametrize("script", [generate, convert_checkpoint], ids=lambda script: script.__name__)
+    def test_the_version_names_the_libraries_too(self, script: ModuleType, call: Callable[..., Result]) -> None:
+        result = call(script, "--version")
+        assert result.status == 0
+        assert result.out.startswith(f"custom-gpt-hf {hf_model.__version__} (transformers {transformers.__version__}")
 
     def test_generate_has_the_user_document_s_defaults(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for default in ("out/finetune/ckpt.pt", "data/tokenizer/custom_gpt_tokenizer.json"):

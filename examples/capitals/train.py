@@ -134,7 +134,7 @@ def main() -> None:
     print("pre-training on every token")
     train(model, rows, epochs=15, lr=3e-3, mask_prompt=False)
     print("fine-tuning on the answers")
-    steps = train(model, rows, epochs=35, lr=2e-3, mask_prompt=True, shift=not args.unshifted_labels)
+    steps = train(model, rows, epochs=45, lr=2e-3, mask_prompt=True, shift=not args.unshifted_labels)
 
     args.out_dir.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(args.out_dir / "tokenizer.json"))

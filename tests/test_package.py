@@ -1,0 +1,79 @@
+"""What an installation has: commands, a Python face that reads well, and an import that costs only the model's."""
+
+import json
+import pydoc
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hf_model
+from tests.tiny import CHECKPOINT, ROOT, TOKENIZER
+
+
+def run(*command: str, cwd: Path) -> str:
+    return subprocess.run(command, capture_output=True, encoding="utf-8", cwd=cwd, timeout=300, check=True).stdout
+
+
+class TestCommands:
+    @pytest.mark.parametrize("name", ["custom-gpt-convert", "custom-gpt-generate"])
+    def test_an_installation_has_the_scripts_under_names_of_their_own(self, name: str, tmp_path: Path) -> None:
+        command = Path(sys.executable).with_name(name)
+        if not command.exists():
+            pytest.skip("this project is not installed into this environment")
+        assert run(str(command), "--help", cwd=tmp_path).startswith(f"usage: {name} ")
+
+    def test_they_suggest_each_other(self, tmp_path: Path) -> None:
+        command = Path(sys.executable).with_name("custom-gpt-convert")
+        if not command.exists():
+            pytest.skip("this project is not installed into this environment")
+        files = ("--checkpoint_path", str(CHECKPOINT), "--tokenizer_path", str(TOKENIZER))
+        assert "\n  custom-gpt-generate --checkpoint_path hf " in run(
+            str(command), *files, "--output_dir", "hf", cwd=tmp_path
+        )
+
+    def test_the_package_says_what_there_is(self) -> None:
+        said = run(sys.executable, "-m", "hf_model", cwd=ROOT)
+        assert "custom-gpt-convert" in said and "custom-gpt-generate" in said
+        assert hf_model.__version__ in run(sys.executable, "-m", "hf_model", "--version", cwd=ROOT)
+
+
+class TestPythonFace:
+    def test_does_what_the_commands_do(self, tmp_path: Path) -> None:
+        from hf_model import Sampling, convert, encode, format_prompt, generate, load
+
+        folder = convert(CHECKPOINT, TOKENIZER, tmp_path / "hf")
+        for source in ((folder,), (CHECKPOINT, TOKENIZER)):
+            model, tokenizer = load(*source, device="cpu")
+            prompt = encode(tokenizer, format_prompt("What is the capital of France?"))
+            output = generate(model, tokenizer, prompt, Sampling(temperature=0), response_only=True)
+            assert output.texts == ["Paris"]
+
+    @pytest.mark.parametrize("name", hf_model.__all__)
+    def test_every_name_is_there_and_documented(self, name: str) -> None:
+        assert getattr(hf_model, name).__doc__
+
+    def test_a_name_that_is_not_there_is_an_attribute_error(self) -> None:
+        with pytest.raises(AttributeError, match="'hf_model' has no attribute 'generat'"):
+            hf_model.generat  # noqa: B018
+
+    def test_its_help_shows_the_functions(self) -> None:
+        text = pydoc.plain(pydoc.render_doc(hf_model))
+        assert all(f" {name}(" in text for name in ("convert", "load", "generate", "encode", "format_prompt"))
+
+    def test_importing_it_imports_nothing_beside_the_model(self) -> None:
+        code = "import sys, hf_model; print(__import__('json').dumps(sorted(sys.modules)))"
+        modules = json.loads(run(sys.executable, "-c", code, cwd=ROOT))
+        ours = {name for name in modules if name.startswith("hf_model")}
+        travelling = {f"hf_model.{name}_custom_gpt" for name in ("configuration", "modeling", "decoding")}
+        assert ours == {"hf_model", "hf_model.errors"} | travelling
+
+
+def test_the_default_device_is_the_best_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = []
+    monkeypatch.setattr(hf_model.CustomGPTForCausalLM, "to", lambda self, device: moved.append(device) or self)
+    monkeypatch.setattr("hf_model.loading.pick_device", lambda name: torch.device("cpu") if name is None else name)
+    hf_model.load(CHECKPOINT, TOKENIZER)
+    assert moved == [torch.device("cpu")]
