@@ -201,7 +201,7 @@ class TestGenerate:
             "device      cpu",
             f"checkpoint  {CHECKPOINT}",
             f"tokenizer   {TOKENIZER}",
-            "model       3 layers, 4 heads, 96 wide, context 64, vocabulary 1024, no biases, head untied, gelu",
+            "model       3 layers, 3 heads, 96 wide, context 64, vocabulary 1024, no biases, head untied, gelu",
             "parameters  535,200 in float32",
             "content     Instruction: What is the capital of France? Response:",
             "",
