@@ -1,5 +1,7 @@
 """The two command lines: what they print and where, their exit status, and one line for everything that is wrong."""
 
+import io
+import json
 import os
 import re
 import shlex
@@ -258,6 +260,67 @@ class TestGenerate:
     def test_several_sequences_are_printed_one_after_the_other(self, call: Callable[..., Result]) -> None:
         result = call(generate, *EXAMPLE, *FRANCE, "--response_only", "--num_return_sequences", "3")
         assert result.out == "Paris\nParis\nParis\n"
+
+    def test_samples_of_seeds_are_labelled(self, call: Callable[..., Result]) -> None:
+        result = call(generate, *EXAMPLE, *FRANCE, "--seed", "1", "2", "--num_return_sequences", "2")
+        lines = result.out.splitlines()[7:-2]
+        text = "[BOS]Instruction: What is the capital of France? Response: Paris[EOS]"
+        assert lines == [
+            *("--- seed 1, answer 1 of 2", text, "--- seed 1, answer 2 of 2", text),
+            *("--- seed 2, answer 1 of 2", text, "--- seed 2, answer 2 of 2", text),
+        ]
+
+    def test_json_is_an_object_a_line_for_programs(self, call: Callable[..., Result]) -> None:
+        arguments = (*EXAMPLE, "--prompt", "Name the capital of the country.", "--input_text", "Peru", "--json")
+        result = call(generate, *arguments, "--seed", "1", "2")
+        first, second = map(json.loads, result.out.splitlines())
+        assert first.pop("seconds") > 0
+        assert first == {
+            "prompt": "Name the capital of the country.",
+            "input": "Peru",
+            "text": "[BOS]Instruction: Name the capital of the country. Input: Peru Response: Lima[EOS]",
+            "response": "Lima",
+            "tokens": first["tokens"],
+            "finish_reason": "stop",
+            "seed": 1,
+        }
+        assert second["seed"] == 2
+        assert "device" in result.err
+        cut = json.loads(call(generate, *arguments, "--max_new_tokens", "1", "--quiet").out)
+        assert (cut["tokens"], cut["finish_reason"]) == (1, "length")
+
+    def test_quiet_is_the_text_alone(self, call: Callable[..., Result]) -> None:
+        text = "[BOS]Instruction: What is the capital of France? Response: Paris[EOS]\n"
+        assert call(generate, *EXAMPLE, *FRANCE, "--quiet") == Result(0, text, "")
+        assert call(generate, *EXAMPLE, *FRANCE, "--quiet", "--response_only") == Result(0, "Paris\n", "")
+
+    @pytest.mark.parametrize("arguments", [(), ("--prompt", "-")], ids=["a pipe", "a dash"])
+    def test_the_prompt_may_come_by_a_pipe(
+        self, arguments: tuple[str, ...], call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"What is the capital of France?\n")))
+        assert call(generate, *EXAMPLE, *arguments, "--response_only", "--quiet").out == "Paris\n"
+
+    def test_an_empty_pipe_is_no_prompt(self, call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+        assert "one of the arguments --prompt, --prompts_file and --interactive is" in call(generate, *EXAMPLE).err
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+        assert "--prompt: must not be empty" in call(generate, *EXAMPLE, "--prompt", "-").err
+
+    @pytest.mark.parametrize("also", [(), ("--no_stream",), ("--num_beams", "2")], ids=["streamed", "whole", "beams"])
+    @pytest.mark.parametrize("stop, answer", [("ri", "Pa"), ("P", ""), ("s", "Pari"), ("xyz", "Paris")])
+    def test_a_stop_string_ends_the_answer_and_is_no_part_of_it(
+        self, stop: str, answer: str, also: tuple[str, ...], call: Callable[..., Result]
+    ) -> None:
+        arguments = (*EXAMPLE, *FRANCE, "--quiet", "--temperature", "0", "--stop", "zzz", "--stop", stop, *also)
+        assert call(generate, *arguments, "--response_only").out == f"{answer}\n"
+        whole = call(generate, *arguments).out
+        assert whole.startswith(f"[BOS]Instruction: What is the capital of France? Response: {answer}")
+        assert whole.endswith(f"Response: {answer}" + ("[EOS]\n" if answer == "Paris" else "\n"))
+
+    def test_a_stop_string_may_be_escaped(self) -> None:
+        arguments = [*EXAMPLE, *FRANCE, "--stop", r"\n", "--stop", r"\\n", "--stop", r"a\tb"]
+        assert generate_command.parse_arguments(arguments).stop == ["\n", "\\n", "a\tb"]
 
     def test_the_dtype_can_be_chosen(self, call: Callable[..., Result]) -> None:
         result = call(generate, *EXAMPLE, *FRANCE, "--response_only", "--dtype", "bfloat16")

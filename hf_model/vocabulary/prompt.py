@@ -25,6 +25,10 @@ def format_example(instruction: str, response: str, input_text: str = "") -> str
 # The same in Jinja, for `tokenizer.apply_chat_template`. A user message may carry an "input" field, and its content may
 # be a string or the list of text parts that servers pass on. The prompt ends in "Response:" whether or not a generation
 # prompt is asked for: a user's turn ends there in training too. Whatever stands in a generation block is trained on.
+#
+# These models were fine-tuned on single turns, while chat clients send all that was said before. So a conversation that
+# ends in a question becomes that question alone, unless `multi_turn` is set; one that ends in an answer is a text to
+# train on, and stays whole. The format has no place for a system message: it is left out.
 CHAT_TEMPLATE = """\
 {%- macro text(content) -%}
     {%- if content is string -%}
@@ -38,6 +42,9 @@ CHAT_TEMPLATE = """\
         {%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
+{%- if messages and messages[-1].role == "user" and not multi_turn -%}
+    {%- set messages = messages[-1:] -%}
+{%- endif -%}
 {%- for message in messages -%}
     {%- if message.role == "user" -%}
         {{- bos_token ~ "Instruction: " ~ text(message.content) -}}
@@ -49,7 +56,7 @@ CHAT_TEMPLATE = """\
         {%- generation -%}
             {{- " " ~ text(message.content) ~ eos_token -}}
         {%- endgeneration -%}
-    {%- else -%}
+    {%- elif message.role not in ("system", "developer") -%}
         {{- raise_exception("This prompt format has the roles user and assistant, not " ~ message.role) -}}
     {%- endif -%}
 {%- endfor -%}
