@@ -1,14 +1,24 @@
-"""What makes `generate` fast: a cache with room to grow, and, on a CPU, a lean forward pass that the cache carries.
+"""What makes `generate` fast: a cache with room to grow and, on a CPU, a lean step that the cache carries.
 
-The plain model of modeling_custom_gpt.py needs about as much time for Python, masks and concatenated caches as for its
-weights, and for a single row of numbers not every library reads the weights as fast as the memory gives them. So
-`generate` hands a `GrowingCache` to every forward. It may hold a `LeanStep`, the same computation with fewer operators
-between the products. The step is made once for each call of `generate`, and only for a model with nothing unusual about
-it (`is_plain`); CUSTOM_GPT_PLAIN_DECODE=1 in the environment leaves all to the plain model. The weights must not be
-exchanged while `generate` runs; between its calls they may.
+At each token the plain model spends much of its time on Python, on masks and on the copying of its cache, and not every
+library reads a matrix for a single row of numbers as fast as the memory gives it. So `generate` hands a `GrowingCache`
+to every forward. It holds a `LeanStep`, the same computation with fewer operators, if there is nothing unusual about
+the model (`is_plain`). The step is made once for each call of `generate` and goes with it: the weights must not be
+exchanged while `generate` runs; between its calls they may. CUSTOM_GPT_PLAIN_DECODE=1 in the environment leaves
+everything to the plain model.
 
-The products add up in another order than the plain model's: logits differ by rounding (in float32 some 1e-6 of their
-spread). With weights in float16 or bfloat16, all between the products is computed in float32.
+Which library multiplies, as measured on two cores. "Steps" have several rows, whose number comes again and again, as
+has the window past the context (oneDNN keeps about a megabyte for each number that it has met):
+
+| weights            | one row                           | steps of a batch | other rows                        |
+|--------------------|-----------------------------------|------------------|-----------------------------------|
+| float32            | MKL, a part for each thread       | oneDNN           | MKL, parts up to 256 rows         |
+| the same on Intel  | MKL, as are up to 3 rows and small matrices | oneDNN | MKL                               |
+| float16, bfloat16  | PyTorch's own                     | a float32 copy   | a float32 copy, a matrix at a time |
+| others; bfloat16 where the processor has instructions for it; no AVX | PyTorch's own, everywhere   |||
+
+Parts and oneDNN add up in another order than the plain model: logits differ by rounding, in float32 by some 1e-6 of
+their spread. With weights in half precision, all between the products is computed in float32.
 """
 
 import os
@@ -22,25 +32,22 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+HALF = (torch.float16, torch.bfloat16)
 GELU = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}
+SMALL = 2**20  # weights; a matrix of fewer is MKL's on Intel's processors
+COPY_HEAD_AT = 24  # tokens of one sequence: from here on a second copy of the head's matrix pays
 
 
 class GrowingLayer(DynamicLayer):
-    """A layer whose keys and values are the beginning of a larger tensor: a new token is written behind them."""
+    """A layer whose keys and values are the beginning of larger tensors: new ones are written behind them."""
 
-    key_room: Tensor | None = None  # (B, nh, more than S, hs); None where the next token makes it
+    key_room: Tensor | None = None  # (B, nh, more than S, hs); the next token makes it where there is none
     value_room: Tensor | None = None
-
-    @classmethod
-    def of(cls, layer: DynamicLayer) -> "GrowingLayer":
-        new = cls()
-        new.__dict__ |= layer.__dict__
-        return new
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # neither likes tensors that are written to
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # there, nothing may be written over
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -51,29 +58,12 @@ class GrowingLayer(DynamicLayer):
         self.value_room.narrow(2, past, new).copy_(value_states)
         self.keys = self.key_room.narrow(2, 0, past + new)
         self.values = self.value_room.narrow(2, 0, past + new)
-        return self.keys.to(key_states.dtype), self.values.to(value_states.dtype)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Beam search does this at every token: with the room, so that the next token finds it."""
-        past = self.get_seq_length()
-        if past and starts(self.key_room, self.keys) and starts(self.value_room, self.values):
-            self.key_room, self.value_room = self.key_room[beam_idx], self.value_room[beam_idx]
-            self.keys, self.values = self.key_room.narrow(2, 0, past), self.value_room.narrow(2, 0, past)
-        else:
-            super().reorder_cache(beam_idx)
-
-    def settle(self, dtype: torch.dtype) -> None:
-        """After `generate`: keys and values in the model's own dtype."""
-        if self.is_initialized and self.keys.dtype != dtype:
-            self.keys, self.values, self.key_room, self.value_room = (
-                self.keys.to(dtype),
-                self.values.to(dtype),
-                None,
-                None,
-            )
+        if self.keys.dtype == key_states.dtype:
+            return self.keys, self.values
+        return self.keys.to(key_states.dtype), self.values.to(key_states.dtype)
 
     def __getstate__(self) -> dict[str, object]:
-        """For copies, which must not share the room: each would write over the other's tokens."""
+        """For copies: with a room in common, one would write over the other's tokens."""
         state = self.__dict__ | {"key_room": None, "value_room": None}
         if self.is_initialized:
             state |= {"keys": self.keys.clone(), "values": self.values.clone()}
@@ -81,42 +71,37 @@ class GrowingLayer(DynamicLayer):
 
 
 def with_room(room: Tensor | None, states: Tensor, new: Tensor, past: int) -> Tensor:
-    """The room, if the states stand in it and the new ones fit behind them; or else a larger one with the states."""
-    total = past + new.shape[2]
+    """The room, if the states are its beginning and the new ones fit in behind them, or else a larger one."""
+    total, dtype = past + new.shape[2], new.dtype
+    if past and states.dtype != dtype:
+        dtype = torch.promote_types(states.dtype, dtype)
     if (
-        starts(room, states)
+        room is not None
         and room.shape[2] >= total
-        and torch.promote_types(room.dtype, new.dtype) == room.dtype
-        and room.is_inference() == torch.is_inference_mode_enabled()  # else it must not be written to
+        and room.dtype == dtype
+        and room.is_inference() == torch.is_inference_mode_enabled()  # or it could not be written to
+        # `crop` leaves the states where they are. All other changes make new tensors of them.
+        and room.data_ptr() == states.data_ptr()
+        and room.stride() == states.stride()
+        and room.shape[0] == states.shape[0]
     ):
         return room
-    B, nh, _, hs = new.shape
-    room = new.new_empty(B, nh, total + total // 4 + 32, hs, dtype=torch.promote_types(states.dtype, new.dtype))
+    room = new.new_empty(*new.shape[:2], total + total // 4 + 32, new.shape[3], dtype=dtype)
     if past:
         room.narrow(2, 0, past).copy_(states)
     return room
 
 
-def starts(room: Tensor | None, states: Tensor) -> TypeGuard[Tensor]:
-    """Whether the states are the beginning of the room: `crop` leaves them there, other changes make new tensors."""
-    return (
-        room is not None
-        and states.data_ptr() == room.data_ptr()
-        and states.stride() == room.stride()
-        and states.shape[0] == room.shape[0]
-    )
-
-
 class GrowingCache(DynamicCache):
-    """What `generate` has in place of a `DynamicCache`. It shares that one's list of layers.
-
-    So whoever gave a cache to `generate` finds the tokens in it.
-    """
+    """Stands for a `DynamicCache` within `generate`, and has its list of layers: who gave that one finds it filled."""
 
     def __init__(self, cache: DynamicCache, model: PreTrainedModel):
         self.__dict__ |= cache.__dict__
         missing = model.config.n_layer - len(cache.layers)
-        self.layers[:] = map(GrowingLayer.of, cache.layers + [DynamicLayer() for _ in range(missing)])
+        for i, layer in enumerate(cache.layers + [DynamicLayer() for _ in range(missing)]):
+            growing = GrowingLayer()
+            growing.__dict__ |= layer.__dict__
+            self.layers[i : i + 1] = [growing]
         self.step = LeanStep(model) if is_plain(model) else None
 
     def logits(
@@ -127,21 +112,23 @@ class GrowingCache(DynamicCache):
         logits_to_keep: int | Tensor,
         **others: object,
     ) -> Tensor | None:
-        """Logits of a forward pass by the lean step, or None where it is to be the plain model's."""
+        """What the model's forward gives, by the lean step; None if it is not for that."""
         if self.step is None or input_ids is None or not input_ids.is_cpu or torch.is_grad_enabled():
             return None
-        if any(value is not None and value is not False and name != "use_cache" for name, value in others.items()):
-            return None  # outputs that only the plain model has
-        T, total = input_ids.shape[1], self.get_seq_length() + input_ids.shape[1]
-        if attention_mask is not None and attention_mask.shape != (len(input_ids), total):
+        if type(logits_to_keep) is not int or any(
+            value is not None and value is not False for value in others.values()
+        ):
+            return None  # something that only the plain model does
+        T = input_ids.shape[1]
+        if attention_mask is not None and attention_mask.shape != (len(input_ids), self.get_seq_length() + T):
             return None
-        if int(position_ids.max()) >= self.step.block_size or type(logits_to_keep) is not int:
-            return None  # the plain model says what is wrong with the first
+        if int(position_ids.max()) >= self.step.block_size:
+            return None  # the plain model says what is wrong
         return self.step(input_ids, attention_mask, position_ids, self, min(logits_to_keep or T, T))
 
 
-def can_grow(cache: object) -> bool:
-    """Whether it is the library's ordinary cache, not one of its other kinds that somebody chose."""
+def can_grow(cache: object) -> TypeGuard[DynamicCache]:
+    """Whether this is the library's ordinary cache, not one of the other kinds, which somebody has chosen."""
     return (
         isinstance(cache, DynamicCache)
         and type(cache) in (DynamicCache, GrowingCache)
@@ -151,167 +138,148 @@ def can_grow(cache: object) -> bool:
 
 
 def settle(cache: object, dtype: torch.dtype) -> None:
-    """After `generate`: a cache without the step, and in the model's own dtype."""
+    """At the end of `generate`: a cache without a step, and in the dtype of the model, where the step has float32."""
     if isinstance(cache, GrowingCache):
         cache.step = None
-    for layer in getattr(cache, "layers", ()):
-        if isinstance(layer, GrowingLayer):
-            layer.settle(dtype)
+    for layer in cache.layers if isinstance(cache, DynamicCache) else ():
+        if isinstance(layer, GrowingLayer) and layer.is_initialized and layer.keys.dtype != dtype:
+            layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
+            layer.key_room = layer.value_room = None
 
 
 Product = Callable[[Tensor], Tensor]  # (rows, in) -> (rows, out)
 
 
-def by_mkl(weight: Tensor, bias: Tensor | None) -> Product:
-    """PyTorch's own, as in the plain model."""
+def product(weight: Tensor, bias: Tensor | None, rows: int, regular: bool, copied: bool) -> Product:
+    """The product with a matrix (out, in), by the table above."""
+    # An older PyTorch, under which a converted folder may run, does not tell what the processor can do.
+    processor: dict = getattr(torch.cpu, "get_capabilities", dict)()
+    has_avx = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    has_mkl, has_onednn = torch.backends.mkl.is_available(), torch.backends.mkldnn.is_available()
+    has_onednn = has_onednn and bool(torch.backends.mkldnn.enabled)
+    if weight.dtype in HALF:
+        if rows == 1 or not has_avx or (weight.dtype == torch.bfloat16 and processor.get("avx512_bf16", False)):
+            return lambda x: F.linear(x.to(weight.dtype), weight, bias).float()
+        wide_bias = None if bias is None else bias.float()
+        if regular and rows <= 256:
+            return product(weight.float(), wide_bias, rows, regular, copied)
+        return lambda x: F.linear(x, weight.float(), wide_bias)
+    if weight.dtype == torch.float32 and has_avx:
+        is_intel = "Intel" in processor.get("cpu_name", "")
+        divides = weight.is_contiguous() and len(weight) % torch.get_num_threads() == 0
+        if has_mkl and not is_intel and divides and (rows == 1 or (rows <= 256 and not regular)):
+            return in_parts(weight, bias, copied)
+        if has_onednn and regular and not (has_mkl and is_intel and (rows <= 3 or weight.numel() < SMALL)):
+            return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return lambda x: F.linear(x, weight, bias)
 
 
-def by_onednn(weight: Tensor, bias: Tensor | None) -> Product:
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def in_parts(weight: Tensor, bias: Tensor | None, copied: bool) -> Product:
+    """By MKL, which by itself multiplies a matrix and a single row on one thread: a part of the matrix for each.
 
-
-def in_parts(weight: Tensor, bias: Tensor | None) -> Product:
-    """A part of the matrix for each thread: MKL by itself multiplies a matrix and a single row on one."""
+    `copied`: with the parts stored in the order in which they are read.
+    """
     n, (n_out, n_in) = torch.get_num_threads(), weight.shape
-    parts = weight.view(n, n_out // n, n_in).transpose(1, 2)  # a view, no copy
-    if n_out > n_in and os.environ.get("TR"):
-        parts = parts.contiguous()
+    parts = weight.view(n, n_out // n, n_in).transpose(1, 2)
+    parts = parts.contiguous() if copied else parts
 
-    def product(x: Tensor) -> Tensor:
-        y = torch.bmm(x.expand(n, *x.shape), parts)
+    def multiply(x: Tensor) -> Tensor:
+        y = torch.bmm(x.expand(n, *x.shape), parts)  # (n, rows, out / n)
         y = y.view(1, n_out) if len(x) == 1 else y.transpose(0, 1).reshape(-1, n_out)
         return y if bias is None else y + bias
 
-    return product
-
-
-def in_half(weight: Tensor, bias: Tensor | None) -> Product:
-    """In the weights' own precision."""
-    return lambda x: F.linear(x.to(weight.dtype), weight, bias).float()
-
-
-def in_float32(weight: Tensor, bias: Tensor | None) -> Product:
-    """With the weights in float32, a piece of the matrix at a time, small enough for the processor's cache."""
-    pieces = weight.split(max(1, PIECE // weight.shape[1]))
-    wide_bias = None if bias is None else bias.float()
-
-    def product(x: Tensor) -> Tensor:
-        y = torch.cat([F.linear(x, piece.float()) for piece in pieces], dim=1)
-        return y if wide_bias is None else y + wide_bias
-
-    return product
-
-
-HALF = (torch.float16, torch.bfloat16)
-PIECE = 2**18
-
-
-def product_of(linear: nn.Linear, rows: int, is_step: bool) -> Product:
-    weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
-    if weight.dtype in HALF:
-        return in_half(weight, bias) if rows <= 1 else in_float32(weight, bias)
-    if is_step and rows > 1:
-        return by_onednn(weight, bias)
-    if rows <= 256 and weight.is_contiguous() and weight.shape[0] % torch.get_num_threads() == 0:
-        return in_parts(weight, bias)
-    return by_mkl(weight, bias)
+    return multiply
 
 
 class LeanStep:
-    """The forward pass of a model, for any number of tokens behind those of the cache."""
+    """The forward pass of a model, for any number of tokens behind those of a cache."""
 
     def __init__(self, model: PreTrainedModel):
         config, decoder = model.config, model.transformer
-        self.wte, self.wpe, self.blocks, self.lm_head = decoder.wte.weight, decoder.wpe.weight, decoder.h, model.lm_head
-        self.n_head, self.block_size = config.n_head, config.block_size
-        self.gelu = GELU[config.activation_function]
-        self.dtype = torch.float32 if self.wte.dtype in HALF else self.wte.dtype
+        self.wte, self.wpe, self.head = decoder.wte.weight, decoder.wpe.weight, model.lm_head
+        self.n_head, self.block_size, self.gelu = config.n_head, config.block_size, GELU[config.activation_function]
+        self.dtype = torch.float32 if model.dtype in HALF else model.dtype
         self.norms = [(self.norm(block.ln_1), self.norm(block.ln_2)) for block in decoder.h]
         self.ln_f = self.norm(decoder.ln_f)
-        self.heads: dict[tuple[int, bool], Product] = {}
-        self.products: dict[tuple[int, bool], list[list[Product]]] = {}
+        self.linears = [(h.attn.c_attn, h.attn.c_proj, h.mlp.c_fc, h.mlp.c_proj) for h in decoder.h]
+        self.known: dict[tuple[nn.Linear, int, bool, bool], list[Product]] = {}
+        self.tokens = 0  # of a single sequence
 
     def norm(self, layer: nn.LayerNorm) -> Product:
-        weight, bias = layer.weight.detach().to(self.dtype), None
-        if layer.bias is not None:
-            bias = layer.bias.detach().to(self.dtype)
-        return lambda x: torch.layer_norm(x, weight.shape, weight, bias, layer.eps)
+        weight, bias = (None if p is None else p.detach().to(self.dtype) for p in (layer.weight, layer.bias))
+        return lambda x: torch.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
 
-    def products_for(self, rows: int, is_step: bool) -> list[list[Product]]:
-        """Those of each block, and last the head's."""
-        if (rows, is_step) not in self.products:
-            linears = [[b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj] for b in self.blocks]
-            self.products[rows, is_step] = [[product_of(linear, rows, is_step) for linear in each] for each in linears]
-        return self.products[rows, is_step]
-
-    def head_for(self, rows: int, is_step: bool) -> Product:
-        if (rows, is_step) not in self.heads:
-            self.heads[rows, is_step] = product_of(self.lm_head, rows, is_step)
-        return self.heads[rows, is_step]
-
-    def mask(self, attention_mask: Tensor | None, new: int, past: int) -> Tensor | None:
-        """Of shape (B or 1, 1, T, S); None where each token sees all tokens up to itself."""
-        is_padded = attention_mask is not None and not attention_mask.all()
-        if not is_padded and (new == 1 or past == 0):
-            return None
-        seen = torch.ones(new, past + new, dtype=torch.bool).tril(past)[None, None]
-        if is_padded:
-            seen = seen & (attention_mask[:, None, None] != 0) | seen.triu(past)  # padding sees itself
-        return seen
+    def products(self, linears: tuple[nn.Linear, ...], rows: int, regular: bool, copied: bool = False) -> list[Product]:
+        key = (linears[0], rows, regular, copied)
+        if key not in self.known:
+            parameters = [
+                (layer.weight.detach(), layer.bias if layer.bias is None else layer.bias.detach()) for layer in linears
+            ]
+            self.known[key] = [product(weight, bias, rows, regular, copied) for weight, bias in parameters]
+        return self.known[key]
 
     def __call__(
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor, cache: GrowingCache, last: int
     ) -> Tensor:
         """Logits (B, last, V) of the T given tokens, whose keys and values are added to the cache."""
-        B, T = input_ids.shape
-        mask = self.mask(attention_mask, T, cache.get_seq_length())
+        (B, T), past = input_ids.shape, cache.get_seq_length()
+        regular = T == 1 or T == self.block_size
+        mask = visible(attention_mask, T, past)
         x = F.embedding(input_ids, self.wte).to(self.dtype) + F.embedding(position_ids, self.wpe).to(self.dtype)
         x = x.view(B * T, -1)  # (B T, C)
-        for layer, (ln_1, ln_2), (c_attn, attn_proj, c_fc, mlp_proj) in zip(
-            cache.layers, self.norms, self.products_for(B * T, T == 1), strict=True
-        ):
-            query, key, value = c_attn(ln_1(x)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
+        for layer, linears, (ln_1, ln_2) in zip(cache.layers, self.linears, self.norms, strict=True):
+            c_attn, attn_proj, c_fc, mlp_proj = self.products(linears, B * T, regular)
+            qkv = c_attn(ln_1(x))
+            if T == 1:  # the same as below with fewer operators
+                query, key, value = qkv.view(B, 3, self.n_head, 1, -1).unbind(1)
+            else:
+                query, key, value = qkv.view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4).unbind()  # (B, nh, T, hs)
             key, value = layer.update(key, value)  # (B, nh, S, hs)
             y = F.scaled_dot_product_attention(query, key, value, mask, 0.0, T > 1 and mask is None)
             x = x + attn_proj(y.transpose(1, 2).reshape(B * T, -1))
             x = x + mlp_proj(F.gelu(c_fc(ln_2(x)), approximate=self.gelu))
+        self.tokens += B * T == 1
+        (head,) = self.products((self.head,), B * last, regular, B * T == 1 and self.tokens >= COPY_HEAD_AT)
         x = x.view(B, T, -1)[:, T - last :].reshape(B * last, -1)
-        return self.head_for(B * last, T == 1)(self.ln_f(x)).view(B, last, -1)
+        return head(self.ln_f(x)).view(B, last, -1)
+
+
+def visible(attention_mask: Tensor | None, new: int, past: int) -> Tensor | None:
+    """Which tokens each new one sees (B or 1, 1, T, S); None where it sees all up to itself."""
+    padding = None if attention_mask is None or attention_mask.all() else attention_mask[:, None, None] == 0
+    if padding is None and (new == 1 or past == 0):
+        return None
+    seen = torch.ones(1, 1, new, past + new, dtype=torch.bool).tril(past)
+    return seen if padding is None else seen & ~padding | seen.triu(past)  # padding sees itself
 
 
 def is_plain(model: PreTrainedModel) -> bool:
     """Whether the lean step computes what the modules would: classes it knows, on the CPU, untampered."""
-    config = model.config
+    config, activation = model.config, model.config.activation_function
     if os.environ.get("CUSTOM_GPT_PLAIN_DECODE") or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    if config._attn_implementation != "sdpa" or config.activation_function not in GELU:
+    if config._attn_implementation != "sdpa" or activation not in GELU or torch.is_autocast_enabled("cpu"):
         return False
-    if torch.is_autocast_enabled("cpu") or nn.modules.module._has_any_global_hook():
+    if config.output_attentions or config.output_hidden_states or nn.modules.module._has_any_global_hook():
         return False
-    eps, scaling = config.layer_norm_epsilon, (config.n_embd // config.n_head) ** -0.5
-    known = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList, type(ACT2FN[config.activation_function]))
+    numbers = {"eps": config.layer_norm_epsilon, "scaling": (config.n_embd // config.n_head) ** -0.5}
+    known = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList, type(ACT2FN[activation]))
     return all(
         not module.training
-        and module.__dict__.get("eps", eps) == eps
-        and module.__dict__.get("scaling", scaling) == scaling
         and (type(module) in known or type(module).__module__ == type(model).__module__)
-        and not REPLACED & module.__dict__.keys()
+        and all(module.__dict__.get(name, number) == number for name, number in numbers.items())
+        and not {"forward", "prepare_inputs_for_generation"} & module.__dict__.keys()
         and not (module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl or module._buffers)
         and all(
-            parameter is None
-            or (
-                name in ("weight", "bias")
-                and type(parameter) is nn.Parameter
-                and parameter.device.type == "cpu"
-                and parameter.dtype == model.dtype
-            )
+            name in ("weight", "bias")
+            and type(parameter) is nn.Parameter
+            and parameter.device.type == "cpu"
+            and parameter.dtype == model.dtype
             for name, parameter in module._parameters.items()
+            if parameter is not None
         )
         for module in model.modules()
     )
 
-
-REPLACED = {"forward", "prepare_inputs_for_generation"}
 
 __all__ = ["GrowingCache", "can_grow", "settle"]
