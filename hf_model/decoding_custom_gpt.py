@@ -1,24 +1,23 @@
 """What makes `generate` fast: a cache with room to grow and, on a CPU, a lean step that the cache carries.
 
-At each token the plain model spends much of its time on Python, on masks and on the copying of its cache, and not every
-library reads a matrix for a single row of numbers as fast as the memory gives it. So `generate` hands a `GrowingCache`
-to every forward. It holds a `LeanStep`, the same computation with fewer operators, if there is nothing unusual about
-the model (`is_plain`). The step is made once for each call of `generate` and goes with it: the weights must not be
-exchanged while `generate` runs; between its calls they may. CUSTOM_GPT_PLAIN_DECODE=1 in the environment leaves
-everything to the plain model.
+At each token the plain model spends much of its time on Python, masks and copies of its cache, and not every library
+reads a matrix for a single row as fast as the memory gives it. So `generate` hands a `GrowingCache` to every forward.
+For a model with nothing unusual about it (`is_plain`) it holds a `LeanStep`, the same computation with fewer operators,
+made once for each call of `generate`: between calls the weights may be exchanged, within one they must not be.
+CUSTOM_GPT_PLAIN_DECODE=1 in the environment leaves everything to the plain model.
 
-Which library multiplies, as measured on two cores. "Steps" have several rows, whose number comes again and again, as
-has the window past the context (oneDNN keeps about a megabyte for each number that it has met):
+Which library multiplies was measured, on two cores of an AMD EPYC and of an Intel Xeon:
 
-| weights            | one row                           | steps of a batch | other rows                        |
-|--------------------|-----------------------------------|------------------|-----------------------------------|
-| float32            | MKL, a part for each thread       | oneDNN           | MKL, parts up to 256 rows         |
-| the same on Intel  | MKL, as are up to 3 rows and small matrices | oneDNN | MKL                               |
-| float16, bfloat16  | PyTorch's own                     | a float32 copy   | a float32 copy, a matrix at a time |
-| others; bfloat16 where the processor has instructions for it; no AVX | PyTorch's own, everywhere   |||
+| weights        | one row                     | a batch of steps, a window | other rows                            |
+|----------------|-----------------------------|----------------------------|---------------------------------------|
+| float32        | MKL, a part for each thread | oneDNN                     | MKL, up to 256 rows in parts          |
+| float32, Intel | MKL, to 3 rows or if SMALL  | oneDNN                     | MKL                                   |
+| half precision | PyTorch's own               | a float32 copy, kept       | a float32 copy of one matrix at a time |
+| PyTorch's own everywhere: other dtypes, no AVX, bfloat16 where the processor has instructions for it         |
 
+oneDNN keeps about a megabyte for each number of rows that it has met, so it gets those that come again and again.
 Parts and oneDNN add up in another order than the plain model: logits differ by rounding, in float32 by some 1e-6 of
-their spread. With weights in half precision, all between the products is computed in float32.
+their spread. With weights in half precision, everything between the products is in float32.
 """
 
 import os
@@ -44,11 +43,9 @@ class GrowingLayer(DynamicLayer):
     key_room: Tensor | None = None  # (B, nh, more than S, hs); the next token makes it where there is none
     value_room: Tensor | None = None
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():  # there, nothing may be written over
-            return super().update(key_states, value_states, *args, **kwargs)
+            return super().update(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new, past = key_states.shape[2], self.get_seq_length()
@@ -56,34 +53,27 @@ class GrowingLayer(DynamicLayer):
         self.value_room = with_room(self.value_room, self.values, value_states, past)
         self.key_room.narrow(2, past, new).copy_(key_states)
         self.value_room.narrow(2, past, new).copy_(value_states)
-        self.keys = self.key_room.narrow(2, 0, past + new)
-        self.values = self.value_room.narrow(2, 0, past + new)
+        self.keys, self.values = (room.narrow(2, 0, past + new) for room in (self.key_room, self.value_room))
         if self.keys.dtype == key_states.dtype:
             return self.keys, self.values
         return self.keys.to(key_states.dtype), self.values.to(key_states.dtype)
 
     def __getstate__(self) -> dict[str, object]:
         """For copies: with a room in common, one would write over the other's tokens."""
-        state = self.__dict__ | {"key_room": None, "value_room": None}
-        if self.is_initialized:
-            state |= {"keys": self.keys.clone(), "values": self.values.clone()}
-        return state
+        own = {name: getattr(self, name).clone() for name in ("keys", "values") if self.is_initialized}
+        return self.__dict__ | {"key_room": None, "value_room": None} | own
 
 
 def with_room(room: Tensor | None, states: Tensor, new: Tensor, past: int) -> Tensor:
     """The room, if the states are its beginning and the new ones fit in behind them, or else a larger one."""
-    total, dtype = past + new.shape[2], new.dtype
-    if past and states.dtype != dtype:
-        dtype = torch.promote_types(states.dtype, dtype)
+    total, dtype = past + new.shape[2], torch.promote_types(states.dtype, new.dtype) if past else new.dtype
     if (
         room is not None
         and room.shape[2] >= total
         and room.dtype == dtype
         and room.is_inference() == torch.is_inference_mode_enabled()  # or it could not be written to
         # `crop` leaves the states where they are. All other changes make new tensors of them.
-        and room.data_ptr() == states.data_ptr()
-        and room.stride() == states.stride()
-        and room.shape[0] == states.shape[0]
+        and (room.data_ptr(), room.stride(), len(room)) == (states.data_ptr(), states.stride(), len(states))
     ):
         return room
     room = new.new_empty(*new.shape[:2], total + total // 4 + 32, new.shape[3], dtype=dtype)
@@ -108,33 +98,28 @@ class GrowingCache(DynamicCache):
         self,
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
-        position_ids: Tensor,
-        logits_to_keep: int | Tensor,
+        positions: Tensor,
+        keep: int | Tensor,
         **others: object,
     ) -> Tensor | None:
         """What the model's forward gives, by the lean step; None if it is not for that."""
         if self.step is None or input_ids is None or not input_ids.is_cpu or torch.is_grad_enabled():
             return None
-        if type(logits_to_keep) is not int or any(
-            value is not None and value is not False for value in others.values()
-        ):
+        if type(keep) is not int or any(value is not None and value is not False for value in others.values()):
             return None  # something that only the plain model does
-        T = input_ids.shape[1]
-        if attention_mask is not None and attention_mask.shape != (len(input_ids), self.get_seq_length() + T):
+        B, T = input_ids.shape
+        if attention_mask is not None and attention_mask.shape != (B, self.get_seq_length() + T):
             return None
-        if int(position_ids.max()) >= self.step.block_size:
+        if int(positions.max()) >= self.step.block_size:
             return None  # the plain model says what is wrong
-        return self.step(input_ids, attention_mask, position_ids, self, min(logits_to_keep or T, T))
+        return self.step(input_ids, attention_mask, positions, self, min(keep or T, T))
 
 
 def can_grow(cache: object) -> TypeGuard[DynamicCache]:
     """Whether this is the library's ordinary cache, not one of the other kinds, which somebody has chosen."""
-    return (
-        isinstance(cache, DynamicCache)
-        and type(cache) in (DynamicCache, GrowingCache)
-        and not cache.offloading
-        and all(type(layer) in (DynamicLayer, GrowingLayer) for layer in cache.layers)
-    )
+    if not isinstance(cache, DynamicCache) or type(cache) not in (DynamicCache, GrowingCache) or cache.offloading:
+        return False
+    return all(type(layer) in (DynamicLayer, GrowingLayer) for layer in cache.layers)
 
 
 def settle(cache: object, dtype: torch.dtype) -> None:
@@ -155,8 +140,8 @@ def product(weight: Tensor, bias: Tensor | None, rows: int, regular: bool, copie
     # An older PyTorch, under which a converted folder may run, does not tell what the processor can do.
     processor: dict = getattr(torch.cpu, "get_capabilities", dict)()
     has_avx = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    has_mkl, has_onednn = torch.backends.mkl.is_available(), torch.backends.mkldnn.is_available()
-    has_onednn = has_onednn and bool(torch.backends.mkldnn.enabled)
+    has_mkl = torch.backends.mkl.is_available()
+    has_onednn = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
     if weight.dtype in HALF:
         if rows == 1 or not has_avx or (weight.dtype == torch.bfloat16 and processor.get("avx512_bf16", False)):
             return lambda x: F.linear(x.to(weight.dtype), weight, bias).float()
@@ -175,10 +160,7 @@ def product(weight: Tensor, bias: Tensor | None, rows: int, regular: bool, copie
 
 
 def in_parts(weight: Tensor, bias: Tensor | None, copied: bool) -> Product:
-    """By MKL, which by itself multiplies a matrix and a single row on one thread: a part of the matrix for each.
-
-    `copied`: with the parts stored in the order in which they are read.
-    """
+    """MKL by itself multiplies a matrix and a single row on one thread. `copied`: stored in the order of reading."""
     n, (n_out, n_in) = torch.get_num_threads(), weight.shape
     parts = weight.view(n, n_out // n, n_in).transpose(1, 2)
     parts = parts.contiguous() if copied else parts
@@ -206,16 +188,13 @@ class LeanStep:
         self.tokens = 0  # of a single sequence
 
     def norm(self, layer: nn.LayerNorm) -> Product:
-        weight, bias = (None if p is None else p.detach().to(self.dtype) for p in (layer.weight, layer.bias))
+        weight, bias = (None if p is None else p.to(self.dtype) for p in (layer.weight, layer.bias))
         return lambda x: torch.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
 
     def products(self, linears: tuple[nn.Linear, ...], rows: int, regular: bool, copied: bool = False) -> list[Product]:
         key = (linears[0], rows, regular, copied)
         if key not in self.known:
-            parameters = [
-                (layer.weight.detach(), layer.bias if layer.bias is None else layer.bias.detach()) for layer in linears
-            ]
-            self.known[key] = [product(weight, bias, rows, regular, copied) for weight, bias in parameters]
+            self.known[key] = [product(layer.weight, layer.bias, rows, regular, copied) for layer in linears]
         return self.known[key]
 
     def __call__(
@@ -229,11 +208,7 @@ class LeanStep:
         x = x.view(B * T, -1)  # (B T, C)
         for layer, linears, (ln_1, ln_2) in zip(cache.layers, self.linears, self.norms, strict=True):
             c_attn, attn_proj, c_fc, mlp_proj = self.products(linears, B * T, regular)
-            qkv = c_attn(ln_1(x))
-            if T == 1:  # the same as below with fewer operators
-                query, key, value = qkv.view(B, 3, self.n_head, 1, -1).unbind(1)
-            else:
-                query, key, value = qkv.view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4).unbind()  # (B, nh, T, hs)
+            query, key, value = c_attn(ln_1(x)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4).unbind()
             key, value = layer.update(key, value)  # (B, nh, S, hs)
             y = F.scaled_dot_product_attention(query, key, value, mask, 0.0, T > 1 and mask is None)
             x = x + attn_proj(y.transpose(1, 2).reshape(B * T, -1))
@@ -258,9 +233,9 @@ def is_plain(model: PreTrainedModel) -> bool:
     config, activation = model.config, model.config.activation_function
     if os.environ.get("CUSTOM_GPT_PLAIN_DECODE") or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    if config._attn_implementation != "sdpa" or activation not in GELU or torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu") or nn.modules.module._has_any_global_hook() or activation not in GELU:
         return False
-    if config.output_attentions or config.output_hidden_states or nn.modules.module._has_any_global_hook():
+    if config._attn_implementation != "sdpa" or config.output_attentions or config.output_hidden_states:
         return False
     numbers = {"eps": config.layer_norm_epsilon, "scaling": (config.n_embd // config.n_head) ** -0.5}
     known = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList, type(ACT2FN[activation]))
@@ -272,11 +247,11 @@ def is_plain(model: PreTrainedModel) -> bool:
         and not (module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl or module._buffers)
         and all(
             name in ("weight", "bias")
-            and type(parameter) is nn.Parameter
-            and parameter.device.type == "cpu"
-            and parameter.dtype == model.dtype
-            for name, parameter in module._parameters.items()
-            if parameter is not None
+            and type(weight) is nn.Parameter
+            and weight.is_cpu
+            and weight.dtype == model.dtype
+            for name, weight in module._parameters.items()
+            if weight is not None
         )
         for module in model.modules()
     )
