@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_model.errors import UserError, memory_for
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
+from hf_model.vocabulary import check_characters, is_of_characters, takes_instructions
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class TokenStream(BaseStreamer):
         """Of several sequences, the new tokens of each."""
         self.decoder = DecodeStream(skip_special_tokens=not prompt_text)
         self.length = 0
-        self.has_begun = False
+        self.has_begun = prompt_text or not takes_instructions(tokenizer)
 
     def put(self, value: torch.Tensor) -> None:
         """Take the prompt, of shape (B, T), and then the token of each step, of shape (B,)."""
@@ -83,8 +84,8 @@ class TokenStream(BaseStreamer):
         self._emit(text[self.length :])
 
     def _emit(self, piece: str) -> None:
-        # The space between "Response:" and the response belongs to the format.
-        shown = piece if self.prompt_text or self.has_begun else piece.lstrip()
+        # The space between "Response:" and the response belongs to the format; raw text has none of that.
+        shown = piece if self.has_begun else piece.lstrip()
         self.length += len(piece)
         self.has_begun = self.has_begun or bool(shown)
         if shown:
@@ -116,13 +117,20 @@ class Generation:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, content: str, parse_special_tokens: bool = False) -> torch.Tensor:
-    """Token ids of shape (1, T): `[BOS]` and the content.
+    """Token ids of shape (1, T): `[BOS]`, where the vocabulary has it, and the content.
 
-    `parse_special_tokens` says whether "[EOS]" typed by a user is the special token (as in the original) or text.
+    `parse_special_tokens` says whether "[EOS]" typed by a user is the special token (as in the original) or text. In
+    raw text special tokens are always read as such, as in nanoGPT.
+
+    Raises:
+        UserError: a character that a model of characters does not know; the message names it.
     """
     # A command line's bytes that are no UTF-8 arrive as unpaired surrogates, which no tokenizer takes.
     content = content.encode("utf-8", "replace").decode("utf-8")
-    return tokenizer(content, return_tensors="pt", split_special_tokens=not parse_special_tokens).input_ids
+    if is_of_characters(tokenizer):
+        check_characters(tokenizer, content)
+    parses = parse_special_tokens or not takes_instructions(tokenizer)
+    return tokenizer(content, return_tensors="pt", split_special_tokens=not parses).input_ids
 
 
 DRAWING = threading.RLock()
@@ -176,7 +184,7 @@ def generate(
 
     def text(ids: list[int]) -> str:
         if response_only:
-            return tokenizer.decode(ids, skip_special_tokens=True).lstrip()
+            return bare_response(tokenizer, ids)
         return tokenizer.decode(prompt + ids)
 
     try:
@@ -208,17 +216,30 @@ def continue_prompts(
     Raises:
         UserError: the model's logits are NaN or infinite.
     """
-    batch = tokenizer.pad({"input_ids": [prompt[0].tolist() for prompt in prompts]}, return_tensors="pt")
+    width = max(prompt.shape[1] for prompt in prompts)
+    # A vocabulary of characters has no padding token: under the mask any id will do.
+    input_ids = torch.full((len(prompts), width), tokenizer.pad_token_id or 0)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - prompt.shape[1] :] = prompt[0]
+        attention_mask[row, width - prompt.shape[1] :] = 1
     with _seeded(sampling.seed):
         sequences = model.generate(
-            **batch.to(model.device), logits_processor=LogitsProcessorList([OnlyNumbers()]), **sampling.kwargs()
+            input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            logits_processor=LogitsProcessorList([OnlyNumbers()]),
+            **sampling.kwargs(),
         )  # (B, T + new)
-    responses = sequences[:, batch.input_ids.shape[1] :].tolist()
-    return [
-        tokenizer.decode(_up_to(tokenizer.eos_token_id, ids), skip_special_tokens=True).lstrip() for ids in responses
-    ]
+    responses = sequences[:, width:].tolist()
+    return [bare_response(tokenizer, _up_to(tokenizer.eos_token_id, ids)) for ids in responses]
 
 
-def _up_to(eos_token_id: int, ids: list[int]) -> list[int]:
+def bare_response(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    """The text of new tokens; the space in front of the answer to an instruction belongs to the format."""
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    return text.lstrip() if takes_instructions(tokenizer) else text
+
+
+def _up_to(eos_token_id: int | None, ids: list[int]) -> list[int]:
     """The ids up to and including the first [EOS]; a sequence that ends before its neighbours is padded after it."""
     return ids[: ids.index(eos_token_id) + 1] if eos_token_id in ids else ids

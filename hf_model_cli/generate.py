@@ -13,11 +13,14 @@ from hf_model_cli.common import (
     DEFAULT_TOKENIZER,
     DTYPES,
     Parser,
+    add_vocabulary,
+    check_checkpoint,
     check_file,
     no_garbage_search,
     number,
     run_command,
     show,
+    vocabulary_of,
 )
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 MOST_ANSWERS = 10**6  # at a time; past these, sizes would overflow in torch
 MOST_TOKENS = 10**9
+FROM_FILE = "FILE:"  # in front of a path, nanoGPT's way to give a prompt
 
 
 def make_parser() -> Parser:
@@ -46,17 +50,17 @@ def add_files(group: argparse._ArgumentGroup) -> None:
         default=DEFAULT_CHECKPOINT,
         help="checkpoint (.pt) or converted folder (default: %(default)s)",
     )
-    group.add_argument(
-        "--tokenizer_path", help=f"tokenizer JSON (default: {DEFAULT_TOKENIZER}, or the converted folder's own)"
-    )
+    add_vocabulary(group, default="the converted folder's own, or where the trainer put it")
     group.add_argument("--n_head", type=number(int, 1), help="number of heads, where the checkpoint does not tell")
-    group.add_argument("--activation", choices=ACTIVATIONS, help="exact or tanh GELU (default: gelu)")
+    group.add_argument("--activation", choices=ACTIVATIONS, help="exact or tanh GELU (default: what the file tells)")
 
 
 def add_prompt(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--prompt", help="the instruction or question")
+    group.add_argument("--prompt", help="the instruction or question; of raw text, its beginning, or FILE:path")
     group.add_argument(
-        "--prompts_file", type=Path, help="JSON Lines of records with an instruction and perhaps an input"
+        "--prompts_file",
+        type=Path,
+        help="JSON Lines of records with an instruction and perhaps an input; of raw text, with a prompt",
     )
     group.add_argument("--input_text", default="", help="text that the instruction is about")
     group.add_argument(
@@ -134,8 +138,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def check_prompt(parser: Parser, args: argparse.Namespace) -> None:
     if args.prompt is None:
         parser.error("one of the arguments --prompt and --prompts_file is required")
-    if not args.prompt.strip():
+    if not args.prompt:
         parser.error("argument --prompt: must not be empty")
+    if args.raw and args.input_text:
+        parser.error("argument --input_text: a raw prompt has no place for it")
     if args.output_file is not None:
         parser.error("arguments --prompts_file and --output_file: go together")
 
@@ -157,16 +163,14 @@ def check_batch(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def check_model(parser: Parser, args: argparse.Namespace) -> None:
-    """Check that the model's files are there, and fill in the tokenizer's default."""
-    if not Path(args.checkpoint_path).exists():
-        parser.error(f"argument --checkpoint_path: there is no {args.checkpoint_path}")
+    """Check that the model's files are there, and find what names its vocabulary; None is a folder's own."""
+    check_checkpoint(parser, args.checkpoint_path, "")
     is_folder = Path(args.checkpoint_path).is_dir()
     if is_folder and (args.n_head or args.activation):
         parser.error("arguments --n_head and --activation: are for a .pt file; a folder's config.json tells")
+    args.vocabulary = None if is_folder and args.tokenizer_path is None else vocabulary_of(parser, args)
     if args.tokenizer_path is None and not is_folder:
         args.tokenizer_path = DEFAULT_TOKENIZER
-    if args.tokenizer_path is not None:
-        check_file(parser, "tokenizer_path", args.tokenizer_path)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -176,6 +180,7 @@ def run(args: argparse.Namespace) -> None:
 
         from hf_model import generation, loading
         from hf_model.description import describe_architecture, describe_parameters
+        from hf_model.vocabulary import takes_instructions
     logging.set_verbosity_error()  # the library's reminders about lengths and flags are answered in the README
     logging.disable_progress_bar()
 
@@ -183,23 +188,57 @@ def run(args: argparse.Namespace) -> None:
         show(line, file=sys.stderr if args.response_only else sys.stdout)
 
     device = loading.pick_device(args.device)
-    note(f"device      {device}")
-    note(f"checkpoint  {args.checkpoint_path}")
-    note(f"tokenizer   {args.tokenizer_path or args.checkpoint_path}")
+    choices: list[tuple[str, str]] = []
     model, tokenizer = loading.load(
         args.checkpoint_path,
-        args.tokenizer_path,
+        args.vocabulary,
         device=device,
         dtype=args.dtype,
         n_head=args.n_head,
-        activation=args.activation or "gelu",
+        activation=args.activation or "auto",
+        characters_of=args.characters_of,
+        raw=args.raw,
+        report=lambda item, text: choices.append((item, text)),
     )
+    if args.prompts_file is None:
+        args.content = content_of(args.prompt, args.input_text, takes_instructions(tokenizer))
+    note(f"device      {device}")
+    note(f"checkpoint  {args.checkpoint_path}")
+    for item, text in choices:
+        note(f"{item:<12}{text}")
     note(f"model       {describe_architecture(model.config)}")
     note(f"parameters  {describe_parameters(model)}")
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "num_return_sequences", "seed")
     sampling = generation.Sampling(**{name: getattr(args, name) for name in names})
     answer = answer_prompt if args.prompts_file is None else answer_records
     answer(args, model, tokenizer, sampling, note)
+
+
+def content_of(prompt: str, input_text: str, takes_instructions: bool) -> str:
+    """The text that is encoded: an instruction in its format, or raw text as it was typed or as it stands in a file.
+
+    Raises:
+        UserError: an instruction of nothing but spaces, an input without an instruction, or a file that cannot be read.
+    """
+    from hf_model.errors import UserError
+    from hf_model.vocabulary import format_prompt
+
+    if takes_instructions:
+        if not prompt.strip():
+            raise UserError("argument --prompt: must not be empty")
+        return format_prompt(prompt, input_text)
+    if input_text:
+        raise UserError("argument --input_text: this model's prompts are raw text, which has no place for it")
+    if not prompt.startswith(FROM_FILE):
+        return prompt
+    path = Path(prompt.removeprefix(FROM_FILE))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"argument --prompt: {path} cannot be read ({error})") from None
+    if not text:
+        raise UserError(f"argument --prompt: {path} is empty")
+    return text
 
 
 def answer_prompt(
@@ -210,10 +249,9 @@ def answer_prompt(
     note: Callable[[str], None],
 ) -> None:
     from hf_model.generation import encode, generate
-    from hf_model.vocabulary import format_prompt
 
-    content = format_prompt(args.prompt, args.input_text)
-    note(f"content     {content}\n")
+    input_ids = encode(tokenizer, args.content, args.parse_special_tokens)
+    note(f"content     {args.content}\n")
     streams = args.num_return_sequences == 1 and not args.no_stream
     pieces: list[str] = []
 
@@ -226,7 +264,7 @@ def answer_prompt(
         output = generate(
             model,
             tokenizer,
-            encode(tokenizer, content, args.parse_special_tokens),
+            input_ids,
             sampling,
             response_only=args.response_only,
             on_text=take,
@@ -246,8 +284,9 @@ def answer_records(
     note: Callable[[str], None],
 ) -> None:
     from hf_model.batch import answer_file, read_records
+    from hf_model.vocabulary import takes_instructions
 
-    records = read_records(args.prompts_file)
+    records = read_records(args.prompts_file, raw=not takes_instructions(tokenizer))
     start = time.perf_counter()
     answered = answer_file(
         model,
