@@ -209,8 +209,8 @@ def read_original(
 
     Args:
         checkpoint_path: `torch.save` file.
-        tokenizer_path: a `tokenizers` JSON, nanoGPT's meta.pkl, either of GPT-2's two files, a folder of any of them, the
-            name `"gpt2"`, a folder or name that AutoTokenizer knows; or `"auto"`, to look where the trainer put it.
+        tokenizer_path: a `tokenizers` JSON, nanoGPT's meta.pkl, either of GPT-2's two files, a folder of any of them,
+            the name `"gpt2"`, a folder or name that AutoTokenizer knows; or `"auto"`, to look where the trainer put it.
         dtype: `"auto"` for the file's own, or the name of a torch dtype.
         n_head: number of attention heads, where the file does not tell.
         activation: `"gelu"` (exact), `"gelu_new"` or `"gelu_pytorch_tanh"` (tanh, written out or torch's); `"auto"` for

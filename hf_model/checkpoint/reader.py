@@ -32,7 +32,7 @@ class Checkpoint:
     """Where in the file the weights stood; None for a bare state dict."""
     progress: dict[str, Any] = field(default_factory=dict)
     """`iter_num` and the loss, where the file tells."""
-    trainer: Trainer = Trainer(is_known=False)
+    trainer: Trainer = field(default_factory=lambda: Trainer(is_known=False))
     """What wrote the file, by what stands in it."""
     dataset: str | None = None
     """nanoGPT's name of the data that it was trained on."""

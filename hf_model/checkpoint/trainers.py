@@ -90,7 +90,7 @@ def heads_beside(path: Path, n_layer: int, n_embd: int) -> tuple[int, str] | Non
     layers, heads, width = MINGPT_TYPES[model_type]
     if (layers, width) != (n_layer, n_embd):
         raise UserError(
-            f"{config.name} beside it says {model_type} ({layers} layers, {width} wide), but the weights have {n_layer} "
-            f"layers and are {n_embd} wide: give --n_head"
+            f"{config.name} beside it says {model_type} ({layers} layers, {width} wide), but the weights have "
+            f"{n_layer} layers and are {n_embd} wide: give --n_head"
         )
     return heads, f"{config} says {model_type}"

@@ -25,8 +25,8 @@ tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 {code}
 ```
 
-{prompt}`generate` samples with temperature 0.8 and top_k 50 unless told otherwise (`generation_config.json`), and goes on
-past the context of {block_size} tokens with the last {block_size}.
+{prompt}`generate` samples with temperature 0.8 and top_k 50 unless told
+otherwise (`generation_config.json`), and goes on past the context of {block_size} tokens with the last {block_size}.
 """
 
 INSTRUCTION_CODE = """\
@@ -52,10 +52,11 @@ output = model.generate(**inputs)
 print(tokenizer.decode(output[0]))"""
 
 CHARACTERS = """\
-The vocabulary is {vocab_size} characters. A text with any other is an error in `tokenizer(text)` ("Unk token …"). There are
-no special tokens, so a text ends at `max_new_tokens` only, and there is none to pad with. For a batch of prompts of unlike
-length, let any character fill them up under the attention mask: `tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)`.
-In training use rows of one length instead: a padding token is left out of the loss, and this one is a character.
+The vocabulary is {vocab_size} characters. A text with any other is an error in `tokenizer(text)` ("Unk token …").
+There are no special tokens: a text ends at `max_new_tokens` only, and there is none to pad with. For a batch of prompts
+of unlike length, let a character fill them up under the attention mask, whichever it is:
+`tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)`. In training use rows of one length instead: a padding token
+is left out of the loss, and this one is a character of the text.
 """
 
 

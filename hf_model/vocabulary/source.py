@@ -85,8 +85,9 @@ def _found(model: Model, raw: bool) -> Vocabulary:
         return replace(_named(GPT2, model, raw), why=f"a vocabulary of {model.vocab_size} is GPT-2's")
     if ORIGINAL.is_file():
         return _named(ORIGINAL, model, raw)
+    data = f", nor {looked[-1]}" if model.dataset else ""
     raise UserError(
-        f"{model.path}: there is no tokenizer beside it{', nor ' + looked[-1] if model.dataset else ''}, nor {ORIGINAL}: "
+        f"{model.path}: there is no tokenizer beside it{data}, nor {ORIGINAL}: "
         "give --tokenizer_path (a tokenizer JSON, nanoGPT's meta.pkl, gpt2, a folder) or, for a model of characters, "
         "--characters_of its training text"
     )

@@ -41,8 +41,8 @@ def wrap(
     """A `tokenizers` object as transformers' tokenizer, with the special tokens that its vocabulary has.
 
     With `[BOS]` and `[EOS]` the model is one of the original's: `tokenizer(text)` gives `[BOS]` + text, without the
-    `[EOS]` that the original's template appends (and its sampling loop drops again); `add_eos_token=True` brings it back.
-    Where there is no `[PAD]`, `[EOS]` serves. The chat template makes the prompt of instructions, unless `raw`.
+    `[EOS]` that the original's template appends (and its sampling loop drops again); `add_eos_token=True` brings it
+    back. Where there is no `[PAD]`, `[EOS]` serves. The chat template makes the prompt of instructions, unless `raw`.
 
     Any other vocabulary is one of raw text, and so is its prompt.
 
