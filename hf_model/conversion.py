@@ -29,7 +29,7 @@ from hf_model.vocabulary import PAD, takes_instructions
 @memory_for("to convert the model")
 def convert(
     checkpoint_path: str | Path,
-    tokenizer_path: str | Path,
+    tokenizer_path: str | Path | None,
     output_dir: str | Path,
     *,
     dtype: str = "auto",

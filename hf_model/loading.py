@@ -82,13 +82,9 @@ def load(
     if Path(checkpoint_path).is_dir():
         model, tokenizer = _load_folder(Path(checkpoint_path), tokenizer_path, dtype, characters_of, raw, report)
     else:
-        if tokenizer_path is None and characters_of is None:
-            raise UserError(
-                f'{checkpoint_path}: is a file, so the tokenizer must be given too, or "auto" to look for it'
-            )
         original = read_original(
             checkpoint_path,
-            tokenizer_path or "",
+            tokenizer_path,
             dtype=dtype,
             n_head=n_head,
             activation=activation,
@@ -136,7 +132,7 @@ def _load_folder(
             report("tokenizer", str(folder))
         else:
             source = Model(folder, config.vocab_size, config.block_size)
-            vocabulary = take_vocabulary(tokenizer_path or "", source, characters_of=characters_of, raw=raw)
+            vocabulary = take_vocabulary(tokenizer_path, source, characters_of=characters_of, raw=raw)
             tokenizer = vocabulary.tokenizer
             model.generation_config = default_generation(tokenizer, config.vocab_size)
             report("tokenizer", _describe_vocabulary(vocabulary))
@@ -186,7 +182,7 @@ class Original:
 
 
 def load_original(
-    checkpoint_path: str | Path, tokenizer_path: str | Path, **how: Any
+    checkpoint_path: str | Path, tokenizer_path: str | Path | None, **how: Any
 ) -> tuple[CustomGPTForCausalLM, PreTrainedTokenizerFast, Checkpoint]:
     """Model, tokenizer and checkpoint of `read_original`, which takes the same arguments."""
     original = read_original(checkpoint_path, tokenizer_path, **how)
@@ -195,7 +191,7 @@ def load_original(
 
 def read_original(
     checkpoint_path: str | Path,
-    tokenizer_path: str | Path,
+    tokenizer_path: str | Path | None,
     *,
     dtype: str = "auto",
     n_head: int | None = None,
@@ -221,6 +217,8 @@ def read_original(
     Raises:
         UserError: one of the files is not what it should be, or they do not belong together.
     """
+    if tokenizer_path is None and characters_of is None:
+        raise UserError(f'{checkpoint_path}: is a file, so the tokenizer must be given too, or "auto" to look for it')
     checkpoint = read_checkpoint(checkpoint_path)
     architecture = checkpoint.architecture(n_head)
     source = Model(checkpoint.path, architecture.vocab_size, architecture.block_size, checkpoint.dataset)

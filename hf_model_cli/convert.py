@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
 
     folder = convert(
         args.checkpoint_path,
-        args.vocabulary or "",
+        args.vocabulary,
         args.output_dir,
         dtype=args.dtype,
         max_shard_size=args.max_shard_size,

@@ -51,7 +51,7 @@ def build(root: Path) -> tuple[GPT, Path, dict]:
 def mingpt(root: Path) -> tuple[GPT, Path, dict]:
     model = relatives.mingpt_model()
     (root / "input.txt").write_text(TEXT, encoding="utf-8")
-    how = {"tokenizer_path": "", "characters_of": root / "input.txt"}
+    how = {"tokenizer_path": None, "characters_of": root / "input.txt"}
     return model, relatives.save_mingpt(root / "out", model), how
 
 

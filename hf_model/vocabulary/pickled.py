@@ -59,7 +59,7 @@ def _walk(raw: bytes) -> Any:
         elif name in STORE:
             memo[len(memo) if argument is None else argument] = stack[-1]
         elif name in RECALL:
-            stack.append(memo[argument])
+            stack.append(memo[argument])  # type: ignore[index]
         elif name in TUPLES:
             stack[-TUPLES[name] :] = [tuple(stack[-TUPLES[name] :])]
         elif name == "MARK":
@@ -67,7 +67,7 @@ def _walk(raw: bytes) -> Any:
             stack = []
         elif name in ("DICT", "LIST", "TUPLE"):
             items, stack = stack, below.pop()
-            stack.append({"DICT": _pairs, "LIST": list, "TUPLE": tuple}[name](items))
+            stack.append(_pairs(items) if name == "DICT" else items if name == "LIST" else tuple(items))
         elif name in ("SETITEM", "APPEND"):
             count = 2 if name == "SETITEM" else 1
             items = stack[-count:]

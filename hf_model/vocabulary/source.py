@@ -51,7 +51,7 @@ class Vocabulary:
 
 
 def take_vocabulary(
-    tokenizer_path: str | Path, model: Model, *, characters_of: str | Path | None = None, raw: bool = False
+    tokenizer_path: str | Path | None, model: Model, *, characters_of: str | Path | None = None, raw: bool = False
 ) -> Vocabulary:
     """The vocabulary that a path or a name stands for.
 
@@ -66,7 +66,7 @@ def take_vocabulary(
     """
     if characters_of is not None:
         vocabulary = _of_training_text(Path(characters_of), model)
-    elif str(tokenizer_path) == AUTO:
+    elif tokenizer_path is None or str(tokenizer_path) == AUTO:
         vocabulary = _found(model, raw)
     else:
         vocabulary = _named(tokenizer_path, model, raw)

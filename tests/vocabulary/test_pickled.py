@@ -56,7 +56,7 @@ def test_a_payload_never_runs(where: str, protocol: int, tmp_path: Path) -> None
     payload = Payload(f"touch {tmp_path / 'ran'}")
     value = {"alone": payload, "beside a meta": {**VALUES["a meta"], "more": payload}, "as a key": {payload: 1}}[where]
     content = pickle.dumps(value, protocol)
-    with pytest.raises(UserError, match="meta.pkl: holds more than plain data .*: it was not opened"):
+    with pytest.raises(UserError, match=r"meta\.pkl: holds more than plain data .*: it was not opened"):
         read_plain_pickle(write(tmp_path / "meta.pkl", content))
     assert not (tmp_path / "ran").exists()
     pickle.loads(content)
@@ -93,14 +93,13 @@ META = pickle.dumps(VALUES["a meta"])
 
 @pytest.mark.parametrize("length", range(len(META)))
 def test_a_file_cut_short_is_damaged(length: int, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="meta.pkl: (is a damaged pickle, or none|holds more than plain data)"):
+    with pytest.raises(UserError, match=r"meta\.pkl: (is a damaged pickle, or none|holds more than plain data)"):
         read_plain_pickle(write(tmp_path / "meta.pkl", META[:length]))
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"text, not a pickle", b"\x80\x04.", b"\x80\x04K\x01e.", b"\x80\x04K\x01K\x02s.", b"]}a]s.", b"h\x05.", b"(e."]
-    + [b"}]K\x01s.", b"(K\x01d.", b"K\x01K\x02a."],
+    [b"text, not a pickle", b"\x80\x04.", b"\x80\x04K\x01e.", b"\x80\x04K\x01K\x02s.", b"]}a]s.", b"h\x05.", b"(e."],
 )
 def test_a_pickle_that_does_not_work_out_is_damaged(content: bytes, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a damaged pickle, or none"):
