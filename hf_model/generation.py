@@ -12,6 +12,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
+from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError, memory_for
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.vocabulary import check_characters, is_of_characters, takes_instructions
@@ -30,6 +31,8 @@ class Sampling:
     repetition_penalty: float = 1.0
     num_return_sequences: int = 1
     seed: int = 1337
+    seed_like_original: bool = False
+    """Whether the generator is left as the trainers' scripts leave it, which seed before they build the model."""
 
     def kwargs(self) -> dict[str, Any]:
         """Arguments of `model.generate`."""
@@ -137,11 +140,28 @@ DRAWING = threading.RLock()
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def _seeded(sampling: Sampling, config: CustomGPTConfig) -> Iterator[None]:
     """Threads take turns: torch has one random generator for all of them, and each must draw what it would alone."""
     with DRAWING:
-        torch.manual_seed(seed)
+        torch.manual_seed(sampling.seed)
+        if sampling.seed_like_original:
+            replay_initialisation(config)
         yield
+
+
+def replay_initialisation(config: CustomGPTConfig) -> None:
+    """Use up the draws of the CPU's generator that building the trainer's model does: same kinds, sizes and order."""
+    C, V, T = config.n_embd, config.vocab_size, config.block_size
+    layer = ((3 * C, C), (C, C), (4 * C, C), (C, 4 * C))  # c_attn, c_proj, c_fc, c_proj
+    linear = [*layer * config.n_layer, (V, C)]
+    for shape in ((V, C), (T, C)):  # what nn.Embedding and nn.Linear draw, which is overwritten
+        torch.empty(shape).normal_()
+    for index, shape in enumerate(linear):
+        torch.empty(shape).uniform_()
+        if config.bias and index < len(linear) - 1:  # the head never has one
+            torch.empty(shape[0]).uniform_()
+    for shape in ((V, C), (T, C), *linear, *((C, C), (C, 4 * C)) * config.n_layer):  # at last, each c_proj once more
+        torch.empty(shape).normal_()
 
 
 @contextmanager
@@ -188,7 +208,7 @@ def generate(
         return tokenizer.decode(prompt + ids)
 
     try:
-        with _seeded(sampling.seed):
+        with _seeded(sampling, model.config):
             start = time.perf_counter()
             sequences = model.generate(
                 input_ids,
@@ -223,7 +243,7 @@ def continue_prompts(
     for row, prompt in enumerate(prompts):
         input_ids[row, width - prompt.shape[1] :] = prompt[0]
         attention_mask[row, width - prompt.shape[1] :] = 1
-    with _seeded(sampling.seed):
+    with _seeded(sampling, model.config):
         sequences = model.generate(
             input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),

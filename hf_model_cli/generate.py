@@ -105,6 +105,11 @@ def add_sampling(group: argparse._ArgumentGroup) -> None:
         default=1337,
         help="makes a run repeatable (default: %(default)s)",
     )
+    group.add_argument(
+        "--seed_like_original",
+        action="store_true",
+        help="on a CPU, the text that the trainer's script gives for the seed",
+    )
 
 
 def add_batch(group: argparse._ArgumentGroup) -> None:
@@ -208,7 +213,8 @@ def run(args: argparse.Namespace) -> None:
         note(f"{item:<12}{text}")
     note(f"model       {describe_architecture(model.config)}")
     note(f"parameters  {describe_parameters(model)}")
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "num_return_sequences", "seed")
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "num_return_sequences")
+    names += ("seed", "seed_like_original")
     sampling = generation.Sampling(**{name: getattr(args, name) for name in names})
     answer = answer_prompt if args.prompts_file is None else answer_records
     answer(args, model, tokenizer, sampling, note)
@@ -251,7 +257,7 @@ def answer_prompt(
     from hf_model.generation import encode, generate
 
     input_ids = encode(tokenizer, args.content, args.parse_special_tokens)
-    note(f"content     {args.content}\n")
+    note(f"content     {repr(args.content) if args.content != ' '.join(args.content.split()) else args.content}\n")
     streams = args.num_return_sequences == 1 and not args.no_stream
     pieces: list[str] = []
 
