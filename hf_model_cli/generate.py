@@ -255,9 +255,12 @@ def answer_prompt(
     note: Callable[[str], None],
 ) -> None:
     from hf_model.generation import encode, generate
+    from hf_model.vocabulary import takes_instructions
 
     input_ids = encode(tokenizer, args.content, args.parse_special_tokens)
-    note(f"content     {repr(args.content) if args.content != ' '.join(args.content.split()) else args.content}\n")
+    # Of raw text, spaces and new lines at the ends matter, and would not be seen.
+    is_plain = takes_instructions(tokenizer) or args.content == args.content.strip()
+    note(f"content     {args.content if is_plain else repr(args.content)}\n")
     streams = args.num_return_sequences == 1 and not args.no_stream
     pieces: list[str] = []
 

@@ -64,7 +64,7 @@ class TestGenerate:
         prompt = prompt.replace("FILE of", "or not")
         status, out, _ = call(generate, "--prompt", prompt, "--max_new_tokens", "30", "--device", "cpu")
         assert status == 0
-        shown = prompt if prompt.strip() else repr(prompt)  # space is made visible
+        shown = prompt if prompt == prompt.strip() else repr(prompt)  # space is made visible
         assert f"content     {shown}\n\n{continued(nano[0], prompt, 30)}\n" in out
         assert "tokenizer   data/tiny_char/meta.pkl (the checkpoint names this data)\n" in out
         assert "prompt      raw text; a text ends at max_new_tokens only\n" in out
