@@ -1,4 +1,4 @@
-"""Answers a file of instruction records in batches, so that a run that was killed goes on where it stopped."""
+"""Answers a file of instructions or prompts in batches, so that a run that was killed goes on where it stopped."""
 
 import hashlib
 import json
@@ -17,13 +17,15 @@ from hf_model.disk import disk_errors
 from hf_model.errors import UserError
 from hf_model.generation import Sampling, continue_prompts, encode
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.vocabulary import format_prompt
+from hf_model.vocabulary import format_prompt, takes_instructions
 
 Record = dict[str, Any]
 
 
-def read_records(path: Path) -> list[Record]:
+def read_records(path: Path, raw: bool = False) -> list[Record]:
     """The records of a JSON Lines file: objects with an `instruction`, perhaps an `input`, and fields of their own.
+
+    Records of raw text have a `prompt`; an `instruction` is taken as one too, but there is no place for an `input`.
 
     Raises:
         UserError: no such file, or a line that is not such a record.
@@ -33,17 +35,27 @@ def read_records(path: Path) -> list[Record]:
             lines = file.readlines()  # str.splitlines would end a line at a U+2028 within a string too
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
+    wanted = "a 'prompt'" if raw else "an 'instruction'"
     records = []
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            instruction, input_text = record["instruction"], record.get("input") or ""
+            text, input_text = _text(record, raw), record.get("input") or ""
         except (ValueError, TypeError, KeyError, AttributeError):
-            raise UserError(f"{path}, line {number}: is not a JSON object with an 'instruction'") from None
-        if not isinstance(instruction, str) or not isinstance(input_text, str):
-            raise UserError(f"{path}, line {number}: 'instruction' and 'input' must be strings")
+            raise UserError(f"{path}, line {number}: is not a JSON object with {wanted}") from None
+        if not isinstance(text, str) or not isinstance(input_text, str):
+            name = "'prompt'" if raw and "prompt" in record else "'instruction'"
+            raise UserError(f"{path}, line {number}: {name} and 'input' must be strings")
+        if raw and input_text:
+            raise UserError(f"{path}, line {number}: a raw prompt has no place for an 'input'")
+        if raw and not text:
+            raise UserError(f"{path}, line {number}: the prompt is empty, and a model of raw text needs a beginning")
         records.append(record)
     return records
+
+
+def _text(record: Record, raw: bool) -> Any:
+    return record["prompt"] if raw and "prompt" in record else record["instruction"]
 
 
 def answer_file(
@@ -65,19 +77,20 @@ def answer_file(
         The number of records answered now, those of an earlier run left out.
 
     Raises:
-        UserError: the output file exists already or cannot be written.
+        UserError: the output file exists already or cannot be written, or a record holds a character that the model
+            does not know.
     """
     if output_file.exists():
         raise UserError(f"{output_file}: exists already; choose another --output_file or delete it")
     journal = output_file.with_name(f"{output_file.name}.partial")
     identity = [
         *(records, asdict(sampling), parse_special_tokens, model.config.to_dict(), tokenizer.get_vocab()),
-        _checksums(model),
+        *(_checksums(model), takes_instructions(tokenizer)),
     ]
     run = hashlib.sha256(json.dumps(identity, default=str, sort_keys=True).encode()).hexdigest()
     responses = _read_journal(journal, run)
     prompts = {
-        index: encode(tokenizer, format_prompt(record["instruction"], record.get("input") or ""), parse_special_tokens)
+        index: _encoded(tokenizer, record, index, parse_special_tokens)
         for index, record in enumerate(records)
         if index not in responses
     }
@@ -108,6 +121,17 @@ def answer_file(
         complete.rename(output_file)
         journal.unlink()
     return len(prompts)
+
+
+def _encoded(
+    tokenizer: PreTrainedTokenizerFast, record: Record, index: int, parse_special_tokens: bool
+) -> torch.Tensor:
+    raw = not takes_instructions(tokenizer)
+    content = _text(record, raw) if raw else format_prompt(record["instruction"], record.get("input") or "")
+    try:
+        return encode(tokenizer, content, parse_special_tokens)
+    except UserError as error:
+        raise UserError(f"record {index + 1}: {error}") from None
 
 
 def _checksums(model: CustomGPTForCausalLM) -> list[int]:

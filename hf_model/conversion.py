@@ -1,4 +1,4 @@
-"""A checkpoint and a tokenizer JSON to a Hugging Face folder on disk, and from there to the Hub."""
+"""A checkpoint and its vocabulary to a Hugging Face folder on disk, and from there to the Hub."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -8,34 +8,44 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import PreTrainedTokenizerFast
 
-from hf_model.description import describe_architecture, describe_parameters, describe_source, file_size, rounding
+from hf_model.checkpoint import Checkpoint
+from hf_model.description import (
+    describe_architecture,
+    describe_parameters,
+    describe_source,
+    describe_vocabulary,
+    file_size,
+    rounding,
+)
 from hf_model.diagnosis import STUTTER_SHARE, copied_share, non_finite
 from hf_model.disk import check_target, whole_folder
 from hf_model.errors import UserError, memory_for, one_line
 from hf_model.formats import transformers_folder
-from hf_model.loading import load_original
+from hf_model.loading import read_original
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.vocabulary import PAD
+from hf_model.vocabulary import PAD, takes_instructions
 
 
 @memory_for("to convert the model")
 def convert(
     checkpoint_path: str | Path,
-    tokenizer_path: str | Path,
+    tokenizer_path: str | Path | None,
     output_dir: str | Path,
     *,
     dtype: str = "auto",
     max_shard_size: str = "5GB",
     n_head: int | None = None,
-    activation: str = "gelu",
+    activation: str = "auto",
+    characters_of: str | Path | None = None,
+    raw: bool = False,
     overwrite: bool = False,
     verify: bool = True,
     report: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Convert the original's two files to a Hugging Face folder, which appears whole or not at all.
+    """Convert a trainer's checkpoint and vocabulary to a Hugging Face folder, which appears whole or not at all.
 
     Args:
-        checkpoint_path, tokenizer_path, dtype, n_head, activation: as in `load_original`.
+        checkpoint_path, tokenizer_path, dtype, n_head, activation, characters_of, raw: as in `read_original`.
         output_dir: the folder to make.
         max_shard_size: the largest safetensors file, such as `"5GB"`.
         overwrite: replace a model's folder that is there already.
@@ -46,19 +56,29 @@ def convert(
         The folder's path.
 
     Raises:
-        UserError: as `load_original`, the folder cannot be written, or the verification failed.
+        UserError: as `read_original`, the folder cannot be written, or the verification failed.
     """
     output_dir = Path(output_dir)
     check_target(output_dir, overwrite)
-    model, tokenizer, checkpoint = load_original(
-        checkpoint_path, tokenizer_path, dtype=dtype, n_head=n_head, activation=activation
+    original = read_original(
+        checkpoint_path,
+        tokenizer_path,
+        dtype=dtype,
+        n_head=n_head,
+        activation=activation,
+        characters_of=characters_of,
+        raw=raw,
     )
+    model, vocabulary, checkpoint = original.model, original.vocabulary, original.checkpoint
+    tokenizer = vocabulary.tokenizer
     rounded = rounding(checkpoint.dtype, model.dtype)
     report(f"source        {describe_source(checkpoint)}")
     report(f"architecture  {describe_architecture(model.config)}")
     report(f"parameters    {describe_parameters(model)}")
-    report(f"tokenizer     {tokenizer_path} ({len(tokenizer)} tokens)")
-    for line in _diagnose(model, tokenizer):
+    report(f"tokenizer     {describe_vocabulary(vocabulary)}")
+    for item, text in original.choices:
+        report(f"{item:<14}{text}")
+    for line in _diagnose(model, tokenizer, checkpoint):
         report(line)
 
     with whole_folder(output_dir, overwrite) as folder:
@@ -66,14 +86,14 @@ def convert(
             model, tokenizer, folder, name=output_dir.name, max_shard_size=max_shard_size, rounded=rounded
         )
         # What is mapped goes before the folder is read back, so that the weights are not in memory twice.
-        del model, checkpoint
+        del model, checkpoint, original
         gc.collect()
         report(f"written       {output_dir}")
         for file in sorted(folder.iterdir()):
             report(f"              {file.name:<32} {file_size(file.stat().st_size):>10}")
         if verify:
             try:
-                report(f"verified      {transformers_folder.verify(folder, checkpoint_path, tokenizer_path)}")
+                report(f"verified      {transformers_folder.verify(folder, checkpoint_path, vocabulary)}")
             except UserError:
                 raise
             except Exception as error:  # whatever the library trips over in a folder that is not what was written
@@ -81,16 +101,18 @@ def convert(
     return output_dir
 
 
-def _diagnose(model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
+def _diagnose(model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast, checkpoint: Checkpoint) -> Iterator[str]:
     """Lines on what a user should know before trusting the weights."""
-    if PAD not in tokenizer.get_vocab():
+    if checkpoint.is_pretrained and takes_instructions(tokenizer):
+        yield "note: this is a pre-training file, whose model knows no instructions; --raw makes it one of raw text"
+    if takes_instructions(tokenizer) and PAD not in tokenizer.get_vocab():
         yield f"note: the tokenizer has no {PAD}; {tokenizer.eos_token} serves as the padding token"
     if unused := model.config.vocab_size - len(tokenizer):
         yield f"note: the weights' vocabulary is padded: {unused} ids have no token and are kept from being sampled"
     if bad := non_finite(dict(model.named_parameters())):
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         yield f"warning: there are NaN or infinite values in {', '.join(bad[:3])}{more}: the model cannot work"
-    elif (share := copied_share(model, tokenizer)) > STUTTER_SHARE:
+    elif takes_instructions(tokenizer) and (share := copied_share(model, tokenizer)) > STUTTER_SHARE:
         yield (
             f"warning: the model stutters: at {share:.0%} of the positions of responses it predicts the token that it "
             "has just read. Its labels were probably not shifted by one in fine-tuning, so it has learnt to repeat; "

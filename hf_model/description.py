@@ -5,6 +5,7 @@ import torch
 from hf_model.checkpoint import Checkpoint
 from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
+from hf_model.vocabulary import Vocabulary
 
 
 def describe_architecture(config: CustomGPTConfig) -> str:
@@ -17,6 +18,11 @@ def describe_architecture(config: CustomGPTConfig) -> str:
 
 def describe_parameters(model: CustomGPTForCausalLM) -> str:
     return f"{model.num_parameters():,} in {dtype_name(model.dtype)}"
+
+
+def describe_vocabulary(vocabulary: Vocabulary) -> str:
+    why = f", {vocabulary.why}" if vocabulary.why else ""
+    return f"{vocabulary.taken} ({len(vocabulary.tokenizer)} {vocabulary.unit}{why})"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

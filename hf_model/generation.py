@@ -12,8 +12,10 @@ from tokenizers.decoders import DecodeStream
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
+from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError, memory_for
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
+from hf_model.vocabulary import check_characters, is_of_characters, takes_instructions
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Sampling:
     stop: tuple[str, ...] = ()
     """Strings that end an answer; they are no part of it."""
     seed: int = 1337
+    seed_like_original: bool = False
+    """Whether the generator is left as the trainers' scripts leave it, which seed before they build the model."""
 
     def kwargs(self) -> dict[str, Any]:
         """Arguments of `model.generate`, which wants the tokenizer too where there are stop strings."""
@@ -93,6 +97,8 @@ class TokenStream(BaseStreamer):
         """Of several sequences, the new tokens of each."""
         self.decoder = DecodeStream(skip_special_tokens=not prompt_text)
         self.length = 0
+        self.strips = not prompt_text and takes_instructions(tokenizer)
+        """Whether the response begins with a space that belongs to the format: the one behind "Response:"."""
         self.response = ""
         """What has been decoded of the response."""
         self.shown = 0
@@ -123,7 +129,7 @@ class TokenStream(BaseStreamer):
 
     def _respond(self, piece: str, is_last: bool = False) -> None:
         self.response += piece
-        if not self.prompt_text:  # the space between "Response:" and the response belongs to the format
+        if self.strips:
             self.response = self.response.lstrip()
         shown, has_ended = self.sampling.cut(self.response)
         if not has_ended and not is_last:
@@ -169,24 +175,48 @@ class Generation:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, content: str, parse_special_tokens: bool = False) -> torch.Tensor:
-    """Token ids of shape (1, T): `[BOS]` and the content.
+    """Token ids of shape (1, T): `[BOS]`, where the vocabulary has it, and the content.
 
-    `parse_special_tokens` says whether "[EOS]" typed by a user is the special token (as in the original) or text.
+    `parse_special_tokens` says whether "[EOS]" typed by a user is the special token (as in the original) or text. In
+    raw text special tokens are always read as such, as in nanoGPT.
+
+    Raises:
+        UserError: a character that a model of characters does not know; the message names it.
     """
     # A command line's bytes that are no UTF-8 arrive as unpaired surrogates, which no tokenizer takes.
     content = content.encode("utf-8", "replace").decode("utf-8")
-    return tokenizer(content, return_tensors="pt", split_special_tokens=not parse_special_tokens).input_ids
+    if is_of_characters(tokenizer):
+        check_characters(tokenizer, content)
+    parses = parse_special_tokens or not takes_instructions(tokenizer)
+    return tokenizer(content, return_tensors="pt", split_special_tokens=not parses).input_ids
 
 
 DRAWING = threading.RLock()
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def _seeded(sampling: Sampling, config: CustomGPTConfig) -> Iterator[None]:
     """Threads take turns: torch has one random generator for all of them, and each must draw what it would alone."""
     with DRAWING:
-        torch.manual_seed(seed)
+        torch.manual_seed(sampling.seed)
+        if sampling.seed_like_original:
+            replay_initialisation(config)
         yield
+
+
+def replay_initialisation(config: CustomGPTConfig) -> None:
+    """Use up the draws of the CPU's generator that building the trainer's model does: same kinds, sizes and order."""
+    C, V, T = config.n_embd, config.vocab_size, config.block_size
+    layer = ((3 * C, C), (C, C), (4 * C, C), (C, 4 * C))  # c_attn, c_proj, c_fc, c_proj
+    linear = [*layer * config.n_layer, (V, C)]
+    for shape in ((V, C), (T, C)):  # what nn.Embedding and nn.Linear draw, which is overwritten
+        torch.empty(shape).normal_()
+    for index, shape in enumerate(linear):
+        torch.empty(shape).uniform_()
+        if config.bias and index < len(linear) - 1:  # the head never has one
+            torch.empty(shape[0]).uniform_()
+    for shape in ((V, C), (T, C), *linear, *((C, C), (C, 4 * C)) * config.n_layer):  # at last, each c_proj once more
+        torch.empty(shape).normal_()
 
 
 @contextmanager
@@ -228,7 +258,7 @@ def generate(
     prompt = input_ids[0].tolist()
 
     def response(ids: list[int]) -> str:
-        return sampling.cut(tokenizer.decode(ids, skip_special_tokens=True).lstrip())[0]
+        return sampling.cut(bare_response(tokenizer, ids))[0]
 
     def text(ids: list[int]) -> str:
         if response_only:
@@ -237,7 +267,7 @@ def generate(
         return whole[:start] + sampling.cut(whole[start:])[0]
 
     try:
-        with _seeded(sampling.seed):
+        with _seeded(sampling, model.config):
             start = time.perf_counter()
             sequences = model.generate(
                 input_ids,
@@ -272,19 +302,32 @@ def continue_prompts(
     Raises:
         UserError: the model's logits are NaN or infinite.
     """
-    batch = tokenizer.pad({"input_ids": [prompt[0].tolist() for prompt in prompts]}, return_tensors="pt")
-    with _seeded(sampling.seed):
+    width = max(prompt.shape[1] for prompt in prompts)
+    # A vocabulary of characters has no padding token: under the mask any id will do.
+    input_ids = torch.full((len(prompts), width), tokenizer.pad_token_id or 0)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - prompt.shape[1] :] = prompt[0]
+        attention_mask[row, width - prompt.shape[1] :] = 1
+    with _seeded(sampling, model.config):
         sequences = model.generate(
-            **batch.to(model.device),
+            input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
             logits_processor=LogitsProcessorList([OnlyNumbers()]),
             **sampling.kwargs(),
             tokenizer=tokenizer,
         )  # (B, T + new)
-    rows = [_up_to(tokenizer.eos_token_id, row) for row in sequences[:, batch.input_ids.shape[1] :].tolist()]
-    return [sampling.cut(tokenizer.decode(ids, skip_special_tokens=True).lstrip())[0] for ids in rows]
+    rows = [_up_to(tokenizer.eos_token_id, row) for row in sequences[:, width:].tolist()]
+    return [sampling.cut(bare_response(tokenizer, ids))[0] for ids in rows]
 
 
-def _up_to(eos_token_id: int, ids: list[int]) -> list[int]:
+def bare_response(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    """The text of new tokens; the space in front of the answer to an instruction belongs to the format."""
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    return text.lstrip() if takes_instructions(tokenizer) else text
+
+
+def _up_to(eos_token_id: int | None, ids: list[int]) -> list[int]:
     """The ids up to and including the first [EOS]; a sequence that ends before its neighbours is padded after it."""
     return ids[: ids.index(eos_token_id) + 1] if eos_token_id in ids else ids
 

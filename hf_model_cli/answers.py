@@ -4,24 +4,51 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from hf_model.batch import answer_file, read_records
+from hf_model.errors import UserError
 from hf_model.generation import Generation, Sampling, encode, generate
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.vocabulary import format_prompt
+from hf_model.vocabulary import format_prompt, takes_instructions
 from hf_model_cli.common import show
 
+FROM_FILE = "FILE:"  # in front of a path, nanoGPT's way to give a prompt
 SAMPLING_ARGUMENTS = (
     *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_beams"),
-    "num_return_sequences",
+    *("num_return_sequences", "seed_like_original"),
 )
 
 
 def sampling_of(args: argparse.Namespace, seed: int) -> Sampling:
     return Sampling(**{name: getattr(args, name) for name in SAMPLING_ARGUMENTS}, stop=tuple(args.stop), seed=seed)
+
+
+def content_of(tokenizer: PreTrainedTokenizerFast, prompt: str, input_text: str) -> str:
+    """The text that is encoded: an instruction in its format, or raw text as it was typed or as it stands in a file.
+
+    Raises:
+        UserError: an instruction of nothing but spaces, an input without an instruction, or a file that cannot be read.
+    """
+    if takes_instructions(tokenizer):
+        if not prompt.strip():
+            raise UserError("argument --prompt: must not be empty")
+        return format_prompt(prompt, input_text)
+    if input_text:
+        raise UserError("argument --input_text: this model's prompts are raw text, which has no place for it")
+    if not prompt.startswith(FROM_FILE):
+        return prompt
+    path = Path(prompt.removeprefix(FROM_FILE))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"argument --prompt: {path} cannot be read ({error})") from None
+    if not text:
+        raise UserError(f"argument --prompt: {path} is empty")
+    return text
 
 
 def answer_prompt(
@@ -30,9 +57,13 @@ def answer_prompt(
     tokenizer: PreTrainedTokenizerFast,
     note: Callable[[str], None],
 ) -> None:
-    content = format_prompt(args.prompt, args.input_text)
-    note(f"content     {content}\n")
-    input_ids = encode(tokenizer, content, args.parse_special_tokens)
+    try:
+        input_ids = encode(tokenizer, args.content, args.parse_special_tokens)
+    except UserError as error:
+        raise UserError(f"argument --prompt: {error}") from None
+    # Of raw text, spaces and new lines at the ends matter, and would not be seen.
+    is_plain = takes_instructions(tokenizer) or args.content == args.content.strip()
+    note(f"content     {args.content if is_plain else repr(args.content)}\n")
     tokens, seconds = 0, 0.0
     for seed in args.seeds:
         sampling = sampling_of(args, seed)
@@ -110,7 +141,7 @@ def answer_records(
     tokenizer: PreTrainedTokenizerFast,
     note: Callable[[str], None],
 ) -> None:
-    records = read_records(args.prompts_file)
+    records = read_records(args.prompts_file, raw=not takes_instructions(tokenizer))
     start = time.perf_counter()
     answered = answer_file(
         model,

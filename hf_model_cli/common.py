@@ -17,7 +17,11 @@ DISTRIBUTION = "custom-gpt-hf"
 DEFAULT_CHECKPOINT = "out/finetune/ckpt.pt"
 DEFAULT_TOKENIZER = "data/tokenizer/custom_gpt_tokenizer.json"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-ACTIVATIONS = ("gelu", "gelu_new")
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh")
+CHECKPOINTS = ("out/**/*.pt", "log/*.pt")  # where the trainers of the family put theirs
+MOST_NAMED = 5
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+FILES = (".json", ".pkl", ".pickle", ".txt", ".bpe", ".pt", ".model")  # endings of files, which no name has
 
 
 class OutputError(Exception):
@@ -147,3 +151,44 @@ def check_file(parser: Parser, name: str, path: str | Path) -> None:
     """End in the parser's error if an argument's file is not there."""
     if not Path(path).is_file():
         parser.error(f"argument --{name}: there is no file {path}")
+
+
+def check_checkpoint(parser: Parser, path: str, what: str) -> None:
+    """End in the parser's error if a checkpoint is not there, and name those that are."""
+    if (Path(path).exists() and not what) or Path(path).is_file():
+        return
+    message = f"argument --checkpoint_path: there is no {what}{path}"
+    found = [file for pattern in CHECKPOINTS for file in Path().glob(pattern)] if path == DEFAULT_CHECKPOINT else []
+    if found:
+        found.sort(key=lambda file: file.stat().st_mtime, reverse=True)
+        more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
+        message += f"; there is {', '.join(map(str, found[:MOST_NAMED]))}{more}: give one with --checkpoint_path"
+    parser.error(message)
+
+
+def add_vocabulary(group: argparse._ArgumentGroup, default: str) -> None:
+    """The arguments that say what a model's tokens are, and so what its prompts are."""
+    group.add_argument(
+        "--tokenizer_path",
+        help=f"tokenizer JSON, nanoGPT's meta.pkl, vocab.json or encoder.json, gpt2, or a folder (default: {default})",
+    )
+    group.add_argument("--characters_of", metavar="TEXT", help="the training text of a model of characters, instead")
+    group.add_argument("--raw", action="store_true", help="the prompt is raw text, though the tokenizer has [BOS]")
+
+
+def vocabulary_of(parser: Parser, args: argparse.Namespace) -> str | None:
+    """What to take the vocabulary from: a path, a name, `auto` where the user said nothing, None for a training text.
+
+    The file must be there, or the text be a possible name of the Hub.
+    """
+    if args.characters_of is not None:
+        if args.tokenizer_path is not None:
+            parser.error("argument --characters_of: not allowed with argument --tokenizer_path")
+        check_file(parser, "characters_of", args.characters_of)
+        return None
+    path = args.tokenizer_path
+    if path is None:
+        return "auto"
+    if not Path(path).exists() and (not HUB_NAME.fullmatch(path) or Path(path).suffix in FILES):
+        parser.error(f"argument --tokenizer_path: there is no file {path}")
+    return path

@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerFast
 from hf_model.errors import UserError
 from hf_model.generation import encode, generate
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.vocabulary import format_prompt
-from hf_model_cli.answers import sampling_of
+from hf_model.vocabulary import takes_instructions
+from hf_model_cli.answers import content_of, sampling_of
 from hf_model_cli.common import show
 from hf_model_cli.generate import SAMPLING, SEED
 
@@ -41,8 +41,8 @@ class Conversation:
         if line.startswith("/"):
             name, _, value = line[1:].partition(" ")
             show(self.command(name, value.strip()))
-        elif line.strip():
-            self.question = line.strip()
+        elif line.strip() or (line and not takes_instructions(self.tokenizer)):
+            self.question = line.strip() if takes_instructions(self.tokenizer) else line
             self.answer()
 
     def command(self, name: str, value: str) -> str:
@@ -77,8 +77,8 @@ class Conversation:
 
     def answer(self) -> None:
         streams = self.args.num_beams == 1 and not self.args.no_stream
-        content = format_prompt(self.question, self.args.input_text)
         try:
+            content = content_of(self.tokenizer, self.question, self.args.input_text)
             output = generate(
                 self.model,
                 self.tokenizer,
@@ -88,7 +88,7 @@ class Conversation:
                 on_text=lambda piece: show(piece, end="") if streams else None,
             )
             show("" if streams else output.texts[0])
-        except UserError as error:  # options that nothing can be sampled with
+        except UserError as error:  # a character that the model does not know, options that nothing can be drawn with
             show(f"error: {error}")
 
 

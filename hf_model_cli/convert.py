@@ -1,4 +1,4 @@
-"""Convert a GPT checkpoint and its tokenizer JSON to a Hugging Face folder, and check it against its source."""
+"""Convert a GPT checkpoint and its vocabulary to a Hugging Face folder, and check it against its source."""
 
 import argparse
 import os
@@ -10,13 +10,14 @@ from pathlib import Path
 from hf_model_cli.common import (
     ACTIVATIONS,
     DEFAULT_CHECKPOINT,
-    DEFAULT_TOKENIZER,
     DTYPES,
     Parser,
-    check_file,
+    add_vocabulary,
+    check_checkpoint,
     no_garbage_search,
     number,
     run_command,
+    vocabulary_of,
 )
 
 
@@ -30,7 +31,7 @@ def make_parser() -> Parser:
     parser = Parser(description=__doc__)
     files = parser.add_argument_group("files")
     files.add_argument("--checkpoint_path", default=DEFAULT_CHECKPOINT, help="default: %(default)s")
-    files.add_argument("--tokenizer_path", default=DEFAULT_TOKENIZER, help="default: %(default)s")
+    add_vocabulary(files, default="where the trainer put it")
     files.add_argument("--output_dir", help="default: hf/ beside the checkpoint")
     files.add_argument("--overwrite", action="store_true", help="replace the model that is in the output folder")
     files.add_argument("--push_to_hub", metavar="REPO", help="upload the folder to this repository, private if new")
@@ -39,7 +40,7 @@ def make_parser() -> Parser:
     model.add_argument("--dtype", choices=DTYPES, default="auto", help="default: the file's own")
     model.add_argument("--max_shard_size", type=shard_size, default="5GB", help="default: %(default)s")
     model.add_argument("--n_head", type=number(int, 1), help="number of heads, where the checkpoint does not tell")
-    model.add_argument("--activation", choices=ACTIVATIONS, default="gelu", help="exact (default) or tanh GELU")
+    model.add_argument("--activation", choices=ACTIVATIONS, help="exact or tanh GELU (default: what the file tells)")
     model.add_argument("--no_verify", action="store_true", help="do not compare the folder with its source")
     return parser
 
@@ -47,8 +48,8 @@ def make_parser() -> Parser:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args(argv)
-    check_file(parser, "checkpoint_path", args.checkpoint_path)
-    check_file(parser, "tokenizer_path", args.tokenizer_path)
+    check_checkpoint(parser, args.checkpoint_path, "file ")
+    args.vocabulary = vocabulary_of(parser, args)
     args.output_dir = Path(args.output_dir or Path(args.checkpoint_path).parent / "hf")
     return args
 
@@ -60,6 +61,8 @@ def run(args: argparse.Namespace) -> None:
         from transformers.utils import logging
 
         from hf_model.conversion import convert, push
+        from hf_model.loading import load_tokenizer
+        from hf_model.vocabulary import example_prompt
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -67,23 +70,31 @@ def run(args: argparse.Namespace) -> None:
 
     folder = convert(
         args.checkpoint_path,
-        args.tokenizer_path,
+        args.vocabulary,
         args.output_dir,
         dtype=args.dtype,
         max_shard_size=args.max_shard_size,
         n_head=args.n_head,
-        activation=args.activation,
+        activation=args.activation or "auto",
+        characters_of=args.characters_of,
+        raw=args.raw,
         overwrite=args.overwrite,
         verify=not args.no_verify,
         report=say,
     )
-    path = shlex.quote(str(folder))
-    is_clone = Path(sys.argv[0]).suffix == ".py"
-    command = "python generate.py" if is_clone else "custom-gpt-generate"
-    say(f'\nTry it:\n  {command} --checkpoint_path {path} --prompt "What is the capital of France?"')
+    path, prompt = shlex.quote(str(folder)), example_prompt(load_tokenizer(folder))
+    command = "python generate.py" if Path(sys.argv[0]).suffix == ".py" else "custom-gpt-generate"
+    say(f"\nTry it:\n  {command} --checkpoint_path {path} --prompt {quoted(prompt)}")
     say(f'  pip install "transformers[serving]" && transformers serve {path} --trust-remote-code')
     if args.push_to_hub:
         say(f"\npushed        {push(folder, args.push_to_hub)}")
+
+
+def quoted(prompt: str) -> str:
+    """A prompt as a shell takes it."""
+    if "\n" in prompt:
+        return f"$'{prompt.encode('unicode_escape').decode()}'"
+    return f'"{prompt}"' if re.fullmatch(r"[\w ,.?]+", prompt) else shlex.quote(prompt)
 
 
 def say(line: str) -> None:

@@ -13,11 +13,14 @@ from hf_model_cli.common import (
     DEFAULT_TOKENIZER,
     DTYPES,
     Parser,
+    add_vocabulary,
+    check_checkpoint,
     check_file,
     no_garbage_search,
     number,
     run_command,
     show,
+    vocabulary_of,
 )
 
 MOST_ANSWERS = 10**6  # at a time; past these, sizes would overflow in torch
@@ -72,18 +75,17 @@ def add_files(group: argparse._ArgumentGroup) -> None:
         default=DEFAULT_CHECKPOINT,
         help="checkpoint (.pt) or converted folder (default: %(default)s)",
     )
-    group.add_argument(
-        "--tokenizer_path", help=f"tokenizer JSON (default: {DEFAULT_TOKENIZER}, or the converted folder's own)"
-    )
+    add_vocabulary(group, default="the converted folder's own, or where the trainer put it")
     group.add_argument("--n_head", type=number(int, 1), help="number of heads, where the checkpoint does not tell")
-    group.add_argument("--activation", choices=ACTIVATIONS, help="exact or tanh GELU (default: gelu)")
+    group.add_argument("--activation", choices=ACTIVATIONS, help="exact or tanh GELU (default: what the file tells)")
 
 
 def add_prompt(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--prompt",
         metavar="TEXT",
-        help="the instruction or question; - reads standard input, as does a pipe where there is no --prompt",
+        help="the instruction or question; of raw text, its beginning, or FILE:path; - reads standard input, as a pipe "
+        "without --prompt does",
     )
     group.add_argument("--input_text", default="", metavar="TEXT", help="text that the instruction is about")
     group.add_argument(
@@ -126,6 +128,11 @@ def add_sampling(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="makes a run repeatable; several give an answer each (default: 1337)",
     )
+    group.add_argument(
+        "--seed_like_original",
+        action="store_true",
+        help="on a CPU, the text that the trainer's script gives for the seed",
+    )
 
 
 def add_batch(group: argparse._ArgumentGroup) -> None:
@@ -133,7 +140,7 @@ def add_batch(group: argparse._ArgumentGroup) -> None:
         "--prompts_file",
         type=Path,
         metavar="FILE",
-        help="JSON Lines of records with an instruction and perhaps an input, instead of --prompt",
+        help="JSON Lines of records with an instruction and perhaps an input, or of raw text with a prompt",
     )
     group.add_argument(
         "--output_file", type=Path, metavar="FILE", help="JSON Lines of the same records, each with its response"
@@ -185,6 +192,8 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 def check_prompt(parser: Parser, args: argparse.Namespace) -> None:
     """Check the prompt, and read it from standard input where that is asked for."""
+    if args.raw and args.input_text:
+        parser.error("argument --input_text: a raw prompt has no place for it")
     if args.output_file is not None:
         parser.error("arguments --prompts_file and --output_file: go together")
     if args.prompt is None or args.prompt == "-":
@@ -192,7 +201,7 @@ def check_prompt(parser: Parser, args: argparse.Namespace) -> None:
         if args.prompt is None and not piped:
             parser.error("one of the arguments --prompt, --prompts_file and --interactive is required")
         args.prompt = piped
-    if not args.prompt.strip():
+    if not args.prompt:
         parser.error("argument --prompt: must not be empty")
 
 
@@ -234,16 +243,14 @@ def check_batch(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def check_model(parser: Parser, args: argparse.Namespace) -> None:
-    """Check that the model's files are there, and fill in the tokenizer's default."""
-    if not Path(args.checkpoint_path).exists():
-        parser.error(f"argument --checkpoint_path: there is no {args.checkpoint_path}")
+    """Check that the model's files are there, and find what names its vocabulary; None is a folder's own."""
+    check_checkpoint(parser, args.checkpoint_path, "")
     is_folder = Path(args.checkpoint_path).is_dir()
     if is_folder and (args.n_head or args.activation):
         parser.error("arguments --n_head and --activation: are for a .pt file; a folder's config.json tells")
+    args.vocabulary = None if is_folder and args.tokenizer_path is None else vocabulary_of(parser, args)
     if args.tokenizer_path is None and not is_folder:
         args.tokenizer_path = DEFAULT_TOKENIZER
-    if args.tokenizer_path is not None:
-        check_file(parser, "tokenizer_path", args.tokenizer_path)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -253,7 +260,7 @@ def run(args: argparse.Namespace) -> None:
 
         from hf_model import loading
         from hf_model.description import describe_architecture, describe_parameters
-        from hf_model_cli.answers import answer_prompt, answer_records
+        from hf_model_cli.answers import answer_prompt, answer_records, content_of
         from hf_model_cli.conversation import converse
     logging.set_verbosity_error()  # the library's reminders about lengths and flags are answered in the README
     logging.disable_progress_bar()
@@ -263,17 +270,24 @@ def run(args: argparse.Namespace) -> None:
             show(line, file=sys.stderr if args.response_only or args.json else sys.stdout)
 
     device = loading.pick_device(args.device)
-    note(f"device      {device}")
-    note(f"checkpoint  {args.checkpoint_path}")
-    note(f"tokenizer   {args.tokenizer_path or args.checkpoint_path}")
+    choices: list[tuple[str, str]] = []
     model, tokenizer = loading.load(
         args.checkpoint_path,
-        args.tokenizer_path,
+        args.vocabulary,
         device=device,
         dtype=args.dtype,
         n_head=args.n_head,
-        activation=args.activation or "gelu",
+        activation=args.activation or "auto",
+        characters_of=args.characters_of,
+        raw=args.raw,
+        report=lambda item, text: choices.append((item, text)),
     )
+    if args.prompt is not None:
+        args.content = content_of(tokenizer, args.prompt, args.input_text)
+    note(f"device      {device}")
+    note(f"checkpoint  {args.checkpoint_path}")
+    for item, text in choices:
+        note(f"{item:<12}{text}")
     note(f"model       {describe_architecture(model.config)}")
     note(f"parameters  {describe_parameters(model)}")
     if args.interactive:

@@ -12,13 +12,8 @@ from hf_model.description import rounding
 from hf_model.errors import UserError
 from hf_model.formats.model_card import model_card
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.vocabulary import format_example, format_prompt, read_tokenizer, save_tokenizer
+from hf_model.vocabulary import Vocabulary, probes, save_tokenizer
 
-TOKENIZER_PROBES = (
-    format_prompt("What is the capital of France?"),
-    format_example("Summarize the text.", "Done.", "Two  spaces,\na new line, 12345 and 'quotes'."),
-    "Ünïcödé, 漢字, العربية, 🙂\t\u00a0end ",
-)
 VERIFY_BYTES = 256 * 2**20  # how much is compared before memory is let go
 
 
@@ -49,10 +44,10 @@ def write(
     for weights in folder.glob("*.safetensors"):  # which safetensors lets nobody read but their owner
         shutil.copymode(folder / "config.json", weights)
     save_tokenizer(tokenizer, folder)
-    (folder / "README.md").write_text(model_card(model.config, name, rounded), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(model.config, name, rounded, tokenizer), encoding="utf-8")
 
 
-def verify(folder: Path, checkpoint_path: str | Path, tokenizer_path: str | Path) -> str:
+def verify(folder: Path, checkpoint_path: str | Path, vocabulary: Vocabulary) -> str:
     """Load a folder back by the Auto classes and compare it with its source.
 
     Returns:
@@ -61,11 +56,10 @@ def verify(folder: Path, checkpoint_path: str | Path, tokenizer_path: str | Path
     Raises:
         UserError: a tensor or a token differs.
     """
-    tokenizer, original = AutoTokenizer.from_pretrained(folder), read_tokenizer(tokenizer_path)
-    for text in TOKENIZER_PROBES:
-        expected = [tokenizer.bos_token_id, *original.encode(text, add_special_tokens=False).ids]
-        if tokenizer(text).input_ids != expected:
-            raise UserError(f"{folder}: the tokenizer encodes {text!r} differently from {tokenizer_path}")
+    tokenizer, texts = AutoTokenizer.from_pretrained(folder), probes(vocabulary.tokenizer)
+    for text in texts:
+        if tokenizer(text, verbose=False).input_ids != vocabulary.encode(text):
+            raise UserError(f"{folder}: the tokenizer encodes {text!r} differently from {vocabulary.taken}")
 
     names = list(AutoModelForCausalLM.from_pretrained(folder).state_dict())
     remaining = list(names)
@@ -86,7 +80,7 @@ def verify(folder: Path, checkpoint_path: str | Path, tokenizer_path: str | Path
             compared_bytes += tensor.nbytes
     rounded = rounding(checkpoint.dtype, tensor.dtype)
     equal = f"{len(names)} tensors equal bit for bit" + (f" to the source's, {rounded}" if rounded else "")
-    return f"{equal}, {len(TOKENIZER_PROBES)} texts encoded the same"
+    return f"{equal}, {len(texts)} texts encoded the same"
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -1,6 +1,18 @@
-"""The prompt format that the original fine-tunes and generates with: one function, and its chat template."""
+"""The two kinds of prompt: the original's instructions (one function, and its chat template), and raw text."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BOS, EOS, PAD, UNK = "[BOS]", "[EOS]", "[PAD]", "[UNK]"
+# The entry of tokenizer_config.json that says what the model's prompts are, and its two values.
+PROMPT_FORMAT, INSTRUCTION, RAW = "prompt_format", "instruction", "raw"
+
+
+def takes_instructions(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the model's prompts are instructions; otherwise they are raw text. Folders of before have no entry."""
+    return tokenizer.init_kwargs.get(PROMPT_FORMAT, INSTRUCTION) == INSTRUCTION
 
 
 def format_prompt(instruction: str, input_text: str = "") -> str:
