@@ -4,6 +4,7 @@ This is the reference that the Hugging Face model is tested against, so it share
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -58,7 +59,11 @@ def torch_tanh_gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS = {"gelu": F.gelu, "gelu_new": new_gelu, "gelu_pytorch_tanh": torch_tanh_gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": new_gelu,
+    "gelu_pytorch_tanh": torch_tanh_gelu,
+}
 
 
 class MLP(nn.Module):

@@ -213,8 +213,8 @@ def run(args: argparse.Namespace) -> None:
         note(f"{item:<12}{text}")
     note(f"model       {describe_architecture(model.config)}")
     note(f"parameters  {describe_parameters(model)}")
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "num_return_sequences")
-    names += ("seed", "seed_like_original")
+    names = ["max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "num_return_sequences"]
+    names += ["seed", "seed_like_original"]
     sampling = generation.Sampling(**{name: getattr(args, name) for name in names})
     answer = answer_prompt if args.prompts_file is None else answer_records
     answer(args, model, tokenizer, sampling, note)
@@ -254,10 +254,14 @@ def answer_prompt(
     sampling: "Sampling",
     note: Callable[[str], None],
 ) -> None:
+    from hf_model.errors import UserError
     from hf_model.generation import encode, generate
     from hf_model.vocabulary import takes_instructions
 
-    input_ids = encode(tokenizer, args.content, args.parse_special_tokens)
+    try:
+        input_ids = encode(tokenizer, args.content, args.parse_special_tokens)
+    except UserError as error:
+        raise UserError(f"argument --prompt: {error}") from None
     # Of raw text, spaces and new lines at the ends matter, and would not be seen.
     is_plain = takes_instructions(tokenizer) or args.content == args.content.strip()
     note(f"content     {args.content if is_plain else repr(args.content)}\n")

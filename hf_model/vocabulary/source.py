@@ -142,7 +142,13 @@ def _of_folder(folder: Path, model: Model, raw: bool) -> Vocabulary:
             return _named(folder / name, model, raw)
     if pair := find_pair(folder):
         return _named(pair[0], model, raw)
-    return _of_auto_tokenizer(str(folder), str(folder), model, raw)
+    try:
+        return _of_auto_tokenizer(str(folder), str(folder), model, raw)
+    except UserError:
+        raise UserError(
+            f"{folder}: AutoTokenizer cannot load it, and it holds no tokenizer.json, no meta.pkl, and no vocab.json "
+            "with merges.txt"
+        ) from None
 
 
 def _of_name(name: str, model: Model, raw: bool) -> Vocabulary:
