@@ -188,6 +188,6 @@ def vocabulary_of(parser: Parser, args: argparse.Namespace) -> str | None:
     path = args.tokenizer_path
     if path is None:
         return "auto"
-    if not Path(path).exists() and (not HUB_NAME.fullmatch(path) or Path(path).suffix in FILES):
+    if not path or (not Path(path).exists() and (not HUB_NAME.fullmatch(path) or Path(path).suffix in FILES)):
         parser.error(f"argument --tokenizer_path: there is no file {path}")
     return path
