@@ -59,7 +59,11 @@ def torch_tanh_gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu_new": new_gelu, "gelu_pytorch_tanh": torch_tanh_gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": new_gelu,
+    "gelu_pytorch_tanh": torch_tanh_gelu,
+}
 
 
 class MLP(nn.Module):

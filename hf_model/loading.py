@@ -138,6 +138,8 @@ def _load_folder(
             report("tokenizer", _describe_vocabulary(vocabulary))
         if raw:
             tokenizer.init_kwargs[PROMPT_FORMAT] = RAW
+        if not takes_instructions(tokenizer):
+            report("prompt", _describe_raw_prompt(tokenizer))
         return model, tokenizer
     except UserError:
         raise
@@ -256,10 +258,11 @@ def _choices(
     elif activation == "auto" and trainer.why:
         yield "activation", f"{trainer.activation} ({trainer.why})"
     if not takes_instructions(tokenizer):
-        end = (
-            f"; a text ends at {tokenizer.eos_token}" if tokenizer.eos_token else "; a text ends at max_new_tokens only"
-        )
-        yield "prompt", f"raw text{end}"
+        yield "prompt", _describe_raw_prompt(tokenizer)
+
+
+def _describe_raw_prompt(tokenizer: PreTrainedTokenizerFast) -> str:
+    return f"raw text; a text ends at {tokenizer.eos_token or 'max_new_tokens only'}"
 
 
 def _model_of(config: CustomGPTConfig, state_dict: dict[str, torch.Tensor]) -> CustomGPTForCausalLM:

@@ -18,7 +18,7 @@ DEFAULT_CHECKPOINT = "out/finetune/ckpt.pt"
 DEFAULT_TOKENIZER = "data/tokenizer/custom_gpt_tokenizer.json"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh")
-CHECKPOINTS = ("out/**/*.pt", "log/*.pt")  # where the trainers of the family put theirs
+CHECKPOINTS = ("out*/**/*.pt", "log/*.pt")  # where the trainers of the family put theirs
 MOST_NAMED = 5
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 FILES = (".json", ".pkl", ".pickle", ".txt", ".bpe", ".pt", ".model")  # endings of files, which no name has
@@ -189,6 +189,6 @@ def vocabulary_of(parser: Parser, args: argparse.Namespace) -> str | None:
     path = args.tokenizer_path
     if path is None:
         return "auto"
-    if not Path(path).exists() and (not HUB_NAME.fullmatch(path) or Path(path).suffix in FILES):
+    if not path or (not Path(path).exists() and (not HUB_NAME.fullmatch(path) or Path(path).suffix in FILES)):
         parser.error(f"argument --tokenizer_path: there is no file {path}")
     return path

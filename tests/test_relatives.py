@@ -1,6 +1,7 @@
 """nanoGPT's, build-nanogpt's and minGPT's checkpoints convert, and generate as their own models do."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -210,6 +211,15 @@ class TestFolder:
         model.lm_head.weight.data[299] = 100 * model.transformer(ids).last_hidden_state[0, -1]
         output = generate(model, tokenizer, ids, Sampling(temperature=0))
         assert (output.texts, output.new_tokens) == (["To be<|endoftext|>"], 1)
+
+    def test_the_card_s_example_runs(
+        self, relative: Relative, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    ) -> None:
+        monkeypatch.chdir(relative.folder.parent)
+        card = (relative.folder / "README.md").read_text(encoding="utf-8")
+        (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+        exec(code, {})
+        assert len(capsys.readouterr().out) > 100
 
     def test_works_in_a_pipeline(self, relative: Relative) -> None:
         write = pipeline("text-generation", model=str(relative.folder), device="cpu")

@@ -11,8 +11,12 @@ PROMPT_FORMAT, INSTRUCTION, RAW = "prompt_format", "instruction", "raw"
 
 
 def takes_instructions(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether the model's prompts are instructions; otherwise they are raw text. Folders of before have no entry."""
-    return tokenizer.init_kwargs.get(PROMPT_FORMAT, INSTRUCTION) == INSTRUCTION
+    """Whether the model's prompts are instructions; otherwise they are raw text.
+
+    The one place that decides: what the folder says; in folders of before, which do not say it, the special tokens.
+    """
+    by_tokens = INSTRUCTION if (tokenizer.bos_token, tokenizer.eos_token) == (BOS, EOS) else RAW
+    return tokenizer.init_kwargs.get(PROMPT_FORMAT, by_tokens) == INSTRUCTION
 
 
 def format_prompt(instruction: str, input_text: str = "") -> str:

@@ -9,7 +9,14 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_model.errors import UserError, one_line
-from hf_model.vocabulary.characters import CHARACTERS, character_backend, characters_in, is_of_characters, read_meta
+from hf_model.vocabulary.characters import (
+    CHARACTERS,
+    UNKNOWN,
+    character_backend,
+    characters_in,
+    is_of_characters,
+    read_meta,
+)
 from hf_model.vocabulary.gpt2 import END_OF_TEXT, find_pair, other_half, read_pair, tiktoken_pair
 from hf_model.vocabulary.prompt import BOS, EOS, PAD, UNK, takes_instructions
 from hf_model.vocabulary.tokenizer import added_ids, check_vocabulary, read_tokenizer, wrap
@@ -142,7 +149,13 @@ def _of_folder(folder: Path, model: Model, raw: bool) -> Vocabulary:
             return _named(folder / name, model, raw)
     if pair := find_pair(folder):
         return _named(pair[0], model, raw)
-    return _of_auto_tokenizer(str(folder), str(folder), model, raw)
+    try:
+        return _of_auto_tokenizer(str(folder), str(folder), model, raw)
+    except UserError:
+        raise UserError(
+            f"{folder}: AutoTokenizer cannot load it, and it holds no tokenizer.json, no meta.pkl, and no vocab.json "
+            "with merges.txt"
+        ) from None
 
 
 def _of_name(name: str, model: Model, raw: bool) -> Vocabulary:
@@ -194,6 +207,8 @@ def _of_backend(
     backend: Tokenizer, taken: str, model: Model, raw: bool, known: dict[str, str | None] | None = None
 ) -> Vocabulary:
     vocabulary = backend.get_vocab()
+    if getattr(backend.model, "unk_token", None) == UNKNOWN:  # the tokenizer.json of a converted model of characters
+        return _of_characters(vocabulary, taken, model)
     is_original = BOS in vocabulary and EOS in vocabulary
     before = [vocabulary[BOS]] if is_original else added_ids(backend)[0]
 

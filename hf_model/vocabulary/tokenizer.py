@@ -10,6 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from hf_model.errors import UserError
+from hf_model.vocabulary.characters import UNKNOWN
 from hf_model.vocabulary.prompt import BOS, CHAT_TEMPLATE, EOS, INSTRUCTION, PAD, PROMPT_FORMAT, RAW, UNK
 
 # What special tokens that end a text, or fill up a row, are usually called.
@@ -175,7 +176,8 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
         )
     try:
         backend = Tokenizer.from_str(text)
-        backend.decode(backend.encode("Response: a").ids)  # some damage shows only in use
+        if getattr(backend.model, "unk_token", None) != UNKNOWN:  # which would refuse these characters
+            backend.decode(backend.encode("Response: a").ids)  # some damage shows only in use
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # tokenizers raises nothing narrower, and its panics are not even an Exception

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
 
 from hf_model.errors import UserError
-from hf_model.vocabulary import Model, save_tokenizer, take_vocabulary, takes_instructions
+from hf_model.vocabulary import Model, is_of_characters, save_tokenizer, take_vocabulary, takes_instructions
 from hf_model.vocabulary.source import ORIGINAL
 from hf_model_cli.common import DEFAULT_TOKENIZER
 from tests import relatives
@@ -152,6 +152,23 @@ class TestOtherTokenizers:
         tokenizer = take(capitals)
         assert takes_instructions(tokenizer)
         assert tokenizer("the cat").input_ids == AutoTokenizer.from_pretrained(capitals)("the cat").input_ids
+
+    @pytest.mark.parametrize("form", ["folder", "tokenizer.json"])
+    def test_a_converted_vocabulary_of_characters_is_one_again(self, form: str, tmp_path: Path) -> None:
+        made = take(relatives.save_meta(tmp_path / "meta.pkl"))
+        save_tokenizer(made, tmp_path / "saved")
+        again = take(tmp_path / "saved" / form if form != "folder" else tmp_path / "saved")
+        assert is_of_characters(again)
+        assert again(TEXT, verbose=False).input_ids == made(TEXT, verbose=False).input_ids
+
+    def test_a_folder_of_before_is_told_by_its_special_tokens(self, tmp_path: Path) -> None:
+        for source, expected in ((TOKENIZER, True), (relatives.save_meta(tmp_path / "meta.pkl"), False)):
+            save_tokenizer(take(source), tmp_path / source.stem)
+            path = tmp_path / source.stem / "tokenizer_config.json"
+            config = json.loads(path.read_text(encoding="utf-8"))
+            del config["prompt_format"]
+            path.write_text(json.dumps(config), encoding="utf-8")
+            assert takes_instructions(AutoTokenizer.from_pretrained(path.parent)) is expected
 
     def test_an_instruction_tokenizer_can_be_taken_for_raw_text(self) -> None:
         assert takes_instructions(take(TOKENIZER))
