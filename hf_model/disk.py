@@ -1,7 +1,9 @@
 """Writes a folder that appears whole or not at all."""
 
 import ctypes
+import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -23,6 +25,10 @@ OURS = (
 )
 
 
+# The last line of the card of the formats whose files could be anybody's, such as a trainer's ckpt.pt: names and sizes.
+SIGNATURE = re.compile(r"^<!-- custom-gpt-hf wrote these files: (\{.*\}) -->$", re.MULTILINE)
+
+
 def check_target(target: Path, overwrite: bool) -> None:
     """Refuse a target that must not be written.
 
@@ -42,10 +48,37 @@ def check_target(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"{target}: exists already; choose another --output_dir or add --overwrite")
+    if (signed := _signed(target)) is not None:
+        _check_signed(target, entries, signed)
+        return
     if not (target / "config.json").is_file():
         raise UserError(f"{target}: holds no model (no config.json), so --overwrite does not replace it")
     for entry in entries:
         if entry.is_dir() or not any(entry.match(pattern) for pattern in OURS):
+            raise UserError(f"{target}: holds {entry.name!r}, which --overwrite would delete: move it away first")
+
+
+def sign(folder: Path) -> None:
+    """Write into a folder's card which files it holds, so that `check_target` knows them again."""
+    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.name != "README.md"}
+    with (folder / "README.md").open("a", encoding="utf-8") as card:
+        card.write(f"\n<!-- custom-gpt-hf wrote these files: {json.dumps(sizes)} -->\n")
+
+
+def _signed(folder: Path) -> dict[str, int] | None:
+    """Names and sizes of the files that the card says were written; None without such a card."""
+    try:
+        found = SIGNATURE.search((folder / "README.md").read_text(encoding="utf-8"))
+        sizes = json.loads(found[1]) if found else None
+    except (OSError, ValueError):
+        return None
+    return sizes if isinstance(sizes, dict) else None
+
+
+def _check_signed(target: Path, entries: list[Path], sizes: dict[str, int]) -> None:
+    """Refuse a folder with anything in it that was not written here, or was written anew since, as by a trainer."""
+    for entry in entries:
+        if entry.name != "README.md" and (entry.is_dir() or entry.stat().st_size != sizes.get(entry.name)):
             raise UserError(f"{target}: holds {entry.name!r}, which --overwrite would delete: move it away first")
 
 

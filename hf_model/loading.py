@@ -74,7 +74,7 @@ def load(
         UserError: a file or the folder is not what it should be.
     """
     if Path(checkpoint_path).is_dir():
-        model, tokenizer = _load_folder(Path(checkpoint_path), tokenizer_path, dtype)
+        model, tokenizer = load_folder(Path(checkpoint_path), tokenizer_path, dtype)
     else:
         if tokenizer_path is None:
             raise UserError(f"{checkpoint_path}: is a file, so the tokenizer must be given too")
@@ -84,11 +84,17 @@ def load(
     return model.to(pick_device(device)), tokenizer
 
 
-def _load_folder(
-    folder: Path, tokenizer_path: str | Path | None, dtype: str
+def load_folder(
+    folder: Path, tokenizer_path: str | Path | None, dtype: str, needs_tokenizer: bool = True
 ) -> tuple[CustomGPTForCausalLM, PreTrainedTokenizerFast]:
+    """`load` of a folder, on the CPU. If `needs_tokenizer` is False, the tokenizer of a folder without one is None."""
     if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(f"{folder}: is a PEFT adapter; save merge_and_unload() of it and give that folder")
         raise UserError(f"{folder}: holds no model (no config.json)")
+    has_tokenizer = tokenizer_path is not None or (folder / "tokenizer.json").is_file()
+    if needs_tokenizer and not has_tokenizer:
+        raise UserError(f"{folder}: holds no tokenizer (no tokenizer.json); give one with --tokenizer_path")
     try:
         # A stranger's folder may name code of its own; the library would ask on the terminal whether to run it.
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -103,6 +109,8 @@ def _load_folder(
         model, loading = loaded
         if astray := sorted(loading["missing_keys"] | loading["unexpected_keys"]):  # the library would go on without
             raise UserError(f"{folder}: its config.json and its weights do not belong together ({', '.join(astray)})")
+        if not has_tokenizer:
+            return model, None
         if tokenizer_path is None:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         else:

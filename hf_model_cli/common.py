@@ -18,6 +18,11 @@ DEFAULT_CHECKPOINT = "out/finetune/ckpt.pt"
 DEFAULT_TOKENIZER = "data/tokenizer/custom_gpt_tokenizer.json"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 ACTIVATIONS = ("gelu", "gelu_new")
+# The keys of hf_model.formats.FORMATS, and what some of them have to choose from; a test compares them.
+FORMATS = ("transformers", "gpt2", "gguf", "ctranslate2", "onnx", "checkpoint")
+GGUF_TYPES = ("f32", "f16", "q8_0")
+QUANTIZATIONS = ("int8", "int8_float32", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16", "float32")
+TRAINERS = ("original", "nanogpt")
 
 
 class OutputError(Exception):
