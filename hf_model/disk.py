@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ OURS = (
 )
 
 
-# The last line of the card of the formats whose files could be anybody's, such as a trainer's ckpt.pt: names and sizes.
+# The last line of the card of the formats whose files could be anybody's, such as a trainer's ckpt.pt: names, CRC32s.
 SIGNATURE = re.compile(r"^<!-- custom-gpt-hf wrote these files: (\{.*\}) -->$", re.MULTILINE)
 
 
@@ -60,25 +61,33 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 def sign(folder: Path) -> None:
     """Write into a folder's card which files it holds, so that `check_target` knows them again."""
-    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.name != "README.md"}
+    sums = {file.name: _checksum(file) for file in sorted(folder.iterdir()) if file.name != "README.md"}
     with (folder / "README.md").open("a", encoding="utf-8") as card:
-        card.write(f"\n<!-- custom-gpt-hf wrote these files: {json.dumps(sizes)} -->\n")
+        card.write(f"\n<!-- custom-gpt-hf wrote these files: {json.dumps(sums)} -->\n")
+
+
+def _checksum(file: Path) -> int:
+    checksum = 0
+    with file.open("rb") as content:
+        while chunk := content.read(2**20):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
 
 
 def _signed(folder: Path) -> dict[str, int] | None:
-    """Names and sizes of the files that the card says were written; None without such a card."""
+    """Names and checksums of the files that the card says were written; None without such a card."""
     try:
         found = SIGNATURE.search((folder / "README.md").read_text(encoding="utf-8"))
-        sizes = json.loads(found[1]) if found else None
+        sums = json.loads(found[1]) if found else None
     except (OSError, ValueError):
         return None
-    return sizes if isinstance(sizes, dict) else None
+    return sums if isinstance(sums, dict) else None
 
 
-def _check_signed(target: Path, entries: list[Path], sizes: dict[str, int]) -> None:
+def _check_signed(target: Path, entries: list[Path], sums: dict[str, int]) -> None:
     """Refuse a folder with anything in it that was not written here, or was written anew since, as by a trainer."""
     for entry in entries:
-        if entry.name != "README.md" and (entry.is_dir() or entry.stat().st_size != sizes.get(entry.name)):
+        if entry.name != "README.md" and (not entry.is_file() or _checksum(entry) != sums.get(entry.name)):
             raise UserError(f"{target}: holds {entry.name!r}, which --overwrite would delete: move it away first")
 
 

@@ -33,9 +33,9 @@ from hf_model.source import Loaded, Source
 from hf_model.vocabulary import save_tokenizer
 
 ACTIVATIONS = ("gelu", "gelu_fast", "gelu_new", "gelu_python", "gelu_pytorch_tanh", "relu", "silu", "swish")
-# What rounding the weights may change, of the spread. Measured: 0.004 in float16, 0.02 in bfloat16, 0.03 in int8; with
-# half of the heads, 0.2 to 2.
-ALLOWED = {"float16": 0.01, "bfloat16": 0.05, "int16": 0.01, "int8": 0.15}
+# What rounding the weights may change, of the spread. Measured: 0.004 in float16, 0.02 in bfloat16 and int16, 0.06 in
+# int8; with half of the heads, 0.2 to 2.
+ALLOWED = {"float16": 0.01, "bfloat16": 0.05, "int16": 0.05, "int8": 0.15}
 
 USE = """\
 ```python
@@ -51,8 +51,8 @@ print(tokenizer.decode(result.sequences_ids[0], skip_special_tokens=True))
 ```"""
 PAST_CONTEXT = (
     "A prompt and its answer end at {block_size} tokens: CTranslate2 stops there with a RuntimeError, while the folder "
-    "for transformers goes on with the last {block_size} tokens. `max_length` counts new tokens: give it what the prompt "
-    "leaves."
+    "for transformers goes on with the last {block_size} tokens. `max_length` counts new tokens: give it what the "
+    "prompt leaves."
 )
 PADDING = "The vocabulary is padded: the tokens `<unused…>` mean nothing. Greedy search never took one; sampling might."
 

@@ -11,6 +11,7 @@ from hf_model.errors import UserError
 
 # gguf.TokenType, which this module spares the import.
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+NO_MERGES = ["<none> <none>"]  # llama.cpp must have one; this never applies
 DEFAULT_END = 11  # what llama.cpp takes for the end of a text where a byte-level vocabulary names none
 
 
@@ -62,7 +63,7 @@ def express(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> Vocabulary:
         types=types,
         special=special,
         adds_bos=_adds_bos(tokenizer, is_byte_level),
-        merges=[m if isinstance(m, str) else " ".join(m) for m in parts["model"]["merges"]],
+        merges=[m if isinstance(m, str) else " ".join(m) for m in parts["model"]["merges"]] or NO_MERGES,
         chat_template=_plain_template(tokenizer.chat_template),
         notes=notes,
     )

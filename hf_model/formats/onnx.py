@@ -19,6 +19,7 @@ from hf_model.formats.cards import write_card
 from hf_model.formats.gpt2 import stock_config, stock_generation
 from hf_model.formats.target import (
     TOKENIZER_PROBES,
+    Difference,
     MissingEngineError,
     Options,
     blamed_on,
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 FILE = "model.onnx"
-MAX_ROWS = 2**26  # of logits that are compared at a time
+# Sizes that are told apart from each other and from 1, so that the exporter takes none of them for a constant.
+SAMPLE_BATCH, SAMPLE_CACHED, SAMPLE_NEW = 2, 5, 3
 
 USE = """\
 ```python
@@ -63,13 +65,13 @@ while len(ids) < {block_size} and ids[-1] != tokenizer.eos_token_id:
 print(tokenizer.decode(ids, skip_special_tokens=True))
 ```"""
 PAST_CONTEXT = (
-    "A prompt and its answer end at {block_size} tokens: onnxruntime stops there with an error (an index of the position "
-    "embedding is out of bounds), while the folder for transformers goes on with the last {block_size} tokens."
+    "A prompt and its answer end at {block_size} tokens: onnxruntime stops there with an error (an index of the "
+    "position embedding is out of bounds), while the folder for transformers goes on with the last {block_size} tokens."
 )
 NAMES = (
-    "Inputs: `input_ids` (B, T), `attention_mask` (B, cached + T) with 0 for left padding, and for each layer the cached "
-    "keys and values (B, heads, cached, size), of cached length 0 at first. Outputs: logits (B, T, V), and the cache with "
-    "the new tokens. `transformers.exporters` loads the folder too (`export.json`)."
+    "Inputs: `input_ids` (B, T), `attention_mask` (B, cached + T) with 0 for left padding, and for each layer the "
+    "cached keys and values (B, heads, cached, size), of cached length 0 at first. Outputs: logits (B, T, V), and the "
+    "cache with the new tokens. `transformers.exporters` loads the folder too (`export.json`)."
 )
 
 
@@ -82,6 +84,8 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
     require(["onnx", "onnxscript"], "onnx")
     if loaded.model.dtype not in (torch.float32, torch.float16):
         raise UserError("onnxruntime computes in float32 and float16 on a CPU: add --dtype float32 or --dtype float16")
+    if loaded.model.config.block_size < SAMPLE_CACHED + SAMPLE_NEW:
+        raise UserError(f"the exporter needs a context of {SAMPLE_CACHED + SAMPLE_NEW} tokens to trace the model")
     with quietly(), blamed_on("the library's ONNX exporter does not take the model"):
         export(loaded.model, folder)
     stock_config(loaded.model.config).save_pretrained(folder)  # plain GPT-2's, which asks nobody to trust code
@@ -95,8 +99,7 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
 def export(model: CustomGPTForCausalLM, folder: Path) -> None:
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-    # Sizes that are told apart from each other and from 1, so that the exporter takes none of them for a constant.
-    B, cached, T = 2, 5, 3
+    B, cached, T = SAMPLE_BATCH, SAMPLE_CACHED, SAMPLE_NEW
     size = model.config.n_embd // model.config.n_head
     cache = DynamicCache(config=model.config)
     for layer in range(model.config.n_layer):
@@ -157,17 +160,25 @@ def verify(folder: Path, source: Source, options: Options) -> str:
 
 
 @torch.inference_mode()
-def run_case(session: "InferenceSession", model, reference, B: int, cached: int, T: int, padding: int):  # type: ignore[no-untyped-def]
-    """The difference of B rows of T tokens behind `cached` ones, the first row with so much padding on the left."""
-    ids = torch.randint(model.config.vocab_size, (B, cached + T), generator=torch.Generator().manual_seed(B))
+def run_case(
+    session: "InferenceSession",
+    model: CustomGPTForCausalLM,
+    reference: CustomGPTForCausalLM,
+    rows: int,
+    cached: int,
+    new: int,
+    padding: int,
+) -> Difference:
+    """The difference of rows of `new` tokens behind `cached` ones, the first row with so much padding on the left."""
+    ids = torch.randint(model.config.vocab_size, (rows, cached + new), generator=torch.Generator().manual_seed(rows))
     mask = torch.ones_like(ids)
     mask[0, :padding] = 0
-    expected = reference(ids, attention_mask=mask).logits  # (B, cached + T, V)
-    shape = (B, model.config.n_head, 0, model.config.n_embd // model.config.n_head)
+    expected = reference(ids, attention_mask=mask).logits  # (rows, cached + new, V)
+    shape = (rows, model.config.n_head, 0, model.config.n_embd // model.config.n_head)
     kind = np.float16 if model.dtype == torch.float16 else np.float32
     states = [np.zeros(shape, kind)] * (2 * model.config.n_layer)
     first = max(cached, padding)
-    parts = [(0, cached), (cached, cached + T)] if cached else [(0, T)]
+    parts = [(0, cached), (cached, cached + new)] if cached else [(0, new)]
     with blamed_on("onnxruntime does not run the graph"):
         for start, end in parts:
             names = [put.name for put in session.get_inputs()]
