@@ -57,8 +57,11 @@ class Source:
             return Loaded(model, tokenizer, None)
         if self.tokenizer_path is None:
             raise UserError(f"{self.path}: is a file, so the tokenizer must be given too")
-        how = {"dtype": self.dtype, "n_head": self.n_head, "activation": self.activation}
-        return Loaded(*load_original(self.path, self.tokenizer_path, **how))
+        return Loaded(
+            *load_original(
+                self.path, self.tokenizer_path, dtype=self.dtype, n_head=self.n_head, activation=self.activation
+            )
+        )
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The tensors as they stand in the source, mapped anew; a tied head among them."""

@@ -32,4 +32,4 @@ FORMATS = {
 
 def find_target(name: str) -> Target:
     """The module of a format; its engine is imported when it is used."""
-    return import_module(f"{__name__}.{FORMATS[name]}")  # type: ignore[return-value]
+    return import_module(f"{__name__}.{FORMATS[name]}")

@@ -91,7 +91,7 @@ def content(model: CustomGPTForCausalLM, progress: dict[str, Any], like: str) ->
             "best_val_loss": progress.get("best_val_loss", 1e9),  # what train.py starts with
             "config": {},
         }
-    losses = {name: progress[name] for name in ("loss", "best_val_loss") if name in progress}
+    losses: dict[str, Any] = {name: progress[name] for name in ("loss", "best_val_loss") if name in progress}
     return {"iter_num": iter_num, "model_state_dict": weights, "model_args": model_args, **losses}
 
 
@@ -133,4 +133,5 @@ def verify(folder: Path, source: Source, options: Options) -> str:
         got = written.state_dict[name]
         if got.dtype != tensor.dtype or not same_bits(tensor.contiguous(), got):
             raise UserError(f"{folder / FILE}: {name} differs from {source.path}: the disk or the memory is faulty")
-    return f"{len(expected)} tensors equal bit for bit, {len(architecture)} sizes and settings the same"
+    tensors = f"{len(expected)} tensors equal bit for bit{options.to_rounded()}"
+    return f"{tensors}, {len(architecture)} sizes and settings the same"

@@ -55,8 +55,8 @@ def express(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> Vocabulary:
     }
     notes = []
     if is_byte_level and "eos" not in special:
-        special["eos"], note = _end(tokens, types)
-        notes.append(note)
+        special["eos"], about_end = _end(tokens, types)
+        notes.append(about_end)
     return Vocabulary(
         model="gpt2" if is_byte_level else "rwkv",
         tokens=tokens,
@@ -80,8 +80,8 @@ def _check_plain(parts: dict[str, Any]) -> None:
         if model.get(setting):
             raise UserError(f"llama.cpp has no word for this tokenizer's {setting} ({model[setting]})")
     for added in parts["added_tokens"]:
-        if setting := next((name for name in ("lstrip", "rstrip", "single_word") if added[name]), None):
-            raise UserError(f"llama.cpp has no word for {setting} of this tokenizer's {added['content']!r}")
+        if trim := next((name for name in ("lstrip", "rstrip", "single_word") if added[name]), None):
+            raise UserError(f"llama.cpp has no word for {trim} of this tokenizer's {added['content']!r}")
 
 
 def _is_byte_level(parts: dict[str, Any]) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, DynamicCache
+from transformers import AutoTokenizer, Cache, DynamicCache
 from transformers.utils import logging as library_logging
 
 from hf_model.errors import UserError
@@ -105,7 +105,7 @@ def export(model: CustomGPTForCausalLM, folder: Path) -> None:
     for layer in range(model.config.n_layer):
         states = torch.zeros(B, model.config.n_head, cached, size, dtype=model.dtype)
         cache.update(states, states.clone(), layer)
-    inputs = {
+    inputs: dict[str, torch.Tensor | Cache] = {
         "input_ids": torch.zeros(B, T, dtype=torch.long),
         "attention_mask": torch.ones(B, cached + T, dtype=torch.long),
         "past_key_values": cache,

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from hf_model.errors import UserError, one_line
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
@@ -34,6 +34,10 @@ class Options:
     gguf_type: str = "f32"
     quantization: str | None = None
     like: str = "original"
+
+    def to_rounded(self) -> str:
+        """What the weights were compared with, if they were rounded."""
+        return f" to the source's, {self.rounded}" if self.rounded else ""
 
 
 class MissingEngineError(Exception):
@@ -156,5 +160,5 @@ def check_ids(text: str, expected: list[int], got: list[int]) -> None:
         raise UserError(f"the tokenizer encodes {text!r} as {got[:20]}, its source as {expected[:20]}")
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text).input_ids
