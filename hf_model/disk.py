@@ -1,9 +1,12 @@
 """Writes a folder that appears whole or not at all."""
 
 import ctypes
+import json
 import os
+import re
 import shutil
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +24,10 @@ OURS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
     *("README.md", "*.py"),
 )
+
+
+# The last line of the card of the formats whose files could be anybody's, such as a trainer's ckpt.pt: names, CRC32s.
+SIGNATURE = re.compile(r"^<!-- custom-gpt-hf wrote these files: (\{.*\}) -->$", re.MULTILINE)
 
 
 def check_target(target: Path, overwrite: bool) -> None:
@@ -42,10 +49,45 @@ def check_target(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"{target}: exists already; choose another --output_dir or add --overwrite")
+    if (signed := _signed(target)) is not None:
+        _check_signed(target, entries, signed)
+        return
     if not (target / "config.json").is_file():
         raise UserError(f"{target}: holds no model (no config.json), so --overwrite does not replace it")
     for entry in entries:
         if entry.is_dir() or not any(entry.match(pattern) for pattern in OURS):
+            raise UserError(f"{target}: holds {entry.name!r}, which --overwrite would delete: move it away first")
+
+
+def sign(folder: Path) -> None:
+    """Write into a folder's card which files it holds, so that `check_target` knows them again."""
+    sums = {file.name: _checksum(file) for file in sorted(folder.iterdir()) if file.name != "README.md"}
+    with (folder / "README.md").open("a", encoding="utf-8") as card:
+        card.write(f"\n<!-- custom-gpt-hf wrote these files: {json.dumps(sums)} -->\n")
+
+
+def _checksum(file: Path) -> int:
+    checksum = 0
+    with file.open("rb") as content:
+        while chunk := content.read(2**20):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+def _signed(folder: Path) -> dict[str, int] | None:
+    """Names and checksums of the files that the card says were written; None without such a card."""
+    try:
+        found = SIGNATURE.search((folder / "README.md").read_text(encoding="utf-8"))
+        sums = json.loads(found[1]) if found else None
+    except (OSError, ValueError):
+        return None
+    return sums if isinstance(sums, dict) else None
+
+
+def _check_signed(target: Path, entries: list[Path], sums: dict[str, int]) -> None:
+    """Refuse a folder with anything in it that was not written here, or was written anew since, as by a trainer."""
+    for entry in entries:
+        if entry.name != "README.md" and (not entry.is_file() or _checksum(entry) != sums.get(entry.name)):
             raise UserError(f"{target}: holds {entry.name!r}, which --overwrite would delete: move it away first")
 
 

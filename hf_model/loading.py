@@ -80,7 +80,7 @@ def load(
         UserError: a file or the folder is not what it should be.
     """
     if Path(checkpoint_path).is_dir():
-        model, tokenizer = _load_folder(Path(checkpoint_path), tokenizer_path, dtype, characters_of, raw, report)
+        model, tokenizer = load_folder(Path(checkpoint_path), tokenizer_path, dtype, characters_of, raw, report)
     else:
         original = read_original(
             checkpoint_path,
@@ -102,16 +102,24 @@ def _describe_vocabulary(vocabulary: Vocabulary) -> str:
     return vocabulary.taken + (f" ({vocabulary.why})" if vocabulary.why else "")
 
 
-def _load_folder(
+def load_folder(
     folder: Path,
     tokenizer_path: str | Path | None,
     dtype: str,
-    characters_of: str | Path | None,
-    raw: bool,
-    report: Callable[[str, str], None],
+    characters_of: str | Path | None = None,
+    raw: bool = False,
+    report: Callable[[str, str], None] = lambda item, text: None,
+    needs_tokenizer: bool = True,
 ) -> tuple[CustomGPTForCausalLM, PreTrainedTokenizerFast]:
+    """`load` of a folder, on the CPU. If `needs_tokenizer` is False, the tokenizer of a folder without one is None."""
     if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(f"{folder}: is a PEFT adapter; save merge_and_unload() of it and give that folder")
         raise UserError(f"{folder}: holds no model (no config.json)")
+    is_given = tokenizer_path is not None or characters_of is not None
+    has_tokenizer = is_given or (folder / "tokenizer.json").is_file()
+    if needs_tokenizer and not has_tokenizer:
+        raise UserError(f"{folder}: holds no tokenizer (no tokenizer.json); give one with --tokenizer_path")
     try:
         # A stranger's folder may name code of its own; the library would ask on the terminal whether to run it.
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -126,6 +134,8 @@ def _load_folder(
         model, loading = loaded
         if astray := sorted(loading["missing_keys"] | loading["unexpected_keys"]):  # the library would go on without
             raise UserError(f"{folder}: its config.json and its weights do not belong together ({', '.join(astray)})")
+        if not has_tokenizer:
+            return model, None
         if tokenizer_path is None and characters_of is None:
             tokenizer = load_tokenizer(folder)
             check_vocabulary(tokenizer, config.vocab_size, folder, folder)

@@ -22,6 +22,11 @@ CHECKPOINTS = ("out*/**/*.pt", "log/*.pt")  # where the trainers of the family p
 MOST_NAMED = 5
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 FILES = (".json", ".pkl", ".pickle", ".txt", ".bpe", ".pt", ".model")  # endings of files, which no name has
+# The keys of hf_model.formats.FORMATS, and what some of them have to choose from; a test compares them.
+FORMATS = ("transformers", "gpt2", "gguf", "ctranslate2", "onnx", "checkpoint")
+GGUF_TYPES = ("f32", "f16", "q8_0")
+QUANTIZATIONS = ("int8", "int8_float32", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16", "float32")
+TRAINERS = ("original", "nanogpt")
 
 
 class OutputError(Exception):

@@ -110,6 +110,11 @@ class TestArguments:
             (("--checkpoint_path", "no/ckpt.pt"), "--checkpoint_path: there is no file no/ckpt.pt"),
             (("--checkpoint_path", str(CAPITALS)), f"--checkpoint_path: there is no file {CAPITALS}"),
             (("--tokenizer_path", "no.json"), "--tokenizer_path: there is no file no.json"),
+            (("--format", "tf"), "--format: invalid choice: 'tf'"),
+            (("--format", "gguf", "--gguf_type", "q4"), "--gguf_type: invalid choice: 'q4'"),
+            (("--gguf_type", "f16"), "--gguf_type: goes with --format gguf"),
+            (("--format", "gguf", "--quantization", "int8"), "--quantization: goes with --format ctranslate2"),
+            (("--format", "gpt2", "--like", "nanogpt"), "--like: goes with --format checkpoint"),
             (("--colour", "red"), "unrecognized arguments: --colour red"),
         ],
         ids=" ".join,
@@ -122,6 +127,33 @@ class TestArguments:
         assert result.err.startswith("convert_checkpoint.py: error: ")
         assert message in result.err
         assert result.err.count("\n") == 1
+
+    def test_the_choices_are_those_of_the_formats(self) -> None:
+        from hf_model import formats
+        from hf_model.formats import checkpoint, gguf
+        from hf_model_cli import common
+
+        assert tuple(formats.FORMATS) == common.FORMATS
+        assert tuple(gguf.ALLOWED) == common.GGUF_TYPES
+        assert tuple(checkpoint.USE) == common.TRAINERS
+
+    @pytest.mark.parametrize(
+        "source, format, output",
+        [
+            ("out/ckpt.pt", "transformers", "out/hf"),
+            ("out/ckpt.pt", "gguf", "out/gguf"),
+            ("", "gguf", "-gguf"),
+        ],
+    )
+    def test_convert_has_an_output_beside_the_source(
+        self, source: str, format: str, output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / source if source else tmp_path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (path / "config.json" if path.is_dir() else path).touch()
+        arguments = ["--checkpoint_path", str(path), "--tokenizer_path", str(TOKENIZER), "--format", format]
+        expected = tmp_path / output if source else Path(f"{tmp_path}{output}")
+        assert convert_command.parse_arguments(arguments).output_dir == expected
 
     def test_a_prompt_is_needed(self, call: Callable[..., Result]) -> None:
         result = call(generate, *EXAMPLE)
