@@ -118,8 +118,6 @@ def load_folder(
         raise UserError(f"{folder}: holds no model (no config.json)")
     is_given = tokenizer_path is not None or characters_of is not None
     has_tokenizer = is_given or (folder / "tokenizer.json").is_file()
-    if needs_tokenizer and not has_tokenizer:
-        raise UserError(f"{folder}: holds no tokenizer (no tokenizer.json); give one with --tokenizer_path")
     try:
         # A stranger's folder may name code of its own; the library would ask on the terminal whether to run it.
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -128,6 +126,8 @@ def load_folder(
                 f"{folder}: holds a model of type {config.model_type!r}, not {CustomGPTConfig.model_type!r}"
             )
         _check_sizes(folder, config)
+        if needs_tokenizer and not has_tokenizer:
+            raise UserError(f"{folder}: holds no tokenizer (no tokenizer.json); give one with --tokenizer_path")
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
