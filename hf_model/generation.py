@@ -195,12 +195,12 @@ DRAWING = threading.RLock()
 
 
 @contextmanager
-def _seeded(sampling: Sampling, config: CustomGPTConfig) -> Iterator[None]:
+def _seeded(sampling: Sampling, model: CustomGPTForCausalLM) -> Iterator[None]:
     """Threads take turns: torch has one random generator for all of them, and each must draw what it would alone."""
     with DRAWING:
         torch.manual_seed(sampling.seed)
         if sampling.seed_like_original:
-            replay_initialisation(config)
+            replay_initialisation(model.config)
         yield
 
 
@@ -267,7 +267,7 @@ def generate(
         return whole[:start] + sampling.cut(whole[start:])[0]
 
     try:
-        with _seeded(sampling, model.config):
+        with _seeded(sampling, model):
             start = time.perf_counter()
             sequences = model.generate(
                 input_ids,
@@ -309,7 +309,7 @@ def continue_prompts(
     for row, prompt in enumerate(prompts):
         input_ids[row, width - prompt.shape[1] :] = prompt[0]
         attention_mask[row, width - prompt.shape[1] :] = 1
-    with _seeded(sampling, model.config):
+    with _seeded(sampling, model):
         sequences = model.generate(
             input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
