@@ -1,21 +1,19 @@
 """A checkpoint and a tokenizer JSON to a Hugging Face folder on disk, and from there to the Hub."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from transformers import PreTrainedTokenizerFast
 
-from hf_model.description import describe_architecture, describe_parameters, describe_source, file_size, rounding
-from hf_model.diagnosis import STUTTER_SHARE, copied_share, non_finite
+from hf_model.description import file_size, rounding
 from hf_model.disk import check_target, whole_folder
 from hf_model.errors import UserError, memory_for, one_line
 from hf_model.formats import transformers_folder
+from hf_model.inspection import examine
 from hf_model.loading import load_original
-from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.vocabulary import PAD
+from hf_model.report import write_page
 
 
 @memory_for("to convert the model")
@@ -30,6 +28,8 @@ def convert(
     activation: str = "gelu",
     overwrite: bool = False,
     verify: bool = True,
+    training_data: str | Path | None = None,
+    report_page: str | Path | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Convert the original's two files to a Hugging Face folder, which appears whole or not at all.
@@ -40,6 +40,8 @@ def convert(
         max_shard_size: the largest safetensors file, such as `"5GB"`.
         overwrite: replace a model's folder that is there already.
         verify: load the folder back and compare it with the source before it takes its place.
+        training_data: the data that the model was trained on, to be measured against, as in `inspect`.
+        report_page: where to write a page that shows what the model has learnt.
         report: called with each line of what there is to say.
 
     Returns:
@@ -54,12 +56,12 @@ def convert(
         checkpoint_path, tokenizer_path, dtype=dtype, n_head=n_head, activation=activation
     )
     rounded = rounding(checkpoint.dtype, model.dtype)
-    report(f"source        {describe_source(checkpoint)}")
-    report(f"architecture  {describe_architecture(model.config)}")
-    report(f"parameters    {describe_parameters(model)}")
-    report(f"tokenizer     {tokenizer_path} ({len(tokenizer)} tokens)")
-    for line in _diagnose(model, tokenizer):
+    inspection = examine(model, tokenizer, checkpoint_path, tokenizer_path, checkpoint, n_head, training_data)
+    for line in inspection.head():
         report(line)
+    if report_page is not None:
+        write_page(inspection, model, tokenizer, Path(report_page))
+        report(f"report        {report_page}")
 
     with whole_folder(output_dir, overwrite) as folder:
         transformers_folder.write(
@@ -79,24 +81,6 @@ def convert(
             except Exception as error:  # whatever the library trips over in a folder that is not what was written
                 raise UserError(f"{output_dir}: cannot be read back ({one_line(error, 200)})") from None
     return output_dir
-
-
-def _diagnose(model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
-    """Lines on what a user should know before trusting the weights."""
-    if PAD not in tokenizer.get_vocab():
-        yield f"note: the tokenizer has no {PAD}; {tokenizer.eos_token} serves as the padding token"
-    if unused := model.config.vocab_size - len(tokenizer):
-        yield f"note: the weights' vocabulary is padded: {unused} ids have no token and are kept from being sampled"
-    if bad := non_finite(dict(model.named_parameters())):
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        yield f"warning: there are NaN or infinite values in {', '.join(bad[:3])}{more}: the model cannot work"
-    elif (share := copied_share(model, tokenizer)) > STUTTER_SHARE:
-        yield (
-            f"warning: the model stutters: at {share:.0%} of the positions of responses it predicts the token that it "
-            "has just read. Its labels were probably not shifted by one in fine-tuning, so it has learnt to repeat; "
-            "sampling options will not cure that, fine-tuning with shifted labels will (the labels of this model in "
-            "transformers are shifted)"
-        )
 
 
 def push(folder: Path, repo_id: str) -> str:

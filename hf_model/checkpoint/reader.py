@@ -31,6 +31,8 @@ class Checkpoint:
     """Where in the file the weights stood; None for a bare state dict."""
     progress: dict[str, Any] = field(default_factory=dict)
     """`iter_num` and the loss, where the file tells."""
+    other_keys: tuple[str, ...] = ()
+    """What else the file holds under which keys; nothing of it is kept."""
 
     def architecture(self, n_head: int | None = None) -> Architecture:
         """The architecture that the weights and `model_args` tell; `n_head` overrides the file's.
@@ -86,7 +88,12 @@ def read_checkpoint(path: str | Path, check_bytes: bool = True) -> Checkpoint:
             for key in ("iter_num", "loss", "best_val_loss")
             if (number := _number(wrapper.get(key))) is not None
         },
+        other_keys=tuple(str(key) for key, value in wrapper.items() if key != weights_key and _holds_something(value)),
     )
+
+
+def _holds_something(value: Any) -> bool:
+    return value is not None and not (isinstance(value, dict) and len(value) == 0)
 
 
 @contextmanager
