@@ -113,6 +113,8 @@ class Generation:
     new_tokens: int
     """Over all sequences, [EOS] included."""
     seconds: float
+    ids: list[list[int]]
+    """The tokens of each response, [EOS] included."""
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, content: str, parse_special_tokens: bool = False) -> torch.Tensor:
@@ -195,7 +197,7 @@ def generate(
         on_text("\n".join(text(_up_to(tokenizer.eos_token_id, row)) for row in stream.rows))
         raise
     responses = [_up_to(tokenizer.eos_token_id, row) for row in sequences[:, len(prompt) :].tolist()]
-    return Generation([text(ids) for ids in responses], new_tokens=sum(map(len, responses)), seconds=seconds)
+    return Generation([text(ids) for ids in responses], sum(map(len, responses)), seconds, responses)
 
 
 @memory_for("to generate")

@@ -93,7 +93,7 @@ class Inspection:
         origins: dict[str, list[str]] = {}
         for name, found in self.architecture.items():
             origins.setdefault(found.origin, []).append(name)
-        found_in = [f"              {', '.join(names)}: from {origin}" for origin, names in origins.items()]
+        found_in = [f"              {', '.join(names)}: by {origin}" for origin, names in origins.items()]
         state = "its state is in the file; a conversion leaves it out" if self.has_optimizer else "no state of it"
         beside = [f"also there    {', '.join(self.other_keys)}"] if self.other_keys else []
         return [*head[:2], *found_in, *head[2:4], f"optimizer     {state}", *beside, *head[4:]]
@@ -214,12 +214,12 @@ def _architecture(
         ]
     stated = checkpoint.model_args
     origin = {
-        "n_head": "the --n_head given" if n_head is not None else "model_args",
-        "dropout": "model_args" if "dropout" in stated else "the trainer's default, since the file does not tell",
+        "n_head": "--n_head" if n_head is not None else "model_args",
+        "dropout": "model_args" if "dropout" in stated else "the trainer's default (the file does not tell)",
     }
     return [
         *((name, Found(getattr(config, name), origin.get(name, "the weights"))) for name in SIZES),
-        (activation[0], Found(activation[1], "--activation or its default, since no file tells")),
+        (activation[0], Found(activation[1], "--activation or its default (no file tells)")),
     ]
 
 

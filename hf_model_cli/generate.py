@@ -1,9 +1,11 @@
 """Generate text from a prompt with a GPT checkpoint, or with the folder that convert_checkpoint.py made of it."""
 
 import argparse
+import json
+import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,9 +27,11 @@ if TYPE_CHECKING:
 
     from hf_model.generation import Sampling
     from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
+    from hf_model.scoring import ScoredToken
 
 MOST_ANSWERS = 10**6  # at a time; past these, sizes would overflow in torch
 MOST_TOKENS = 10**9
+MOST_CANDIDATES = 100
 
 
 def make_parser() -> Parser:
@@ -55,6 +59,7 @@ def add_files(group: argparse._ArgumentGroup) -> None:
 
 def add_prompt(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--prompt", help="the instruction or question")
+    group.add_argument("--score", metavar="TEXT", help="say how likely this text is, after --prompt as its answer")
     group.add_argument(
         "--prompts_file", type=Path, help="JSON Lines of records with an instruction and perhaps an input"
     )
@@ -117,13 +122,25 @@ def add_run(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--device", help="such as cuda, cuda:1, mps or cpu (default: the best there is)")
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: the checkpoint's)")
     group.add_argument("--no_stream", action="store_true", help="print the text when it is complete")
+    group.add_argument(
+        "--top_candidates",
+        type=number(int, 0, maximum=MOST_CANDIDATES),
+        default=0,
+        metavar="N",
+        help="show the N likeliest tokens at each place beside the one that came",
+    )
+    group.add_argument("--json", action="store_true", help="with --score: one JSON object, token by token")
     group.add_argument("--response_only", action="store_true", help="print the answer alone; the rest goes to stderr")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.prompts_file is None:
+    if args.score is not None:
+        check_score(parser, args)
+    elif args.json:
+        parser.error("argument --json: goes with --score")
+    elif args.prompts_file is None:
         check_prompt(parser, args)
     else:
         check_batch(parser, args)
@@ -140,11 +157,23 @@ def check_prompt(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("arguments --prompts_file and --output_file: go together")
 
 
+def check_score(parser: Parser, args: argparse.Namespace) -> None:
+    if not args.score:
+        parser.error("argument --score: must not be empty")
+    for name in ("prompts_file", "output_file"):
+        if getattr(args, name) is not None:
+            parser.error(f"argument --{name}: not allowed with argument --score")
+    if args.input_text and args.prompt is None:
+        parser.error("argument --input_text: with --score it needs the --prompt that it belongs to")
+
+
 def check_batch(parser: Parser, args: argparse.Namespace) -> None:
     if args.prompt is not None:
         parser.error("argument --prompt: not allowed with argument --prompts_file")
     if args.output_file is None:
         parser.error("arguments --prompts_file and --output_file: go together")
+    if args.top_candidates:
+        parser.error("argument --top_candidates: is for a --prompt, not for --prompts_file")
     check_file(parser, "prompts_file", args.prompts_file)
     if args.output_file.exists():
         parser.error(f"argument --output_file: {args.output_file} exists already")
@@ -180,7 +209,7 @@ def run(args: argparse.Namespace) -> None:
     logging.disable_progress_bar()
 
     def note(line: str = "") -> None:
-        show(line, file=sys.stderr if args.response_only else sys.stdout)
+        show(line, file=sys.stderr if args.response_only or args.json else sys.stdout)
 
     device = loading.pick_device(args.device)
     note(f"device      {device}")
@@ -196,6 +225,9 @@ def run(args: argparse.Namespace) -> None:
     )
     note(f"model       {describe_architecture(model.config)}")
     note(f"parameters  {describe_parameters(model)}")
+    if args.score is not None:
+        score_text(args, model, tokenizer)
+        return
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "num_return_sequences", "seed")
     sampling = generation.Sampling(**{name: getattr(args, name) for name in names})
     answer = answer_prompt if args.prompts_file is None else answer_records
@@ -222,11 +254,12 @@ def answer_prompt(
         if streams:
             show(piece, end="")
 
+    prompt = encode(tokenizer, content, args.parse_special_tokens)
     try:
         output = generate(
             model,
             tokenizer,
-            encode(tokenizer, content, args.parse_special_tokens),
+            prompt,
             sampling,
             response_only=args.response_only,
             on_text=take,
@@ -235,7 +268,55 @@ def answer_prompt(
         show("" if streams else "".join(pieces))
         raise
     show("\n".join([""] if streams else output.texts))
+    if args.top_candidates:
+        for ids in output.ids:
+            note("\n" + candidates_table(model, tokenizer, prompt[0].tolist(), ids, args.top_candidates))
     note(f"\n{output.new_tokens} tokens in {output.seconds:.2f} s, {output.new_tokens / output.seconds:.1f} tokens/s")
+
+
+def candidates_table(
+    model: "CustomGPTForCausalLM",
+    tokenizer: "PreTrainedTokenizerFast",
+    prompt: list[int],
+    response: list[int],
+    n_candidates: int,
+) -> str:
+    """What else the model could have said at each place, before --temperature and its like."""
+    from hf_model.scoring import score
+
+    return token_table(score(model, tokenizer, prompt + response, len(prompt), n_candidates))
+
+
+def token_table(tokens: "Sequence[ScoredToken]") -> str:
+    """A line for each token: its probability, itself, and the likeliest tokens at its place."""
+    width = max(len(repr(token.text)) for token in tokens)
+    return "\n".join(
+        f"{math.exp(token.log_probability):8.2%}  {token.text!r:<{width}}"
+        + "".join(f"  {text!r} {math.exp(p):.2%}" for text, p in token.candidates)
+        for token in tokens
+    )
+
+
+def score_text(args: argparse.Namespace, model: "CustomGPTForCausalLM", tokenizer: "PreTrainedTokenizerFast") -> None:
+    from hf_model import scoring
+
+    score = scoring.score_text(
+        model,
+        tokenizer,
+        args.score,
+        prompt=args.prompt,
+        input_text=args.input_text,
+        parse_special_tokens=args.parse_special_tokens,
+        n_candidates=args.top_candidates,
+    )
+    if args.json:
+        show(json.dumps(score.as_dict(), indent=2, allow_nan=False))
+        return
+    if args.top_candidates:
+        show(f"\n{token_table(score.tokens)}\n")
+    show(f"tokens      {len(score.tokens)}")
+    show(f"log-prob.   {score.log_probability:.4f} (natural logarithm)")
+    show(f"perplexity  {score.perplexity:,.2f}")
 
 
 def answer_records(

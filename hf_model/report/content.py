@@ -131,7 +131,7 @@ def _answers(
     if not prompts:
         return
     longest = max(1, model.config.block_size - ANSWER_STEPS, model.config.block_size // 2)
-    prompts = [ids[-longest:] for ids in prompts]
+    whole, prompts = prompts, [ids[-longest:] for ids in prompts]
     steps = min(ANSWER_STEPS, model.config.block_size - max(map(len, prompts)))
     rows = Rows(model, prompts, len(tokenizer))
     answers: list[list[Token]] = [[] for _ in prompts]
@@ -153,7 +153,7 @@ def _answers(
         probe = probes[i] if i < len(probes) else None
         columns = zip(probe.candidates, probe.weights, probe.repeats, strict=True) if probe else ()
         candidates = tuple(Candidate(words(token), weight, repeat) for token, weight, repeat in columns)
-        yield Answer(tokenizer.decode(ids), tuple(answers[i]), candidates)
+        yield Answer("…" * (len(ids) < len(whole[i])) + tokenizer.decode(ids), tuple(answers[i]), candidates)
 
 
 def _weights(model: CustomGPTForCausalLM) -> Iterator[Weight]:

@@ -8,7 +8,7 @@ from hf_model.diagnosis import STUTTER_MASS, STUTTER_RUN, Diagnosis
 from hf_model.inspection import Inspection
 from hf_model.report.content import Answer, Candidate, Content, Embeddings, Head, Token, Weight
 from hf_model.report.style import STYLE
-from hf_model.training_data import CLEARLY, Alternative, Measurement, perplexity
+from hf_model.training_data import CLEARLY, Alternative, Measurement
 
 MARK = "<!doctype html><!-- what a checkpoint has learnt -->"
 """The beginning of every page of ours: no other file is replaced."""
@@ -33,8 +33,8 @@ def render(content: Content) -> str:
     parts = [
         verdict(content),
         file_section(inspection),
+        answers_section(content.answers) if content.answers else "",
         data_section(inspection.measurement) if inspection.measurement else "",
-        answers_section(content.answers, inspection) if content.answers else "",
         weights_section(content.weights),
         embeddings_section(content.embeddings) if content.embeddings else "",
         attention_section(content.attention_tokens, content.attention) if content.attention else "",
@@ -107,15 +107,13 @@ def gauge(name: str, value: float, most: float, limit: float, is_bad: bool, show
 
 
 def file_section(inspection: Inspection) -> str:
-    values = ", ".join(f"{name} {found.value}" for name, found in inspection.architecture.items())
     origins: dict[str, list[str]] = {}
     for name, found in inspection.architecture.items():
-        origins.setdefault(found.origin, []).append(name)
+        origins.setdefault(found.origin, []).append(f"{name} {found.value}")
     rows = [
         ("Source", inspection.source),
         ("Architecture", inspection.architecture_line),
-        ("In the words of its configuration", values),
-        *((f"Found in {origin}", ", ".join(names)) for origin, names in origins.items()),
+        *((f"by {origin}", ", ".join(values)) for origin, values in origins.items()),
         ("Parameters", inspection.parameters_line),
         ("Tokenizer", f"{inspection.tokenizer_path} ({inspection.tokens} tokens)"),
         ("Optimizer", "its state is in the file" if inspection.has_optimizer else "no state of it"),
@@ -125,7 +123,7 @@ def file_section(inspection: Inspection) -> str:
     return section("What the file is", f"<dl>{items}</dl>")
 
 
-def answers_section(answers: Sequence[Answer], inspection: Inspection) -> str:
+def answers_section(answers: Sequence[Answer]) -> str:
     legend = (
         '<div class="legend"><span><span class="t" style="--p:1">sure</span> '
         '<span class="t" style="--p:.5">half</span> <span class="t" style="--p:.05">a guess</span></span>'
@@ -310,14 +308,14 @@ def loss_bars(measured: Measurement) -> str:
     return (
         '<div class="gauges">'
         + "".join(
-            gauge(name, loss, most, measured.even_choice, loss > measured.even_choice, f"{loss:.2f} nats")
-            for name, loss in (
-                ("Loss, labels shifted by one", measured.loss_shifted),
-                ("Loss, labels not shifted", measured.loss_unshifted),
+            gauge(name, loss, most, measured.even_choice, is_bad, f"{loss:.2f} nats")
+            for name, loss, is_bad in (
+                ("Loss, labels shifted by one", measured.loss_shifted, measured.loss > measured.even_choice),
+                ("Loss, labels not shifted", measured.loss_unshifted, measured.repeats),
             )
         )
-        + f'</div><p class="soft">The mark: {perplexity(measured.even_choice)} tokens equally likely. '
-        "The lower of the two is what it was trained on.</p>"
+        + '</div><p class="soft">The lower of the two is what it was trained on. The mark: an even choice among all '
+        "tokens.</p>"
     )
 
 
@@ -327,8 +325,8 @@ def loss_chart(measured: Measurement) -> str:
     if len(points) < 2:
         return ""
     most = max(max(loss for _, loss in points), 1e-6) * 1.1
-    last = points[-1][0]
-    at = [(40 + 550 * start / last, 150 - 140 * loss / most) for start, loss in points]
+    first, last = points[0][0], points[-1][0]
+    at = [(40 + 550 * (start - first) / (last - first), 150 - 140 * loss / most) for start, loss in points]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
     even = 150 - 140 * measured.even_choice / most
     even_line = f'<line class="even" x1="40" x2="590" y1="{even:.1f}" y2="{even:.1f}"/>' if even > 0 else ""
@@ -338,5 +336,5 @@ def loss_chart(measured: Measurement) -> str:
         '<line class="axis" x1="40" x2="590" y1="150" y2="150"/>'
         f'{even_line}<polyline class="line" points="{path}"/>'
         f'<text x="34" y="16" text-anchor="end">{most:.2g}</text><text x="34" y="154" text-anchor="end">0</text>'
-        f'<text x="40" y="170">{points[0][0]}</text><text x="590" y="170" text-anchor="end">{last}</text></svg>'
+        f'<text x="40" y="170">{first}</text><text x="590" y="170" text-anchor="end">{last}</text></svg>'
     )

@@ -59,7 +59,7 @@ summary { cursor: pointer; color: var(--soft); font-size: .88rem; }
 table { border-collapse: collapse; font-size: .88rem; width: 100%; font-variant-numeric: tabular-nums; }
 th { text-align: left; color: var(--soft); font-weight: 500; padding: .2rem .5rem .2rem 0; white-space: nowrap; }
 td { padding: .2rem .5rem .2rem 0; border-top: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere; }
-td.n, th.n { text-align: right; }
+td.n, th.n { text-align: right; white-space: nowrap; overflow-wrap: normal; }
 .heat td { border: 2px solid var(--card); text-align: center; padding: .25rem .4rem; min-width: 4.2rem;
   background: rgba(var(--sure), var(--p)); }
 .heat td.fault { background: var(--bad-soft); color: var(--bad); font-weight: 700; }
