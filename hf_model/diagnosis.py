@@ -149,9 +149,10 @@ def diagnose(model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerBase) ->
     copy_mass = float((weights * repeats).sum(dim=1).mean())
     flat, flat_below = float(flatness.mean()), max(FLAT, FLAT_BY_WIDTH * model.config.n_embd)
     evidence = {"probes": probes, "copy_mass": copy_mass, "flatness": flat, "flat_below": flat_below}
-    if flat < flat_below and (len(tokenizer) >= FEW_TOKENS or norms_are_as_made(model)):
+    copies = copy_mass >= STUTTER_MASS and steps > 0
+    if flat < flat_below and (norms_are_as_made(model) or not (copies or len(tokenizer) < FEW_TOKENS)):
         return Diagnosis("untrained", **evidence)
-    if copy_mass < STUTTER_MASS or steps < 1:
+    if not copies:
         return Diagnosis("nothing", **evidence)
     rows.select(range(0, len(prompts) * K, K))
     run = _share_repeated(rows, candidates[:, 0], steps, tokenizer.eos_token_id)
