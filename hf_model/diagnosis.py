@@ -68,7 +68,7 @@ class Diagnosis:
     flat_below: float | None = None
     """The flatness below which a model of this width counts as untrained."""
     run: float | None = None
-    """RUN: the share of greedy steps that repeat the first token of the answer; None where nobody needs to know."""
+    """RUN: the share of greedy steps that give the token before again; None where nobody needs to know."""
 
     def line(self) -> str:
         """The verdict and its numbers, in plain words."""
@@ -189,14 +189,15 @@ def _raw_prompts(tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
 
 
 def _share_repeated(rows: "Rows", tokens: torch.Tensor, steps: int, end: int | None) -> float:
-    """The share of greedy steps, of all rows, that give `tokens` (B,) again; steps after an end count as none."""
+    """The share of greedy steps after `tokens` (B,) that give the token before again; those after an end do not."""
     goes_on = torch.ones_like(tokens, dtype=torch.bool)
-    repeated = 0
+    repeated, before = 0, tokens
     for _ in range(steps):
         following = rows.next_logits.argmax(dim=-1)  # (B,)
         if end is not None:
             goes_on &= following != end
-        repeated += int((goes_on & (following == tokens)).sum())
+        repeated += int((goes_on & (following == before)).sum())
+        before = following
         rows.step(following)
     return repeated / (steps * len(tokens))
 

@@ -197,7 +197,7 @@ def reference(model: GPT, prompt: list[int], n_tokens: int) -> tuple[float, floa
     for _ in range(20):
         following = int(logits(ids).argmax())
         ended = ended or following == EOS
-        repeated += following == likeliest[0] and not ended
+        repeated += following == ids[-1] and not ended
         ids.append(following)
     return sum(float(a) * b for a, b in zip(q, copied, strict=True)), math.log(n_tokens - 1) - entropy, repeated / 20
 

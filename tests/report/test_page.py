@@ -148,11 +148,9 @@ def test_dead_and_exploded_layers_are_named(tmp_path: Path) -> None:
         for weight in gather(examine(model, tokenizer, "a", "b", None), model, tokenizer).weights
         if weight.fault
     }
-    assert faults == {
-        ("attn.c_proj", 1): "dead: all zeros",
-        ("mlp.c_fc", 2): pytest.approx(faults[("mlp.c_fc", 2)]),
-    }
-    assert faults[("mlp.c_fc", 2)].startswith("exploded: ")
+    assert set(faults) == {("attn.c_proj", 1), ("mlp.c_fc", 2)}
+    assert faults["attn.c_proj", 1] == "dead: all zeros"
+    assert faults["mlp.c_fc", 2].startswith("exploded: ")
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 3, 16])
