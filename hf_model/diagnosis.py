@@ -7,7 +7,7 @@ at the answers that it is about to give itself.
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -22,6 +22,7 @@ RUN_STEPS = 20
 STUTTER_MASS = 0.2
 STUTTER_RUN = 0.6
 FLAT = 0.3
+NORMS_MOVED = 0.25  # a model whose norms are further from where they began was trained, or made by hand
 FLAT_BY_WIDTH = 4e-4  # twice what normal(0, 0.02) weights give by chance
 FEW_TOKENS = 16
 """A vocabulary below this may be as good as even in its text too, as the four letters of a genome are."""
@@ -61,11 +62,11 @@ class Diagnosis:
 
     verdict: Verdict
     probes: tuple[Probe, ...] = ()
-    copy_mass: float | None = None
+    copy_mass: float = 0.0
     """S1: the probability that the model gives again the token that it has just read, at its own answers."""
-    flatness: float | None = None
+    flatness: float = 0.0
     """FLAT, in nats: 0 for a model that knows nothing."""
-    flat_below: float | None = None
+    flat_below: float = 0.0
     """The flatness below which a model of this width counts as untrained."""
     run: float | None = None
     """RUN: the share of greedy steps that give the token before again; None where nobody needs to know."""
@@ -74,7 +75,7 @@ class Diagnosis:
         """The verdict and its numbers, in plain words."""
         if self.verdict == "no numbers":
             return "the model's predictions are NaN or infinite: values overflow in this dtype, try --dtype float32"
-        if self.copy_mass is None or self.flatness is None or self.flat_below is None:
+        if not self.probes:
             return "nothing to say: its vocabulary or its context is too small to ask it anything"
         if self.verdict == "untrained":
             return (
@@ -124,45 +125,60 @@ def diagnose(model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerBase) ->
         return Diagnosis("nothing")
 
     rows = Rows(model, prompts, len(tokenizer))
-    logits = rows.next_logits.clone()  # (B, V)
-    if not rows.are_numbers():
+    probes = _ask(rows, prompts, ordinary) if rows.are_numbers() else []
+    if not probes or not rows.are_numbers():
         return Diagnosis("no numbers")
+    found = Diagnosis(
+        "nothing",
+        tuple(probes),
+        copy_mass=sum(probe.copy_mass for probe in probes) / len(probes),
+        flatness=sum(probe.flatness for probe in probes) / len(probes),
+        flat_below=max(FLAT, FLAT_BY_WIDTH * model.config.n_embd),
+    )
+    copies = found.copy_mass >= STUTTER_MASS and steps > 0
+    # A model that has learnt nothing but to copy is flat but for that; a fresh one can copy by chance, its head tied.
+    may_be_flat = copies or len(tokenizer) < FEW_TOKENS
+    moved = norms_moved(model)
+    if found.flatness < found.flat_below and moved < NORMS_MOVED and (moved == 0 or not may_be_flat):
+        return replace(found, verdict="untrained")
+    if not copies:
+        return found
+    n_rows = len(rows.mask) // len(prompts)
+    rows.select(range(0, len(rows.mask), n_rows))  # the likeliest candidate of each prompt
+    likeliest = torch.tensor([probe.candidates[0] for probe in probes])
+    run = _share_repeated(rows, likeliest, steps, tokenizer.eos_token_id)
+    return replace(found, verdict="stutters" if run >= STUTTER_RUN else "nothing", run=run)
+
+
+def _ask(rows: "Rows", prompts: list[list[int]], ordinary: list[int]) -> list[Probe]:
+    """What each prompt's next token would be, and whether it comes again; leaves a row for each of these tokens."""
     last = torch.tensor([ids[-1] for ids in prompts])  # (B,)
-    rest = logits.scatter(1, last[:, None], -math.inf)  # (B, V)
-    flatness = math.log(len(tokenizer) - 1) - torch.distributions.Categorical(logits=rest).entropy()  # (B,)
+    rest = rows.next_logits.scatter(1, last[:, None], -math.inf)  # (B, V)
+    entropy = torch.distributions.Categorical(logits=rest).entropy()  # (B,)
+    flatness = math.log(rows.n_tokens - 1) - entropy
 
     allowed = torch.full_like(rest, -math.inf).index_fill_(1, torch.tensor(ordinary), 0)
     top = (rest + allowed).topk(min(N_CANDIDATES, len(ordinary) - 1))  # (B, K)
     candidates, weights = top.indices, top.values.softmax(dim=-1)
-    K = candidates.shape[1]
-    rows.repeat_interleave(K)
+    rows.repeat_interleave(candidates.shape[1])
     rows.step(candidates.flatten())
-    if not rows.are_numbers():
-        return Diagnosis("no numbers")
-    probabilities = rows.next_logits.softmax(dim=-1)  # (B * K, V)
-    repeats = probabilities.gather(1, candidates.reshape(-1, 1)).view_as(candidates)  # (B, K)
-
-    probes = tuple(
-        Probe(tuple(ids), *(tuple(values.tolist()) for values in (candidates[i], weights[i], repeats[i])), float(flat))
+    repeats = rows.next_logits.softmax(dim=-1).gather(1, candidates.reshape(-1, 1)).view_as(candidates)  # (B, K)
+    return [
+        Probe(
+            tuple(ids),
+            tuple(candidates[i].tolist()),
+            tuple(weights[i].tolist()),
+            tuple(repeats[i].tolist()),
+            float(flat),
+        )
         for i, (ids, flat) in enumerate(zip(prompts, flatness, strict=True))
-    )
-    copy_mass = float((weights * repeats).sum(dim=1).mean())
-    flat, flat_below = float(flatness.mean()), max(FLAT, FLAT_BY_WIDTH * model.config.n_embd)
-    evidence = {"probes": probes, "copy_mass": copy_mass, "flatness": flat, "flat_below": flat_below}
-    copies = copy_mass >= STUTTER_MASS and steps > 0
-    if flat < flat_below and (norms_are_as_made(model) or not (copies or len(tokenizer) < FEW_TOKENS)):
-        return Diagnosis("untrained", **evidence)
-    if not copies:
-        return Diagnosis("nothing", **evidence)
-    rows.select(range(0, len(prompts) * K, K))
-    run = _share_repeated(rows, candidates[:, 0], steps, tokenizer.eos_token_id)
-    return Diagnosis("stutters" if run >= STUTTER_RUN else "nothing", run=run, **evidence)
+    ]
 
 
-def norms_are_as_made(model: CustomGPTForCausalLM) -> bool:
-    """Whether every LayerNorm's gain is exactly 1, as before the first step of training."""
+def norms_moved(model: CustomGPTForCausalLM) -> float:
+    """How far the LayerNorms' gains are from 1, where they stand before the first step of training, in the mean."""
     gains = [parameter for name, parameter in model.named_parameters() if "ln_" in name and name.endswith("weight")]
-    return all(bool((gain == 1).all()) for gain in gains)
+    return max(float((gain.float() - 1).abs().mean()) for gain in gains)
 
 
 def _ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -80,9 +80,8 @@ class Inspection:
             lines.append(
                 f"warning: there are NaN or infinite values in {', '.join(bad[:3])}{more}: the model cannot work"
             )
-        if self.diagnosis is not None:
-            is_bad = self.diagnosis.verdict != "nothing"
-            lines.append(f"{'warning:' if is_bad else 'diagnosis    '} {self.diagnosis.line()}")
+        if self.diagnosis is not None and self.diagnosis.verdict != "nothing":
+            lines.append(f"warning: {self.diagnosis.line()}")
         if self.measurement is not None:
             lines += self.measurement.lines()
         return lines
@@ -96,7 +95,10 @@ class Inspection:
         found_in = [f"              {', '.join(names)}: by {origin}" for origin, names in origins.items()]
         state = "its state is in the file; a conversion leaves it out" if self.has_optimizer else "no state of it"
         beside = [f"also there    {', '.join(self.other_keys)}"] if self.other_keys else []
-        return [*head[:2], *found_in, *head[2:4], f"optimizer     {state}", *beside, *head[4:]]
+        verdict = []
+        if self.diagnosis is not None and self.diagnosis.verdict == "nothing":  # which a conversion need not say
+            verdict = [f"diagnosis     {self.diagnosis.line()}"]
+        return [*head[:2], *found_in, *head[2:4], f"optimizer     {state}", *beside, *verdict, *head[4:]]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold: numbers that are not finite become None."""

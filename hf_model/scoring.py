@@ -137,5 +137,5 @@ def _scored(
     chosen = log_probabilities.gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
     top = log_probabilities[:, : len(tokenizer)].topk(min(n_candidates, len(tokenizer)))  # (N, K)
     for token, value, others, values in zip(ids, chosen, top.indices.tolist(), top.values.tolist(), strict=True):
-        candidates = tuple((tokenizer.decode([other]), p) for other, p in zip(others, values, strict=True))
-        yield ScoredToken(token, tokenizer.decode([token]), value, candidates)
+        candidates = tuple((str(tokenizer.decode([other])), p) for other, p in zip(others, values, strict=True))
+        yield ScoredToken(token, str(tokenizer.decode([token])), value, candidates)

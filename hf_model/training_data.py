@@ -3,7 +3,7 @@
 import copy
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -268,14 +268,15 @@ def _text_rows(path: Path, tokenizer: PreTrainedTokenizerFast, block_size: int) 
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     ids = tokenizer(text, add_special_tokens=False).input_ids
     stretches = [ids[start : start + block_size] for start in range(0, len(ids), block_size)]
-    rows = [Row(stretch, 1, answer=tokenizer.decode(stretch)) for stretch in stretches if len(stretch) > 1]
+    rows = [Row(stretch, 1, answer=str(tokenizer.decode(stretch))) for stretch in stretches if len(stretch) > 1]
     random.Random(SEED).shuffle(rows)
     return rows, len(rows)
 
 
 def _first(rows: list[Row], n_tokens: float) -> list[Row]:
     """As many rows as have that many tokens, and one at least."""
-    chosen, seen = [], 0
+    chosen: list[Row] = []
+    seen = 0
     for row in rows:
         if chosen and seen + len(row.ids) > n_tokens:
             break
@@ -369,7 +370,6 @@ def _by_position(losses: Losses) -> Iterator[tuple[int, float]]:
 
 def _worst(losses: Losses, rows: list[Row], n: int = 8) -> list[Record]:
     """The records with the highest mean loss."""
-    of: Callable[[int], float] = lambda i: losses.shifted[losses.row == i].mean().item()  # noqa: E731
-    means = [(of(i), row) for i, row in enumerate(rows)]
+    means = [(losses.shifted[losses.row == i].mean().item(), row) for i, row in enumerate(rows)]
     means.sort(key=lambda pair: -pair[0])
     return [Record(row.prompt, row.answer, loss) for loss, row in means[:n]]

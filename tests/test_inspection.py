@@ -74,8 +74,10 @@ class TestCommand:
         assert head and set(head) <= set(inspected.out.splitlines())
         assert sorted(CHECKPOINT.parent.iterdir()) == before
 
-    def test_json_is_one_object(self, call: Callable[..., Result]) -> None:  # noqa: F811
-        result = call(convert_command, *EXAMPLE, "--inspect", "--json", "--training_data", str(QUESTIONS))
+    def test_json_is_one_object(self, call: Callable[..., Result], tmp_path: Path) -> None:  # noqa: F811
+        data = tmp_path / "few.jsonl"
+        data.write_text("".join(QUESTIONS.open(encoding="utf-8").readlines()[:40]), encoding="utf-8")
+        result = call(convert_command, *EXAMPLE, "--inspect", "--json", "--training_data", str(data))
         found = json.loads(result.out)
         assert found["diagnosis"]["verdict"] == "nothing"
         assert found["parameters"] == 535_200

@@ -115,7 +115,7 @@ class Words:
         self.tokenizer = tokenizer
 
     def __call__(self, token: int) -> str:
-        text = self.tokenizer.decode([token])
+        text = str(self.tokenizer.decode([token]))
         return text if text and "�" not in text else str(self.tokenizer.convert_ids_to_tokens(token))
 
 
@@ -153,7 +153,7 @@ def _answers(
         probe = probes[i] if i < len(probes) else None
         columns = zip(probe.candidates, probe.weights, probe.repeats, strict=True) if probe else ()
         candidates = tuple(Candidate(words(token), weight, repeat) for token, weight, repeat in columns)
-        yield Answer("…" * (len(ids) < len(whole[i])) + tokenizer.decode(ids), tuple(answers[i]), candidates)
+        yield Answer("…" * (len(ids) < len(whole[i])) + str(tokenizer.decode(ids)), tuple(answers[i]), candidates)
 
 
 def _weights(model: CustomGPTForCausalLM) -> Iterator[Weight]:

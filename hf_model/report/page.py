@@ -73,7 +73,7 @@ def verdict(content: Content) -> str:
         tone, word = "warn", "It does not fit its training data"
     elif faults:
         tone, word = "warn", "Some of its weights stand out"
-    gauges = gauge_row(diagnosis, inspection) if diagnosis and diagnosis.flatness is not None else ""
+    gauges = gauge_row(diagnosis, inspection) if diagnosis and diagnosis.probes else ""
     return (
         f'<section class="verdict {tone}"><h1>{escaped(inspection.path)}</h1><strong>{word}</strong>'
         f"<p>{escaped(text[:1].upper() + text[1:])}.</p>{gauges}</section>"
@@ -82,7 +82,7 @@ def verdict(content: Content) -> str:
 
 def gauge_row(diagnosis: Diagnosis, inspection: Inspection) -> str:
     most = math.log(max(inspection.tokens - 1, 2))
-    copy_mass, flatness, limit = diagnosis.copy_mass or 0.0, diagnosis.flatness or 0.0, diagnosis.flat_below or 0.0
+    copy_mass, flatness, limit = diagnosis.copy_mass, diagnosis.flatness, diagnosis.flat_below
     gauges = [
         gauge(
             "Repeats what it has just read", copy_mass, 1, STUTTER_MASS, copy_mass >= STUTTER_MASS, f"{copy_mass:.0%}"
@@ -100,7 +100,7 @@ def gauge_row(diagnosis: Diagnosis, inspection: Inspection) -> str:
 def gauge(name: str, value: float, most: float, limit: float, is_bad: bool, shown: str) -> str:
     width, mark = (100 * min(max(part / most, 0), 1) for part in (value, limit))
     return (
-        f'<div class="gauge"><span class="value">{shown}</span><span class="name">{name}</span>'
+        f'<div class="gauge"><div class="head"><span>{name}</span><span class="value">{shown}</span></div>'
         f'<div class="track"><div class="fill{" bad" if is_bad else ""}" style="width:{width:.1f}%"></div>'
         f'<div class="mark" style="left:{mark:.1f}%"></div></div></div>'
     )

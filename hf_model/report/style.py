@@ -28,9 +28,9 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 .verdict.good { --tone: var(--good); --tone-soft: var(--good-soft); }
 .verdict.warn { --tone: var(--warn); --tone-soft: var(--warn-soft); }
 .verdict strong { display: block; font-size: 1.9rem; line-height: 1.2; color: var(--tone); }
-.gauges { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 1rem; margin-top: 1rem; }
-.gauge .name { font-weight: 600; font-size: .92rem; }
-.gauge .value { float: right; font-variant-numeric: tabular-nums; font-weight: 600; }
+.gauges { display: grid; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); gap: 1rem; margin-top: 1rem; }
+.gauge .head { display: flex; justify-content: space-between; gap: .8rem; font-weight: 600; font-size: .92rem; }
+.gauge .value { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .track { position: relative; height: 12px; border-radius: 6px; background: var(--line); margin: .35rem 0 .2rem; }
 .fill { height: 100%; border-radius: 6px; background: rgb(var(--sure)); }
 .fill.bad { background: var(--bad); }

@@ -36,15 +36,16 @@ def kind(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, str, Path
     """A kind of model, its page and where that is."""
     path = tmp_path / "report.html"
     tokenizer = convert_tokenizer(TOKENIZER, model_max_length=64)
-    data = None
+    questions, data = tmp_path / "questions.jsonl", None
+    questions.write_text("".join(QUESTIONS.open(encoding="utf-8").readlines()[:20]), encoding="utf-8")
     if request.param == "sane":
         model, tokenizer, _ = load_original(CHECKPOINT, TOKENIZER)
-        data = QUESTIONS
+        data = questions
     elif request.param == "raw":
         tokenizer = characters("to be or not to be\n")
         model = twin(gpt(**SMALL | {"vocab_size": len(tokenizer)}))
     elif request.param == "stutterer":
-        model, data = twin(copier(SMALL)), QUESTIONS
+        model, data = twin(copier(SMALL)), questions
     else:
         model = twin(GPT(GPTConfig(**SMALL)))
         if request.param == "no numbers":
