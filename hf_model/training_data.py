@@ -168,13 +168,13 @@ class Measurement:
         for other in self.better:
             if other.option == option:
                 return (
-                    f"warning: {flag} {other.value} fits better than {chosen}: loss {other.loss:.4f} against "
-                    f"{self.chosen_loss:.4f}. Convert again with {flag} {other.value}"
+                    f"warning: {flag} {other.value} fits better than {chosen}: loss {other.loss:.4g} against "
+                    f"{self.chosen_loss:.4g}. Convert again with {flag} {other.value}"
                 )
         verdict = "fits best" if others[0].ahead < -CLEARLY else "fits; the data does not tell it from the next one"
         return (
-            f"{flag.strip('-'):<13} {chosen} {verdict}: loss {self.chosen_loss:.4f}, "
-            f"and {others[0].loss:.4f} with {others[0].value}"
+            f"{flag.strip('-'):<13} {chosen} {verdict}: loss {self.chosen_loss:.4g}, "
+            f"and {others[0].loss:.4g} with {others[0].value}"
         )
 
     def as_dict(self) -> dict[str, Any]:
