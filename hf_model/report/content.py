@@ -169,7 +169,9 @@ def _weights(model: CustomGPTForCausalLM) -> Iterator[Weight]:
             found.setdefault(kind, []).append((layer, rms, largest, math.isfinite(largest)))
     for kind, layers in found.items():
         finite = sorted(rms for _, rms, _, is_finite in layers if is_finite)
-        middle = finite[len(finite) // 2] if finite else 0.0
+        middle = (
+            finite[(len(finite) - 1) // 2] if finite else 0.0
+        )  # of two, the smaller: weights explode, they seldom die
         for layer, rms, largest, is_finite in layers:
             ratio = rms / middle if middle > 0 and is_finite else 1.0
             fault = ""

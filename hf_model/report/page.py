@@ -62,7 +62,7 @@ def verdict(content: Content) -> str:
     text = diagnosis.line().removeprefix("nothing to say: ") if diagnosis else ""
     if diagnosis is None:
         tone, word = "bad", "It cannot work: NaN or infinite weights"
-        text = f"Its weights are no numbers in {', '.join(inspection.non_finite[:5])}."
+        text = f"Its weights are no numbers in {', '.join(inspection.non_finite[:5])}"
     elif diagnosis.verdict == "no numbers":
         tone, word = "bad", "Its predictions are no numbers"
     elif diagnosis.verdict == "stutters" or (measurement and measurement.repeats):
