@@ -30,7 +30,7 @@ FEW_TOKENS = 16
 INSTRUCTIONS = (
     ("What is the capital of France?", ""),
     ("Name three primary colors.", ""),
-    ("Summarize the following text.", "The cat lay on the mat and slept from dawn to dusk."),
+    ("Summarize the text.", "The cat slept all day."),
     ("Is the sky blue?", ""),
 )
 
