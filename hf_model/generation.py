@@ -163,19 +163,25 @@ class Generation:
     """With the prompt and special tokens, or the bare response."""
     responses: list[str]
     """The bare responses."""
-    tokens: list[int]
-    """How many there are in the response, the end token included."""
+    ids: list[list[int]]
+    """The tokens of each response, the end token included."""
     finish_reasons: list[str]
     """`"stop"` at the end token or a stop string, `"length"` after `max_new_tokens`."""
     seconds: float
 
     @property
     def new_tokens(self) -> int:
-        return sum(self.tokens)
+        return sum(map(len, self.ids))
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, content: str, parse_special_tokens: bool = False) -> torch.Tensor:
-    """Token ids of shape (1, T): `[BOS]`, where the vocabulary has it, and the content.
+def encode(
+    tokenizer: PreTrainedTokenizerFast,
+    content: str,
+    parse_special_tokens: bool = False,
+    *,
+    add_special_tokens: bool = True,
+) -> torch.Tensor:
+    """Token ids of shape (1, T): `[BOS]`, where the vocabulary has it and `add_special_tokens` says so; the content.
 
     `parse_special_tokens` says whether "[EOS]" typed by a user is the special token (as in the original) or text. In
     raw text special tokens are always read as such, as in nanoGPT.
@@ -188,7 +194,8 @@ def encode(tokenizer: PreTrainedTokenizerFast, content: str, parse_special_token
     if is_of_characters(tokenizer):
         check_characters(tokenizer, content)
     parses = parse_special_tokens or not takes_instructions(tokenizer)
-    return tokenizer(content, return_tensors="pt", split_special_tokens=not parses).input_ids
+    how = {"split_special_tokens": not parses, "add_special_tokens": add_special_tokens}
+    return tokenizer(content, return_tensors="pt", **how).input_ids
 
 
 DRAWING = threading.RLock()
@@ -286,7 +293,7 @@ def generate(
     return Generation(
         texts=[text(ids) for ids in rows],
         responses=[response(ids) for ids in rows],
-        tokens=[len(ids) for ids in rows],
+        ids=rows,
         finish_reasons=["length" if _is_unfinished(tokenizer, ids, sampling) else "stop" for ids in rows],
         seconds=seconds,
     )

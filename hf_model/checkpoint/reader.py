@@ -38,6 +38,8 @@ class Checkpoint:
     """nanoGPT's name of the data that it was trained on."""
     is_pretrained: bool = False
     """Whether it is the original's pre-training file, whose model knows no instructions."""
+    other_keys: tuple[str, ...] = ()
+    """What else the file holds under which keys; nothing of it is kept."""
 
     def architecture(self, n_head: int | None = None) -> Architecture:
         """The architecture that the weights and `model_args` tell; `n_head` overrides the file's.
@@ -116,7 +118,12 @@ def read_checkpoint(path: str | Path, check_bytes: bool = True) -> Checkpoint:
         ),
         dataset=dataset if isinstance(dataset := config.get("dataset"), str) else None,
         is_pretrained=weights_key == "model_state_dict" and "loss" in wrapper and "config" not in wrapper,
+        other_keys=tuple(str(key) for key, value in wrapper.items() if key != weights_key and _holds_something(value)),
     )
+
+
+def _holds_something(value: Any) -> bool:
+    return value is not None and not (isinstance(value, dict) and len(value) == 0)
 
 
 @contextmanager
