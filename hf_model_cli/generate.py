@@ -170,10 +170,9 @@ def add_output(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="show the N likeliest tokens at each place beside the one that came",
     )
-    group.add_argument("--json", action="store_true", help="with --score: one JSON object, token by token")
     group.add_argument("--response_only", action="store_true", help="print the answer alone; the rest goes to stderr")
     group.add_argument(
-        "--json", action="store_true", help="print a JSON object for each answer; the rest goes to stderr"
+        "--json", action="store_true", help="print a JSON object for each answer or score; the rest goes to stderr"
     )
     group.add_argument("--quiet", action="store_true", help="print nothing but the text, the answers or the objects")
 
