@@ -13,11 +13,12 @@ from tokenizers import AddedToken
 
 from examples.plain_gpt import GPT, GPTConfig
 from hf_model.errors import UserError
-from hf_model.inspection import examine
+from hf_model.inspection import Inspection, examine
 from hf_model.loading import load_original
 from hf_model.report import write_page
 from hf_model.report.content import gather
-from hf_model.vocabulary import convert_tokenizer
+from hf_model.source import Loaded, Source
+from hf_model.vocabulary import Vocabulary, convert_tokenizer
 from tests.test_diagnosis import SMALL, characters, copier
 from tests.tiny import CHECKPOINT, ROOT, TOKENIZER, gpt, twin
 
@@ -25,8 +26,13 @@ QUESTIONS = ROOT / "examples" / "evaluation" / "questions.jsonl"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
+def examined(model, tokenizer, name: str = "ckpt.pt", training_data: Path | None = None) -> Inspection:
+    vocabulary = Vocabulary(tokenizer, "tokenizer.json", lambda text: tokenizer(text).input_ids)
+    return examine(Source(Path(name)), Loaded(model, tokenizer, None, vocabulary), training_data)
+
+
 def page_of(model, tokenizer, path: Path, name: str = "ckpt.pt", training_data: Path | None = None) -> str:
-    inspection = examine(model, tokenizer, name, "tokenizer.json", None, None, training_data)
+    inspection = examined(model, tokenizer, name, training_data)
     write_page(inspection, model, tokenizer, path)
     return path.read_text(encoding="utf-8")
 
@@ -118,7 +124,7 @@ def test_what_files_and_models_hold_stays_text(tmp_path: Path) -> None:
 
 def test_the_answer_is_what_greedy_decoding_gives(tmp_path: Path) -> None:
     model, tokenizer, _ = load_original(CHECKPOINT, TOKENIZER)
-    content = gather(examine(model, tokenizer, "a", "b", None), model, tokenizer)
+    content = gather(examined(model, tokenizer), model, tokenizer)
     for answer in content.answers:
         ids = tokenizer(answer.prompt, add_special_tokens=False, return_tensors="pt").input_ids
         if answer.prompt.startswith("[BOS]"):
@@ -132,9 +138,9 @@ def test_the_answer_is_what_greedy_decoding_gives(tmp_path: Path) -> None:
 def test_the_attention_is_the_model_s(tmp_path: Path) -> None:
     model, tokenizer, _ = load_original(CHECKPOINT, TOKENIZER)
     before = model.config._attn_implementation
-    content = gather(examine(model, tokenizer, "a", "b", None), model, tokenizer)
+    content = gather(examined(model, tokenizer), model, tokenizer)
     assert model.config._attn_implementation == before
-    assert len(content.attention) == 3 * 4
+    assert len(content.attention) == 3 * 3
     for head in content.attention:
         assert all(sum(row) == pytest.approx(1, abs=1e-4) for row in head.weights)
 
@@ -146,7 +152,7 @@ def test_dead_and_exploded_layers_are_named(tmp_path: Path) -> None:
     tokenizer = characters("to be or not to be\n")
     faults = {
         (weight.kind, weight.layer): weight.fault
-        for weight in gather(examine(model, tokenizer, "a", "b", None), model, tokenizer).weights
+        for weight in gather(examined(model, tokenizer), model, tokenizer).weights
         if weight.fault
     }
     assert set(faults) == {("attn.c_proj", 1), ("mlp.c_fc", 2)}
