@@ -61,7 +61,7 @@ def convert(
     for line in _diagnose(model, tokenizer):
         report(line)
 
-    with whole_folder(output_dir, overwrite) as folder:
+    with whole_folder(output_dir, overwrite, warn=lambda line: report(f"warning: {line}")) as folder:
         transformers_folder.write(
             model, tokenizer, folder, name=output_dir.name, max_shard_size=max_shard_size, rounded=rounded
         )

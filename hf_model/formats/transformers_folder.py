@@ -40,12 +40,12 @@ def write(
         rounded: what became of the weights, for the card (`description.rounding`).
 
     Raises:
-        UserError: the disk is full.
+        OSError: the disk is full.
     """
     try:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
     except SafetensorError as error:  # its own form of a full disk
-        raise UserError(f"{folder}: cannot be written ({error})") from None
+        raise OSError(str(error)) from None
     for weights in folder.glob("*.safetensors"):  # which safetensors lets nobody read but their owner
         shutil.copymode(folder / "config.json", weights)
     save_tokenizer(tokenizer, folder)
