@@ -96,7 +96,7 @@ def whole_folder(target: Path, overwrite: bool = False, warn: Callable[[str], No
             _put_in_place(new, target, old)
             try:  # the folder is there: what fails from now on is no error
                 for folder in (place, target.parent):
-                    _sync(folder)
+                    sync(folder)
             except OSError as error:
                 warn(f"{target}: is complete, but may not outlast a loss of power ({error.strerror})")
 
@@ -194,7 +194,7 @@ def _parents(folder: Path) -> Iterator[None]:
         yield
         for path in made:
             with suppress(OSError):
-                _sync(path.parent)
+                sync(path.parent)
     except BaseException:
         for path in made:
             with suppress(OSError):
@@ -295,11 +295,12 @@ def _sync_tree(folder: Path) -> None:
         if entry.is_dir(follow_symlinks=False):
             _sync_tree(Path(entry.path))
         elif entry.is_file(follow_symlinks=False):
-            _sync(Path(entry.path))
-    _sync(folder)
+            sync(Path(entry.path))
+    sync(folder)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk."""
     if os.name == "nt" and path.is_dir():
         return  # Windows opens no folders
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
