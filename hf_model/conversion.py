@@ -73,11 +73,12 @@ def convert(
             report(f"              {file.name:<32} {file_size(file.stat().st_size):>10}")
         if verify:
             try:
-                report(f"verified      {transformers_folder.verify(folder, checkpoint_path, tokenizer_path)}")
+                verified = transformers_folder.verify(folder, checkpoint_path, tokenizer_path)
             except UserError:
                 raise
             except Exception as error:  # whatever the library trips over in a folder that is not what was written
                 raise UserError(f"{output_dir}: cannot be read back ({one_line(error, 200)})") from None
+            report(f"verified      {verified}")
     return output_dir
 
 

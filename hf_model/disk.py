@@ -6,6 +6,7 @@ is replaced only if it holds nothing but these files, unchanged.
 """
 
 import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -40,6 +41,10 @@ def check_target(target: Path, overwrite: bool) -> None:
         UserError: `target` is a file, a symbolic link, a folder that exists (without `overwrite`), or one that holds
             anything but what this program wrote into it, or may not be changed (with it).
     """
+    try:
+        str(target).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{target}: is a name that is not UTF-8, which the libraries cannot write") from None
     with disk_errors(target):
         if target.is_symlink():
             raise UserError(f"{target}: is a symbolic link; name the folder itself")
@@ -262,10 +267,29 @@ def _put_in_place(new: Path, target: Path, old: Path) -> None:
 
 def _exchange(one: Path, other: Path) -> bool:
     """Swap two folders in one step, so that there is no moment without either; False where the system cannot."""
-    if sys.platform != "linux" or not hasattr(library := ctypes.CDLL(None), "renameat2"):
-        return False
-    at_fdcwd, rename_exchange = -100, 2
-    return bool(library.renameat2(at_fdcwd, bytes(one), at_fdcwd, bytes(other), rename_exchange) == 0)
+    return _rename(one, other, 2) == 0
+
+
+def publish(private: Path, path: Path) -> None:
+    """Give a file its final name, in one step where the system can.
+
+    Raises:
+        FileExistsError: there is something of that name already.
+    """
+    status = _rename(private, path, 1)
+    if status == errno.EEXIST or (status and os.path.lexists(path)):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    if status:
+        private.rename(path)
+    sync(path.parent)
+
+
+def _rename(one: Path, other: Path, how: int) -> int:
+    """Linux's renameat2, 1 to replace nothing and 2 to swap: 0, or the error's number."""
+    if sys.platform != "linux" or not hasattr(library := ctypes.CDLL(None, use_errno=True), "renameat2"):
+        return errno.ENOSYS
+    at_fdcwd = -100
+    return ctypes.get_errno() if library.renameat2(at_fdcwd, bytes(one), at_fdcwd, bytes(other), how) else 0
 
 
 @contextmanager

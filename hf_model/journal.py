@@ -16,13 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_model.disk import WRITER, disk_errors, lock, sync
+from hf_model.disk import WRITER, disk_errors, lock, publish, sync
 from hf_model.errors import UserError
 from hf_model.strict_json import parse_json
 
 HEADER = re.compile(rf'\{{"written_by": "{WRITER}", "run": "([0-9a-f]{{64}})"\}}\n'.encode())
 HEADER_BYTES = 128
-NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP)  # from file systems that have none
 
 
 @dataclass
@@ -47,7 +46,7 @@ class Journal:
             private = _private(self.output, _name(self.run))
             _create(private, content)
             try:
-                _publish(private, self.output)
+                publish(private, self.output)
             except FileExistsError:
                 private.unlink()
                 raise exists_already(self.output) from None
@@ -126,7 +125,7 @@ def _start(output: Path, run: str) -> None:
     """Make a journal that has a header from its first moment on, if nobody else does at the same time."""
     try:
         _create(_private(output, _name(run)), _header(run))
-        _publish(_private(output, _name(run)), path_of(output))
+        publish(_private(output, _name(run)), path_of(output))
     except (FileExistsError, FileNotFoundError):
         pass
 
@@ -145,20 +144,6 @@ def _create(path: Path, content: bytes) -> None:
         _write(descriptor, content)
     finally:
         os.close(descriptor)
-
-
-def _publish(private: Path, path: Path) -> None:
-    """Give a file its final name, unless there is one of that name."""
-    try:
-        os.link(private, path)
-        private.unlink()
-    except OSError as error:
-        if error.errno not in NO_LINKS:
-            raise
-        if os.path.lexists(path):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
-        private.rename(path)
-    sync(path.parent)
 
 
 def _write(descriptor: int, content: bytes) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from hf_model.checkpoint import Checkpoint, read_checkpoint
 from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError, memory_for, one_line
+from hf_model.folder_check import check_folder, read_config, read_generation_config
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.vocabulary import check_vocabulary, convert_tokenizer
 
@@ -87,24 +88,25 @@ def load(
 def _load_folder(
     folder: Path, tokenizer_path: str | Path | None, dtype: str
 ) -> tuple[CustomGPTForCausalLM, PreTrainedTokenizerFast]:
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: holds no model (no config.json)")
     try:
-        # A stranger's folder may name code of its own; the library would ask on the terminal whether to run it.
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if not isinstance(config, CustomGPTConfig):
-            raise UserError(
-                f"{folder}: holds a model of type {config.model_type!r}, not {CustomGPTConfig.model_type!r}"
-            )
+        config = read_config(folder)
+        check_folder(folder)
         _check_sizes(folder, config)
+        # A stranger's folder may name code of its own; the library would ask on the terminal whether to run it.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            folder,
+            config=config,
+            generation_config=read_generation_config(folder, config),
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
         model, loading = loaded
         if astray := sorted(loading["missing_keys"] | loading["unexpected_keys"]):  # the library would go on without
             raise UserError(f"{folder}: its config.json and its weights do not belong together ({', '.join(astray)})")
         if tokenizer_path is None:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
         else:
             tokenizer = convert_tokenizer(tokenizer_path, model_max_length=config.block_size)
             model.generation_config = default_generation(tokenizer, config.vocab_size)

@@ -7,9 +7,13 @@ import importlib.metadata
 import io
 import os
 import re
+import signal
+import stat
 import sys
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -45,7 +49,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One line, without the usage of twenty arguments in front."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)}\n")
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -94,9 +98,24 @@ def number(
     return parse
 
 
+def printable(text: object, max_length: int = 600) -> str:
+    """A text on one line; hf_model.errors has another one, but takes seconds to import."""
+    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text)[: 4 * max_length])
+    return line if len(line) <= max_length else f"{line[: max_length // 2]}…{line[-max_length // 2 :]}"
+
+
 @contextmanager
 def no_garbage_search() -> Iterator[None]:
-    """For imports: of their time, a quarter goes into looking through what they make, which all stays; more at exit."""
+    """For imports: of their time, a quarter goes into looking through what they make, which all stays; more at exit.
+
+    Ctrl-C ends the program at once: some of what is imported would make something else of a KeyboardInterrupt.
+    """
+    with _handling(signal.SIGINT, signal.default_int_handler, lambda *_: os._exit(130)), _no_garbage_search():
+        yield
+
+
+@contextmanager
+def _no_garbage_search() -> Iterator[None]:
     is_first, was_enabled = "torch" not in sys.modules, gc.isenabled()
     gc.disable()
     try:
@@ -108,19 +127,58 @@ def no_garbage_search() -> Iterator[None]:
             gc.enable()
 
 
-def run_command(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    """Run a command with its parsed arguments, and turn however it ends into a line and an exit status.
+class Terminated(BaseException):
+    """SIGTERM, as an exception: so that what is half-written is cleared away."""
 
-    0: done, or whoever read the output has seen enough. 2: an error that the user can mend. 130: Ctrl-C. Anything else
-    is a bug, and its traceback is shown.
+
+def _terminate(*_: object) -> NoReturn:
+    raise Terminated
+
+
+@contextmanager
+def _handling(number: int, instead_of: Any, handler: Callable[..., object]) -> Iterator[None]:
+    """Handle a signal while the block runs, if nobody else does: a shell's background program may ignore Ctrl-C."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(number) != instead_of:
+        yield
+        return
+    signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, instead_of)
+
+
+def run_command(run: Callable[[argparse.Namespace], None], parse: Callable[[], argparse.Namespace]) -> int:
+    """Parse the arguments and run a command, and turn however it ends into a line and an exit status.
+
+    0: done, or whoever read the output has seen enough. 2: an error that the user can mend. 130: Ctrl-C. 143: SIGTERM.
+    Anything else is a bug, and its traceback is shown.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows a "?" rather than a traceback
     try:
-        run(args)
+        with _handling(signal.SIGTERM, signal.SIG_DFL, _terminate), warnings.catch_warnings():
+            warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(message)}\n"
+            return _run(run, parse)
     except KeyboardInterrupt:
         return 130
+    except Terminated:
+        return 143
+
+
+def _run(run: Callable[[argparse.Namespace], None], parse: Callable[[], argparse.Namespace]) -> int:
+    try:
+        os.getcwd()  # noqa: PTH109 (the libraries ask for it, and fail in ways of their own)
+    except OSError:
+        return _failed("the current folder is gone: go to another one")
+    try:
+        try:
+            run(parse())
+        finally:
+            if sys.stdout is not None:
+                show("", end="")  # what argparse has written
     except ModuleNotFoundError as error:
         return _failed(f"{error.name} is not installed for {sys.executable}: see the README")
     except OutputError as error:
@@ -129,21 +187,30 @@ def run_command(run: Callable[[argparse.Namespace], None], args: argparse.Namesp
             return 0
         reason = getattr(error.__cause__, "strerror", None) or error.__cause__
         return _failed(f"the output cannot be written ({reason})")
-    except Exception as error:
-        from hf_model.errors import UserError, one_line
+    except OSError as error:
+        return _failed(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error)
+    except ValueError as error:
+        from hf_model.errors import UserError
 
-        if not isinstance(error, UserError | OSError):
+        if not isinstance(error, UserError):
             raise
-        return _failed(one_line(error))
+        return _failed(error)
     return 0
 
 
-def _failed(message: str) -> int:
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+def _failed(message: object) -> int:
+    with suppress(OSError):  # of a standard error that is full
+        print(f"{Path(sys.argv[0]).name}: error: {printable(message)}", file=sys.stderr, flush=True)
     return 2
 
 
 def check_file(parser: Parser, name: str, path: str | Path) -> None:
     """End in the parser's error if an argument's file is not there."""
-    if not Path(path).is_file():
-        parser.error(f"argument --{name}: there is no file {path}")
+    try:
+        if not stat.S_ISDIR(Path(path).stat().st_mode):
+            return  # what it is instead, its reader tells
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        parser.error(f"argument --{name}: {path} cannot be reached ({error.strerror})")
+    parser.error(f"argument --{name}: there is no file {path}")

@@ -12,16 +12,18 @@ from hf_model_cli.common import (
     DEFAULT_CHECKPOINT,
     DEFAULT_TOKENIZER,
     DTYPES,
+    OutputError,
     Parser,
     check_file,
     no_garbage_search,
     number,
     run_command,
+    show,
 )
 
 
 def shard_size(text: str) -> str:
-    if not re.fullmatch(r"[1-9]\d*(\.\d+)?([KMGT]B)?", text, re.IGNORECASE):
+    if not re.fullmatch(r"[1-9]\d{0,5}(\.\d{1,6})?[KMGT]B", text, re.ASCII | re.IGNORECASE):
         raise argparse.ArgumentTypeError(f"must be a size such as 500MB or 5GB, got {text}")
     return text.upper()
 
@@ -88,13 +90,16 @@ def run(args: argparse.Namespace) -> None:
 
 def say(line: str) -> None:
     try:
-        print(line, flush=True)
-    except BrokenPipeError:  # `| head`: that nobody reads on is no reason to stop converting
+        show(line)
+    except OutputError as error:
+        if not isinstance(error.__cause__, BrokenPipeError):
+            raise
+        # `| head`: that nobody reads on is no reason to stop converting
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main() -> int:
-    status = run_command(run, parse_arguments())
+    status = run_command(run, parse_arguments)
     if status == 130:
         print("interrupted", file=sys.stderr)
     return status

@@ -264,4 +264,4 @@ def answer_records(
 
 
 def main() -> int:
-    return run_command(run, parse_arguments())
+    return run_command(run, parse_arguments)

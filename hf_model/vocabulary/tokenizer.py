@@ -1,12 +1,17 @@
 """The tokenizer JSON of the original, as a `PreTrainedTokenizerFast`."""
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from hf_model.errors import UserError
+from hf_model.strict_json import parse_json
+from hf_model.vocabulary.check import check_tokenizer
 from hf_model.vocabulary.prompt import BOS, CHAT_TEMPLATE, EOS, PAD, UNK
 
 
@@ -67,6 +72,19 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     (folder / "special_tokens_map.json").write_text(json.dumps({"add_bos_token": True}) + "\n", encoding="utf-8")
 
 
+@contextmanager
+def no_panic_on_stderr() -> Iterator[None]:
+    """For a block that calls into Rust: a panic there prints dozens of lines before it becomes an exception here."""
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+        stderr = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
 def read_tokenizer(path: str | Path) -> Tokenizer:
     """The `tokenizers` object in a JSON file, after a check that it is one of the original's kind.
 
@@ -86,14 +104,17 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     try:
         text = raw.decode("utf-8")
-        kind = json.loads(text)["model"]["type"]
-    except (ValueError, TypeError, KeyError, RecursionError):
+        content = parse_json(text)
+        kind = content["model"]["type"]
+    except (ValueError, TypeError, KeyError):
         raise UserError(f"{path}: is not the JSON of a `tokenizers` tokenizer (Tokenizer.save writes one)") from None
     if kind != "BPE":
         raise UserError(f"{path}: is a {kind} tokenizer; this model family uses byte-level BPE")
     try:
-        backend = Tokenizer.from_str(text)
-        backend.decode(backend.encode("Response: a").ids)  # some damage shows only in use
+        check_tokenizer(content)
+        with no_panic_on_stderr():
+            backend = Tokenizer.from_str(text)
+            backend.decode(backend.encode("Response: a").ids)  # some damage shows only in use
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # tokenizers raises nothing narrower, and its panics are not even an Exception
