@@ -206,11 +206,16 @@ def _failed(message: object) -> int:
 
 def check_file(parser: Parser, name: str, path: str | Path) -> None:
     """End in the parser's error if an argument's file is not there."""
+    mode = mode_of(parser, name, path)
+    if mode is None or stat.S_ISDIR(mode):  # what else it may be instead of a file, its reader tells
+        parser.error(f"argument --{name}: there is no file {path}")
+
+
+def mode_of(parser: Parser, name: str, path: str | Path) -> int | None:
+    """What an argument's path leads to, as in `st_mode`; None for nothing. An error if that cannot be found out."""
     try:
-        if not stat.S_ISDIR(Path(path).stat().st_mode):
-            return  # what it is instead, its reader tells
+        return Path(path).stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
-        pass
+        return None
     except OSError as error:
         parser.error(f"argument --{name}: {path} cannot be reached ({error.strerror})")
-    parser.error(f"argument --{name}: there is no file {path}")

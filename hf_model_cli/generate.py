@@ -1,6 +1,7 @@
 """Generate text from a prompt with a GPT checkpoint, or with the folder that convert_checkpoint.py made of it."""
 
 import argparse
+import stat
 import sys
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from hf_model_cli.common import (
     DTYPES,
     Parser,
     check_file,
+    mode_of,
     no_garbage_search,
     number,
     run_command,
@@ -146,7 +148,7 @@ def check_batch(parser: Parser, args: argparse.Namespace) -> None:
     if args.output_file is None:
         parser.error("arguments --prompts_file and --output_file: go together")
     check_file(parser, "prompts_file", args.prompts_file)
-    if args.output_file.exists():
+    if mode_of(parser, "output_file", args.output_file) is not None:
         parser.error(f"argument --output_file: {args.output_file} exists already")
     if not args.output_file.parent.is_dir():
         parser.error(f"argument --output_file: there is no folder {args.output_file.parent}")
@@ -158,9 +160,10 @@ def check_batch(parser: Parser, args: argparse.Namespace) -> None:
 
 def check_model(parser: Parser, args: argparse.Namespace) -> None:
     """Check that the model's files are there, and fill in the tokenizer's default."""
-    if not Path(args.checkpoint_path).exists():
+    mode = mode_of(parser, "checkpoint_path", args.checkpoint_path)
+    if mode is None:
         parser.error(f"argument --checkpoint_path: there is no {args.checkpoint_path}")
-    is_folder = Path(args.checkpoint_path).is_dir()
+    is_folder = stat.S_ISDIR(mode)
     if is_folder and (args.n_head or args.activation):
         parser.error("arguments --n_head and --activation: are for a .pt file; a folder's config.json tells")
     if args.tokenizer_path is None and not is_folder:
