@@ -30,7 +30,7 @@ except ImportError:  # Windows has no flock: there, two converters at once on on
 MANIFEST = ".manifest.json"
 WRITER = "custom-gpt-hf"
 MARK = "made-by-custom-gpt-hf"
-MOVE = "move it away, or choose another place"
+MOVE = "move it away, or choose another --output_dir"
 MAX_MANIFEST_BYTES = 2**20
 
 
@@ -60,10 +60,10 @@ def check_target(target: Path, overwrite: bool) -> None:
             raise UserError(f"{target}: cannot be written (its files may not be deleted by you)")
         listed = read_manifest(target)
         if listed is None:
-            raise UserError(
-                f"{target}: holds no list of files that this program wrote ({MANIFEST}), so --overwrite does not "
-                f"replace it: {MOVE}"
-            )
+            lacks = f"list of files that this program wrote ({MANIFEST})"
+            if not (target / "config.json").exists():
+                lacks = "model (no config.json)"
+            raise UserError(f"{target}: holds no {lacks}, so --overwrite does not replace it: {MOVE}")
         for name in files_in(target):
             if name != MANIFEST and name not in listed:
                 raise UserError(f"{target}: holds {name!r}, which --overwrite would delete: move it away first")

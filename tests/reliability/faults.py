@@ -21,6 +21,7 @@ from hf_model.errors import UserError
 
 LIBRARY = ctypes.CDLL(None)
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES)
+ALL_ERRORS = "ALL_ERRORS" in os.environ
 CHOICES = int(os.environ.get("POWER_LOSSES", "3"))  # random sets of lost writes at each place
 RUN, N_RECORDS = "a" * 64, 4
 ANSWERS = {index: f"answer {index}" * 50 for index in range(N_RECORDS)}
@@ -137,8 +138,9 @@ def start(act: Callable[[Path], None], root: Path, at: int = 0, code: int = 0, l
 def fail_everywhere(scenario: Folder | Answers) -> int:
     """Let one call after the other fail in each way, in a run of its own; the number of runs."""
     runs, n_calls = 0, len(recorded(scenario)[1])
-    for code in (0, *ERRORS):
+    for turn in range(4 if ALL_ERRORS else 2):  # 0 kills; the errors take turns, or each call has each of them
         for at in range(1, n_calls + 8):  # some of a run's calls fail by themselves
+            code = ERRORS[(turn + at) % 3] if turn else 0
             with fresh(scenario) as root:
                 status = start(scenario.act, root, at, code)
                 runs += 1

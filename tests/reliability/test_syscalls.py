@@ -1,6 +1,7 @@
 """Every system call of the writing fails, is the last one, or is followed by a loss of power: nothing is lost.
 
-POWER_LOSSES sets how many random sets of lost writes are tried after each call, beside those that are always tried.
+POWER_LOSSES sets how many random sets of lost writes are tried after each call, beside those that are always tried;
+with ALL_ERRORS each call fails with each of three errors, instead of with one.
 """
 
 import os

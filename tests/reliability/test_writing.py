@@ -143,7 +143,7 @@ class TestWhatIsThere:
         (tmp_path / "hf").mkdir()
         (tmp_path / "hf" / "README.md").write_text("mine")
         with pytest.raises(
-            UserError, match=r"hf: holds no list of files that this program wrote .* so --overwrite does not replace it"
+            UserError, match=r"hf: holds no model \(no config.json\), so --overwrite does not replace it"
         ):
             convert(CHECKPOINT, TOKENIZER, tmp_path / "hf", overwrite=True)
         assert (tmp_path / "hf" / "README.md").read_text() == "mine"
