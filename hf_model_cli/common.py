@@ -108,9 +108,13 @@ def printable(text: object, max_length: int = 600) -> str:
 def no_garbage_search() -> Iterator[None]:
     """For imports: of their time, a quarter goes into looking through what they make, which all stays; more at exit.
 
-    Ctrl-C ends the program at once: some of what is imported would make something else of a KeyboardInterrupt.
+    Ctrl-C and SIGTERM end the program at once: some of what is imported would make something else of an exception.
     """
-    with _handling(signal.SIGINT, signal.default_int_handler, lambda *_: os._exit(130)), _no_garbage_search():
+    with (
+        _handling(signal.SIGINT, signal.default_int_handler, lambda *_: os._exit(130)),
+        _handling(signal.SIGTERM, _terminate, lambda *_: os._exit(143)),
+        _no_garbage_search(),
+    ):
         yield
 
 
@@ -149,6 +153,16 @@ def _handling(number: int, instead_of: Any, handler: Callable[..., object]) -> I
         signal.signal(number, instead_of)
 
 
+@contextmanager
+def _warnings_on_one_line() -> Iterator[None]:
+    python_s = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(message)}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = python_s
+
+
 def run_command(run: Callable[[argparse.Namespace], None], parse: Callable[[], argparse.Namespace]) -> int:
     """Parse the arguments and run a command, and turn however it ends into a line and an exit status.
 
@@ -159,8 +173,7 @@ def run_command(run: Callable[[argparse.Namespace], None], parse: Callable[[], a
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows a "?" rather than a traceback
     try:
-        with _handling(signal.SIGTERM, signal.SIG_DFL, _terminate), warnings.catch_warnings():
-            warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(message)}\n"
+        with _handling(signal.SIGTERM, signal.SIG_DFL, _terminate), _warnings_on_one_line():
             return _run(run, parse)
     except KeyboardInterrupt:
         return 130
