@@ -261,7 +261,7 @@ def _load_legacy(content: mmap.mmap) -> Archive:
     read_pickle(head)
     value, stored = read_pickle(head)
     keys, _ = read_pickle(head)
-    if not isinstance(keys, list):
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise ValueError("no list of storages")
     return Archive(content, value, _legacy_storages(content, head.tell(), keys, stored))
 

@@ -119,7 +119,7 @@ def _number(value: Any, file: archive.Archive, default: Any = None) -> int | flo
         return default if (number := number_of(file, value)) is None else number
     if isinstance(value, StandIn) and len(value.args) == 2 and isinstance(value.args[0], StandIn):
         dtype, raw = value.args
-        code = NUMPY_FORMATS.get(str(dtype.args[0])) if dtype.args else None
+        code = NUMPY_FORMATS.get(dtype.args[0]) if dtype.args and isinstance(dtype.args[0], str) else None
         if code and isinstance(raw, bytes) and struct.calcsize(code) == len(raw):
             return struct.unpack("<" + code, raw)[0]
     return default

@@ -19,6 +19,7 @@ from hf_model.errors import UserError
 MAX_PICKLE_BYTES = 4 * 2**20
 MAX_OPERATIONS = 10**6
 MAX_GLOBALS = 100
+MAX_NAME = 1000
 MAX_DIMENSIONS = 8
 
 # What torch needs to make tensors and bytes, and no more of what its own safe loading lets pass.
@@ -34,7 +35,7 @@ HARMLESS = re.compile(
 )
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, repr=False)  # a repr would go through all that it holds
 class StandIn:
     """Takes the place of a class, a function or an object: keeps what was pickled of it, and has none of its code."""
 
@@ -207,7 +208,10 @@ class _Machine:
 
     def do_BINPERSID(self) -> None:  # noqa: N802
         """torch's way to write down a storage: ("storage", class, key, device, length), and in older files a view."""
-        kind, storage, key, _, length, *view = self.stack.pop()
+        named = self.stack.pop()
+        if not isinstance(named, tuple) or not 5 <= len(named) <= 6:
+            raise ValueError("a persistent id that is no storage")
+        kind, storage, key, _, length, *view = named
         if kind != "storage" or not isinstance(key, str) or not _is_size(length) or any(view):
             raise ValueError("a persistent id that is no storage")
         self.storages.append(StoredBytes(key, kind_of(storage), length))
@@ -229,6 +233,8 @@ class _Machine:
 
     def named(self, argument: str) -> StandIn:
         """The class or function of a name, which must be one that plain data have."""
+        if len(argument) > MAX_NAME:
+            raise UserError(TOO_MUCH)
         name = argument.replace("__builtin__ ", "builtins ").replace(" ", ".")  # Python 2's name, as pickled
         if not TORCH_GLOBALS.fullmatch(name) and not _is_harmless(name):
             raise UserError(

@@ -38,7 +38,9 @@ def find_weights(content: dict[Any, Any]) -> tuple[str | None, dict[Any, Any]]:
     for key in WEIGHT_KEYS:
         if isinstance(weights := content.get(key), dict):
             return key, weights
-    if any(isinstance(value, StoredTensor) for name, value in content.items() if "." in str(name)):
+    if any(
+        isinstance(value, StoredTensor) and isinstance(name, str) and "." in name for name, value in content.items()
+    ):
         return None, content
     keys = [str(key) if isinstance(key, (str, int)) else f"a {kind_of(key)}" for key in list(content)[:10]]
     raise UserError(f"holds no weights under {', '.join(WEIGHT_KEYS)}; its keys are {', '.join(keys)}")

@@ -376,6 +376,18 @@ REPEATED = {
 }
 
 
+DOUBLED = doubling(60)
+CLASS = b"cm\nA\n"
+REPEATED |= {
+    "a class's arguments in a key": EMPTY_DICT + CLASS + DOUBLED + b"\x85RK\x01s",
+    "a NumPy number of such a type": EMPTY_DICT + b"X\x04\x00\x00\x00loss"
+    + b"cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\n" + DOUBLED + b"\x85RX\x01\x00\x00\x00a\x86Rs",
+    "a storage with a long tail": CLASS + b"q\x03(X\x07\x00\x00\x00storageh\x03X\x01\x00\x00\x000NK\x01"
+    + b"N" * 10**5 + b"tq\x02" + b"h\x02Q" * 10**5,
+    "a long name": b"cm\nA" + b"a" * 10**6 + b"\n",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("opcodes", REPEATED.values(), ids=REPEATED)
 def test_a_call_again_and_again_takes_no_more_than_its_bytes(opcodes: bytes, tmp_path: Path) -> None:
     path = save_pickle(tmp_path / "ckpt.pt", PROTO + opcodes + STOP)
@@ -443,4 +455,14 @@ def test_a_tar_file_of_the_older_names_is_not_opened(tmp_path: Path) -> None:
         for name in ("pickle", "storages", "tensors"):
             archive.addfile(tarfile.TarInfo(name))
     with pytest.raises(UserError, match=r"is not a torch\.save checkpoint"):
+        read_checkpoint(path)
+
+
+def test_keys_of_storages_are_not_hashed_before_they_are_known_to_be_names(tmp_path: Path) -> None:
+    path = save(tmp_path / "ckpt.pt", {"model": {}}, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    none = PROTO + b"]q\x00" + STOP
+    assert none in content
+    path.write_bytes(content.replace(none, PROTO + b"]" + doubling(60) + b"a" + STOP))
+    with bounded(seconds=20), pytest.raises(UserError, match=r"ckpt\.pt: is damaged"):
         read_checkpoint(path)
