@@ -17,7 +17,7 @@ from hf_model.errors import UserError
 
 # Far above what real checkpoints need (some hundred bytes for a tensor, a dozen globals), far below what takes minutes.
 MAX_PICKLE_BYTES = 4 * 2**20
-MAX_OPERATIONS = 10**6
+MAX_OPERATIONS = 500_000
 MAX_GLOBALS = 100
 MAX_NAME = 1000
 MAX_DIMENSIONS = 8
