@@ -44,12 +44,17 @@ class ThroughGenerate:
         return output[:, ids.shape[1] :].tolist()
 
 
+def twin(gpt: GPT) -> CustomGPTForCausalLM:
+    """The same weights in this repository's model."""
+    model = CustomGPTForCausalLM(CustomGPTConfig(**gpt.model_args())).eval()
+    model.load_state_dict(gpt.state_dict())
+    return model
+
+
 def ours(gpt: GPT, folder: Path, dtype: torch.dtype = torch.float32) -> ThroughGenerate:
     """As a user has it: `from_pretrained` of a saved folder, then `model.generate`."""
     if not (folder / "hf").exists():
-        model = CustomGPTForCausalLM(CustomGPTConfig(**gpt.model_args())).eval()
-        model.load_state_dict(gpt.state_dict())
-        model.save_pretrained(folder / "hf")
+        twin(gpt).save_pretrained(folder / "hf")
     return ThroughGenerate(CustomGPTForCausalLM.from_pretrained(folder / "hf", dtype=dtype))
 
 
@@ -105,54 +110,15 @@ def ctranslate2(gpt: GPT, folder: Path, compute_type: str = "float32") -> Genera
     return generate
 
 
-GGUF_NAMES = {
-    "transformer.wte": "token_embd",
-    "transformer.wpe": "position_embd",
-    "transformer.ln_f": "output_norm",
-    "lm_head": "output",
-    "ln_1": "attn_norm",
-    "ln_2": "ffn_norm",
-    "attn.c_attn": "attn_qkv",
-    "attn.c_proj": "attn_output",
-    "mlp.c_fc": "ffn_up",
-    "mlp.c_proj": "ffn_down",
-}
-
-
-def gguf_name(name: str) -> str:
-    module, _, kind = name.rpartition(".")
-    if module.startswith("transformer.h."):
-        _, _, layer, rest = module.split(".", 3)
-        return f"blk.{layer}.{GGUF_NAMES[rest]}.{kind}"
-    return f"{GGUF_NAMES[module]}.{kind}"
-
-
 def llama_cpp(gpt: GPT, folder: Path, quantization: str = "F32") -> Generate:
     """llama.cpp's own GPT-2, with the tanh GELU in place of the exact one: the same work, nearly the same numbers."""
-    import gguf
     from llama_cpp import Llama, llama_get_logits_ith
+
+    from hf_model.formats.gguf import write_file
 
     args, path = gpt.config, folder / f"{quantization}.gguf"
     if not path.exists():
-        writer = gguf.GGUFWriter(path, "gpt2")
-        writer.add_context_length(args.block_size)
-        writer.add_embedding_length(args.n_embd)
-        writer.add_feed_forward_length(4 * args.n_embd)
-        writer.add_block_count(args.n_layer)
-        writer.add_head_count(args.n_head)
-        writer.add_layer_norm_eps(1e-5)
-        writer.add_vocab_size(args.vocab_size)
-        writer.add_tokenizer_model("none")
-        kind = gguf.GGMLQuantizationType[quantization]
-        for name, weight in gpt2_parts(gpt).items():
-            if weight.ndim == 2 and "wpe" not in name:
-                writer.add_tensor(gguf_name(name), gguf.quants.quantize(weight, kind), raw_dtype=kind)
-            else:
-                writer.add_tensor(gguf_name(name), weight)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        write_file(path, twin(gpt), quantization.lower(), vocabulary=None)
     threads = torch.get_num_threads()
     llama = Llama(str(path), n_ctx=args.block_size, n_threads=threads, n_threads_batch=threads, verbose=False)
 
@@ -170,15 +136,6 @@ def llama_cpp(gpt: GPT, folder: Path, quantization: str = "F32") -> Generate:
             llama.eval(tokens[-1:])
 
     return generate
-
-
-def gpt2_parts(gpt: GPT) -> dict[str, np.ndarray]:
-    """The state dict with the biases that llama.cpp's GPT-2 asks for."""
-    parts = {name: weight.numpy() for name, weight in gpt.state_dict().items()}
-    for name, weight in list(parts.items()):
-        if ".h." in name or ".ln_f." in name:
-            parts.setdefault(name.replace(".weight", ".bias"), np.zeros(len(weight), np.float32))
-    return parts
 
 
 ENGINES: dict[str, Callable[[GPT, Path], Generate]] = {

@@ -4,6 +4,7 @@ This is the reference that the Hugging Face model is tested against, so it share
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ class GPTConfig:
     bias: bool = True  # in every Linear and every LayerNorm, lm_head aside
     dropout: float = 0.1
     # the checkpoint's model_args know nothing of these two
-    activation: Literal["gelu", "gelu_new"] = "gelu"  # exact (erf), or GPT-2's tanh form
+    activation: Literal["gelu", "gelu_new", "gelu_pytorch_tanh"] = "gelu"  # exact (erf), or a tanh form of GPT-2's
     tied: bool = False  # lm_head shares wte's weight, as in nanoGPT
 
 
@@ -53,11 +54,23 @@ def new_gelu(x: Tensor) -> Tensor:
     return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
 
 
+def torch_tanh_gelu(x: Tensor) -> Tensor:
+    """The tanh form as PyTorch has it, which build-nanogpt uses."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": new_gelu,
+    "gelu_pytorch_tanh": torch_tanh_gelu,
+}
+
+
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.act = new_gelu if config.activation == "gelu_new" else F.gelu
+        self.act = ACTIVATIONS[config.activation]
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 

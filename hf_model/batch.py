@@ -1,4 +1,4 @@
-"""Answers a file of instruction records in batches, so that a run that was killed goes on where it stopped."""
+"""Answers a file of instructions or prompts in batches, so that a run that was killed goes on where it stopped."""
 
 import hashlib
 import json
@@ -20,13 +20,15 @@ from hf_model.generation import Sampling, continue_prompts, encode
 from hf_model.journal import exists_already
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.strict_json import parse_json
-from hf_model.vocabulary import format_prompt
+from hf_model.vocabulary import format_prompt, takes_instructions
 
 Record = dict[str, Any]
 
 
-def read_records(path: Path) -> list[Record]:
+def read_records(path: Path, raw: bool = False) -> list[Record]:
     """The records of a JSON Lines file: objects with an `instruction`, perhaps an `input`, and fields of their own.
+
+    Records of raw text have a `prompt`; an `instruction` is taken as one too, but there is no place for an `input`.
 
     Raises:
         UserError: no such file, or a line that is not such a record.
@@ -36,21 +38,31 @@ def read_records(path: Path) -> list[Record]:
             lines = file.readlines()  # str.splitlines would end a line at a U+2028 within a string too
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
+    wanted = "a 'prompt'" if raw else "an 'instruction'"
     records = []
     for number, line in enumerate(lines, start=1):
         try:
             record = parse_json(line)
-            instruction, input_text = record["instruction"], record.get("input") or ""
+            text, input_text = _text(record, raw), record.get("input") or ""
         except json.JSONDecodeError:
-            raise UserError(f"{path}, line {number}: is not a JSON object with an 'instruction'") from None
+            raise UserError(f"{path}, line {number}: is not a JSON object with {wanted}") from None
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}") from None
         except (TypeError, KeyError, AttributeError):
-            raise UserError(f"{path}, line {number}: is not a JSON object with an 'instruction'") from None
-        if not isinstance(instruction, str) or not isinstance(input_text, str):
-            raise UserError(f"{path}, line {number}: 'instruction' and 'input' must be strings")
+            raise UserError(f"{path}, line {number}: is not a JSON object with {wanted}") from None
+        if not isinstance(text, str) or not isinstance(input_text, str):
+            name = "'prompt'" if raw and "prompt" in record else "'instruction'"
+            raise UserError(f"{path}, line {number}: {name} and 'input' must be strings")
+        if raw and input_text:
+            raise UserError(f"{path}, line {number}: a raw prompt has no place for an 'input'")
+        if raw and not text:
+            raise UserError(f"{path}, line {number}: the prompt is empty, and a model of raw text needs a beginning")
         records.append(record)
     return records
+
+
+def _text(record: Record, raw: bool) -> Any:
+    return record["prompt"] if raw and "prompt" in record else record["instruction"]
 
 
 def answer_file(
@@ -73,22 +85,19 @@ def answer_file(
 
     Raises:
         UserError: the output file exists already, another run is writing it, a file that is no journal stands where
-            its journal goes, or it cannot be written.
+            its journal goes, it cannot be written, or a record holds a character that the model does not know.
     """
     with disk_errors(output_file):
         if os.path.lexists(output_file):
             raise exists_already(output_file)
     run = _name_of_run(model, tokenizer, records, sampling, parse_special_tokens)
+    # Before there is a journal: a record that cannot be encoded leaves nothing behind.
+    prompts = [_encoded(tokenizer, record, index, parse_special_tokens) for index, record in enumerate(records)]
     with journal.opened(output_file, run, len(records)) as answered:
-        prompts = {
-            index: encode(
-                tokenizer, format_prompt(record["instruction"], record.get("input") or ""), parse_special_tokens
-            )
-            for index, record in enumerate(records)
-            if index not in answered.responses
-        }
         by_length = sorted(  # memory runs out early or never
-            prompts, key=lambda index: prompts[index].shape[1], reverse=True
+            (index for index in range(len(records)) if index not in answered.responses),
+            key=lambda index: prompts[index].shape[1],
+            reverse=True,
         )
         with tqdm(total=len(records), initial=len(answered.responses), unit="record", disable=None) as progress:
             for batch in _chunks(by_length, batch_size):
@@ -101,7 +110,7 @@ def answer_file(
         )
         # "backslashreplace" makes of an unpaired surrogate its JSON escape.
         answered.finish("".join(lines).encode("utf-8", "backslashreplace"))
-    return len(prompts)
+    return len(by_length)
 
 
 def _name_of_run(
@@ -114,9 +123,20 @@ def _name_of_run(
     """A hash of all that the answers depend on."""
     identity = [
         *(records, asdict(sampling), parse_special_tokens, model.config.to_dict(), tokenizer.get_vocab()),
-        _checksums(model),
+        *(_checksums(model), takes_instructions(tokenizer)),
     ]
     return hashlib.sha256(json.dumps(identity, default=str, sort_keys=True).encode()).hexdigest()
+
+
+def _encoded(
+    tokenizer: PreTrainedTokenizerFast, record: Record, index: int, parse_special_tokens: bool
+) -> torch.Tensor:
+    raw = not takes_instructions(tokenizer)
+    content = _text(record, raw) if raw else format_prompt(record["instruction"], record.get("input") or "")
+    try:
+        return encode(tokenizer, content, parse_special_tokens)
+    except UserError as error:
+        raise UserError(f"record {index + 1}: {error}") from None
 
 
 def _checksums(model: CustomGPTForCausalLM) -> list[int]:

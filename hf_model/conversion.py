@@ -1,4 +1,4 @@
-"""A checkpoint and a tokenizer JSON to a Hugging Face folder on disk, and from there to the Hub."""
+"""A trainer's files, or a converted folder, to the folder of a format, and from there to the Hub."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -8,90 +8,143 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import PreTrainedTokenizerFast
 
-from hf_model.description import describe_architecture, describe_parameters, describe_source, file_size, rounding
+from hf_model.checkpoint import Checkpoint
+from hf_model.description import (
+    describe_architecture,
+    describe_parameters,
+    describe_vocabulary,
+    file_size,
+    rounding,
+    widest,
+)
 from hf_model.diagnosis import STUTTER_SHARE, copied_share, non_finite
 from hf_model.disk import check_target, whole_folder
 from hf_model.errors import UserError, memory_for, one_line
-from hf_model.formats import transformers_folder
-from hf_model.loading import load_original
+from hf_model.formats import Options, find_target
+from hf_model.formats.target import MissingEngineError
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.vocabulary import PAD
+from hf_model.source import Loaded, Source
+from hf_model.vocabulary import PAD, takes_instructions
 
 
 @memory_for("to convert the model")
 def convert(
     checkpoint_path: str | Path,
-    tokenizer_path: str | Path,
+    tokenizer_path: str | Path | None,
     output_dir: str | Path,
     *,
+    format: str = "transformers",
     dtype: str = "auto",
     max_shard_size: str = "5GB",
+    gguf_type: str = "f32",
+    quantization: str | None = None,
+    like: str = "original",
     n_head: int | None = None,
-    activation: str = "gelu",
+    activation: str = "auto",
+    characters_of: str | Path | None = None,
+    raw: bool = False,
     overwrite: bool = False,
     verify: bool = True,
     report: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Convert the original's two files to a Hugging Face folder, which appears whole or not at all.
+    """Convert a trainer's checkpoint and vocabulary, or a converted folder, to a format's folder.
+
+    It appears whole or not at all.
 
     Args:
-        checkpoint_path, tokenizer_path, dtype, n_head, activation: as in `load_original`.
+        checkpoint_path: a `.pt` file, or a converted folder, trained further or not.
+        tokenizer_path, characters_of, raw: as in `loading.read_original`; where neither of the first two is given, a
+            folder's own vocabulary is taken.
         output_dir: the folder to make.
+        format: a name in `formats.FORMATS`.
+        dtype, n_head, activation: as in `loading.read_original`.
         max_shard_size: the largest safetensors file, such as `"5GB"`.
+        gguf_type: `"f32"`, `"f16"` or `"q8_0"`, for the format `"gguf"`.
+        quantization: a name that CTranslate2 knows, for the format `"ctranslate2"`.
+        like: `"original"` or `"nanogpt"`, whose checkpoint the format `"checkpoint"` writes.
         overwrite: replace a model's folder that is there already.
-        verify: load the folder back and compare it with the source before it takes its place.
+        verify: compare the folder with its source, by the format's own engine, before it takes its place.
         report: called with each line of what there is to say.
 
     Returns:
         The folder's path.
 
     Raises:
-        UserError: as `load_original`, the folder cannot be written, or the verification failed.
+        UserError: as `loading.read_original`, the format cannot hold the model, its packages are not installed, the
+            folder cannot be written, or the verification failed.
     """
     output_dir = Path(output_dir)
+    source = Source(Path(checkpoint_path), tokenizer_path, dtype, n_head, activation, characters_of, raw)
     check_target(output_dir, overwrite)
-    model, tokenizer, checkpoint = load_original(
-        checkpoint_path, tokenizer_path, dtype=dtype, n_head=n_head, activation=activation
-    )
-    rounded = rounding(checkpoint.dtype, model.dtype)
-    report(f"source        {describe_source(checkpoint)}")
-    report(f"architecture  {describe_architecture(model.config)}")
-    report(f"parameters    {describe_parameters(model)}")
-    report(f"tokenizer     {tokenizer_path} ({len(tokenizer)} tokens)")
-    for line in _diagnose(model, tokenizer):
+    if source.is_folder and output_dir.exists() and output_dir.samefile(source.path):
+        raise UserError(f"{output_dir}: is the source itself; choose another --output_dir")
+    target = find_target(format)
+    loaded = source.load(needs_tokenizer=format != "checkpoint")
+    for line in _describe(source, loaded):
         report(line)
 
+    options = Options(
+        name=output_dir.name,
+        rounded=_rounding(source, loaded),
+        max_shard_size=max_shard_size,
+        gguf_type=gguf_type,
+        quantization=quantization,
+        like=like,
+    )
     with whole_folder(output_dir, overwrite, warn=lambda line: report(f"warning: {line}")) as folder:
-        transformers_folder.write(
-            model, tokenizer, folder, name=output_dir.name, max_shard_size=max_shard_size, rounded=rounded
-        )
+        for line in target.write(loaded, folder, options):
+            report(line)
         # What is mapped goes before the folder is read back, so that the weights are not in memory twice.
-        del model, checkpoint
+        del loaded
         gc.collect()
         report(f"written       {output_dir}")
         for file in sorted(folder.iterdir()):
             report(f"              {file.name:<32} {file_size(file.stat().st_size):>10}")
         if verify:
             try:
-                verified = transformers_folder.verify(folder, checkpoint_path, tokenizer_path)
-            except UserError:
-                raise
+                verified = f"verified      {target.verify(folder, source, options)}"
+            except MissingEngineError as error:
+                verified = f"not verified  {error}"
+            except UserError as error:  # the folder that it speaks of is the one to be
+                raise UserError(str(error).replace(str(folder), str(output_dir))) from None
             except Exception as error:  # whatever the library trips over in a folder that is not what was written
                 raise UserError(f"{output_dir}: cannot be read back ({one_line(error, 200)})") from None
-            report(f"verified      {verified}")
+            report(verified)
     return output_dir
 
 
-def _diagnose(model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
+def _rounding(source: Source, loaded: Loaded) -> str:
+    dtype = loaded.checkpoint.dtype if loaded.checkpoint else widest(source.weights().values())
+    return rounding(dtype, loaded.model.dtype)
+
+
+def _describe(source: Source, loaded: Loaded) -> Iterator[str]:
+    yield f"source        {source.describe(loaded.checkpoint)}"
+    yield f"architecture  {describe_architecture(loaded.model.config)}"
+    yield f"parameters    {describe_parameters(loaded.model)}"
+    if loaded.vocabulary is None:
+        yield "tokenizer     none, and none is needed"
+        return
+    yield f"tokenizer     {describe_vocabulary(loaded.vocabulary)}"
+    for item, text in loaded.choices:
+        yield f"{item:<14}{text}"
+    yield from _diagnose(loaded.model, loaded.tokenizer, loaded.checkpoint)
+
+
+def _diagnose(
+    model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast, checkpoint: Checkpoint | None
+) -> Iterator[str]:
     """Lines on what a user should know before trusting the weights."""
-    if PAD not in tokenizer.get_vocab():
+    if checkpoint is not None and checkpoint.is_pretrained and takes_instructions(tokenizer):
+        yield "note: this is a pre-training file, whose model knows no instructions; --raw makes it one of raw text"
+    if takes_instructions(tokenizer) and PAD not in tokenizer.get_vocab():
         yield f"note: the tokenizer has no {PAD}; {tokenizer.eos_token} serves as the padding token"
     if unused := model.config.vocab_size - len(tokenizer):
         yield f"note: the weights' vocabulary is padded: {unused} ids have no token and are kept from being sampled"
     if bad := non_finite(dict(model.named_parameters())):
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         yield f"warning: there are NaN or infinite values in {', '.join(bad[:3])}{more}: the model cannot work"
-    elif (share := copied_share(model, tokenizer)) > STUTTER_SHARE:
+    elif takes_instructions(tokenizer) and (share := copied_share(model, tokenizer)) > STUTTER_SHARE:
         yield (
             f"warning: the model stutters: at {share:.0%} of the positions of responses it predicts the token that it "
             "has just read. Its labels were probably not shifted by one in fine-tuning, so it has learnt to repeat; "

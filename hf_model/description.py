@@ -1,10 +1,14 @@
 """What a checkpoint, a model and its files are, in the words that the command lines print."""
 
+from collections.abc import Iterable
+from functools import reduce
+
 import torch
 
 from hf_model.checkpoint import Checkpoint
 from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
+from hf_model.vocabulary import Vocabulary
 
 
 def describe_architecture(config: CustomGPTConfig) -> str:
@@ -19,8 +23,18 @@ def describe_parameters(model: CustomGPTForCausalLM) -> str:
     return f"{model.num_parameters():,} in {dtype_name(model.dtype)}"
 
 
+def describe_vocabulary(vocabulary: Vocabulary) -> str:
+    why = f", {vocabulary.why}" if vocabulary.why else ""
+    return f"{vocabulary.taken} ({len(vocabulary.tokenizer)} {vocabulary.unit}{why})"
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def widest(tensors: Iterable[torch.Tensor]) -> torch.dtype:
+    """The narrowest dtype that holds all of these without loss."""
+    return reduce(torch.promote_types, {tensor.dtype for tensor in tensors})
 
 
 def rounding(source: torch.dtype, dtype: torch.dtype) -> str:

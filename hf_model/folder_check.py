@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, GenerationConfig
 from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError
 from hf_model.strict_json import parse_json
-from hf_model.vocabulary.check import check_tokenizer
+from hf_model.tokenizer_check import check_tokenizer
 
 MAX_BYTES = {"tokenizer.json": 2**27, "model.safetensors.index.json": 2**25}
 MAX_OTHER_BYTES = 2**21
@@ -84,6 +84,15 @@ def check_folder(folder: Path) -> None:
         )
     if (index := read_json(folder, "model.safetensors.index.json")) is not None:
         _check_index(folder, index.get("weight_map"))
+    check_tokenizer_in(folder)
+
+
+def check_tokenizer_in(folder: Path) -> None:
+    """Look through the tokenizer.json of a folder, where it has one.
+
+    Raises:
+        UserError: it is no JSON, or asks for what no tokenizer of this family needs.
+    """
     if (tokenizer := read_json(folder, "tokenizer.json")) is not None:
         try:
             check_tokenizer(tokenizer)

@@ -12,8 +12,10 @@ from tokenizers.decoders import DecodeStream
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
+from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError, memory_for
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
+from hf_model.vocabulary import check_characters, is_of_characters, takes_instructions
 
 
 @dataclass(frozen=True)
@@ -26,21 +28,47 @@ class Sampling:
     top_k: int = 50
     """0 means all tokens."""
     top_p: float = 1.0
+    min_p: float = 0.0
+    """Tokens less likely than this share of the likeliest one are left out; 0 leaves none out."""
     repetition_penalty: float = 1.0
+    num_beams: int = 1
+    """1 means no beam search."""
     num_return_sequences: int = 1
+    stop: tuple[str, ...] = ()
+    """Strings that end an answer; they are no part of it."""
     seed: int = 1337
+    seed_like_original: bool = False
+    """Whether the generator is left as the trainers' scripts leave it, which seed before they build the model."""
 
     def kwargs(self) -> dict[str, Any]:
-        """Arguments of `model.generate`."""
+        """Arguments of `model.generate`, which wants the tokenizer too where there are stop strings."""
         how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
         if self.temperature > 0:
             how = {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        asked = {
+            "min_p": self.min_p if self.temperature > 0 else 0.0,
+            "num_beams": self.num_beams if self.num_beams > 1 else None,
+            "stop_strings": list(self.stop),
+        }
         return {
             **how,
+            **{name: value for name, value in asked.items() if value},
             "max_new_tokens": self.max_new_tokens,
             "repetition_penalty": self.repetition_penalty,
             "num_return_sequences": self.num_return_sequences,
         }
+
+    def cut(self, response: str) -> tuple[str, bool]:
+        """A response up to the first of the stop strings, and whether there was one."""
+        ends = [response.index(stop) for stop in self.stop if stop in response]
+        return (response[: min(ends)], True) if ends else (response, False)
+
+    def held_back(self, response: str) -> int:
+        """How many characters at a response's end may be the beginning of a stop string."""
+        return max(
+            (n for stop in self.stop for n in range(1, len(stop)) if response.endswith(stop[:n])),
+            default=0,
+        )
 
 
 class TokenStream(BaseStreamer):
@@ -50,11 +78,18 @@ class TokenStream(BaseStreamer):
     anew for each token, which is slow in long texts.) Of several sequences, the tokens are only kept.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, on_text: Callable[[str], None], prompt_text: bool):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        on_text: Callable[[str], None],
+        prompt_text: bool,
+        sampling: Sampling = Sampling(),
+    ):
         self.tokenizer = tokenizer
         self.on_text = on_text
         self.prompt_text = prompt_text
         """Whether the prompt and special tokens belong to the text."""
+        self.sampling = sampling
         self.awaits_prompt = True
         self.ids: list[int] = []
         """The tokens that the text is made of, as integers: thousands of little tensors would scatter the heap."""
@@ -62,7 +97,12 @@ class TokenStream(BaseStreamer):
         """Of several sequences, the new tokens of each."""
         self.decoder = DecodeStream(skip_special_tokens=not prompt_text)
         self.length = 0
-        self.has_begun = False
+        self.strips = not prompt_text and takes_instructions(tokenizer)
+        """Whether the response begins with a space that belongs to the format: the one behind "Response:"."""
+        self.response = ""
+        """What has been decoded of the response."""
+        self.shown = 0
+        """How many characters of it were given on."""
 
     def put(self, value: torch.Tensor) -> None:
         """Take the prompt, of shape (B, T), and then the token of each step, of shape (B,)."""
@@ -75,20 +115,31 @@ class TokenStream(BaseStreamer):
         elif self.prompt_text or not is_prompt:
             for token_id in value.flatten().tolist():
                 self.ids.append(token_id)
-                self._emit(self.decoder.step(self.tokenizer.backend_tokenizer, token_id) or "")
+                piece = self.decoder.step(self.tokenizer.backend_tokenizer, token_id) or ""
+                self.length += len(piece)
+                if is_prompt:
+                    self._emit(piece)
+                else:
+                    self._respond(piece)
 
     def end(self) -> None:
-        """Give what the decoder still holds: bytes that never became a character."""
+        """Give what is still held back: bytes that never became a character, the beginning of a stop string."""
         text = self.tokenizer.decode(self.ids, skip_special_tokens=not self.prompt_text)
-        self._emit(text[self.length :])
+        self._respond(text[self.length :], is_last=True)
+
+    def _respond(self, piece: str, is_last: bool = False) -> None:
+        self.response += piece
+        if self.strips:
+            self.response = self.response.lstrip()
+        shown, has_ended = self.sampling.cut(self.response)
+        if not has_ended and not is_last:
+            shown = shown[: len(shown) - self.sampling.held_back(shown)]
+        self._emit(shown[self.shown :])
+        self.shown = max(self.shown, len(shown))
 
     def _emit(self, piece: str) -> None:
-        # The space between "Response:" and the response belongs to the format.
-        shown = piece if self.prompt_text or self.has_begun else piece.lstrip()
-        self.length += len(piece)
-        self.has_begun = self.has_begun or bool(shown)
-        if shown:
-            self.on_text(shown)
+        if piece:
+            self.on_text(piece)
 
 
 class OnlyNumbers(LogitsProcessor):
@@ -106,34 +157,66 @@ class OnlyNumbers(LogitsProcessor):
 
 @dataclass(frozen=True)
 class Generation:
-    """What came out of one call."""
+    """What came out of one call; each list has an entry for each sequence."""
 
     texts: list[str]
-    """Each sequence with its prompt and special tokens, or the bare response."""
-    new_tokens: int
-    """Over all sequences, [EOS] included."""
+    """With the prompt and special tokens, or the bare response."""
+    responses: list[str]
+    """The bare responses."""
+    tokens: list[int]
+    """How many there are in the response, the end token included."""
+    finish_reasons: list[str]
+    """`"stop"` at the end token or a stop string, `"length"` after `max_new_tokens`."""
     seconds: float
+
+    @property
+    def new_tokens(self) -> int:
+        return sum(self.tokens)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, content: str, parse_special_tokens: bool = False) -> torch.Tensor:
-    """Token ids of shape (1, T): `[BOS]` and the content.
+    """Token ids of shape (1, T): `[BOS]`, where the vocabulary has it, and the content.
 
-    `parse_special_tokens` says whether "[EOS]" typed by a user is the special token (as in the original) or text.
+    `parse_special_tokens` says whether "[EOS]" typed by a user is the special token (as in the original) or text. In
+    raw text special tokens are always read as such, as in nanoGPT.
+
+    Raises:
+        UserError: a character that a model of characters does not know; the message names it.
     """
     # A command line's bytes that are no UTF-8 arrive as unpaired surrogates, which no tokenizer takes.
     content = content.encode("utf-8", "replace").decode("utf-8")
-    return tokenizer(content, return_tensors="pt", split_special_tokens=not parse_special_tokens).input_ids
+    if is_of_characters(tokenizer):
+        check_characters(tokenizer, content)
+    parses = parse_special_tokens or not takes_instructions(tokenizer)
+    return tokenizer(content, return_tensors="pt", split_special_tokens=not parses).input_ids
 
 
 DRAWING = threading.RLock()
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def _seeded(sampling: Sampling, config: CustomGPTConfig) -> Iterator[None]:
     """Threads take turns: torch has one random generator for all of them, and each must draw what it would alone."""
     with DRAWING:
-        torch.manual_seed(seed)
+        torch.manual_seed(sampling.seed)
+        if sampling.seed_like_original:
+            replay_initialisation(config)
         yield
+
+
+def replay_initialisation(config: CustomGPTConfig) -> None:
+    """Use up the draws of the CPU's generator that building the trainer's model does: same kinds, sizes and order."""
+    C, V, T = config.n_embd, config.vocab_size, config.block_size
+    layer = ((3 * C, C), (C, C), (4 * C, C), (C, 4 * C))  # c_attn, c_proj, c_fc, c_proj
+    linear = [*layer * config.n_layer, (V, C)]
+    for shape in ((V, C), (T, C)):  # what nn.Embedding and nn.Linear draw, which is overwritten
+        torch.empty(shape).normal_()
+    for index, shape in enumerate(linear):
+        torch.empty(shape).uniform_()
+        if config.bias and index < len(linear) - 1:  # the head never has one
+            torch.empty(shape[0]).uniform_()
+    for shape in ((V, C), (T, C), *linear, *((C, C), (C, 4 * C)) * config.n_layer):  # at last, each c_proj once more
+        torch.empty(shape).normal_()
 
 
 @contextmanager
@@ -170,32 +253,43 @@ def generate(
         UserError: the model's logits are NaN or infinite, or the sampling options make them so.
         KeyboardInterrupt: passed on, after `on_text` has had everything there is.
     """
-    stream = TokenStream(tokenizer, on_text, prompt_text=not response_only)
+    stream = TokenStream(tokenizer, on_text, prompt_text=not response_only, sampling=sampling)
     input_ids = input_ids.to(model.device)
     prompt = input_ids[0].tolist()
 
+    def response(ids: list[int]) -> str:
+        return sampling.cut(bare_response(tokenizer, ids))[0]
+
     def text(ids: list[int]) -> str:
         if response_only:
-            return tokenizer.decode(ids, skip_special_tokens=True).lstrip()
-        return tokenizer.decode(prompt + ids)
+            return response(ids)
+        whole, start = str(tokenizer.decode(prompt + ids)), len(tokenizer.decode(prompt))
+        return whole[:start] + sampling.cut(whole[start:])[0]
 
     try:
-        with _seeded(sampling.seed):
+        with _seeded(sampling, model.config):
             start = time.perf_counter()
             sequences = model.generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
-                streamer=stream,
+                streamer=stream if sampling.num_beams == 1 else None,  # which of the beams stays is known at the end
                 logits_processor=LogitsProcessorList([OnlyNumbers()]),
                 **sampling.kwargs(),
+                tokenizer=tokenizer,
             )  # (num_return_sequences, T + new)
             seconds = time.perf_counter() - start
     except KeyboardInterrupt:
         stream.end()
         on_text("\n".join(text(_up_to(tokenizer.eos_token_id, row)) for row in stream.rows))
         raise
-    responses = [_up_to(tokenizer.eos_token_id, row) for row in sequences[:, len(prompt) :].tolist()]
-    return Generation([text(ids) for ids in responses], new_tokens=sum(map(len, responses)), seconds=seconds)
+    rows = [_up_to(tokenizer.eos_token_id, row) for row in sequences[:, len(prompt) :].tolist()]
+    return Generation(
+        texts=[text(ids) for ids in rows],
+        responses=[response(ids) for ids in rows],
+        tokens=[len(ids) for ids in rows],
+        finish_reasons=["length" if _is_unfinished(tokenizer, ids, sampling) else "stop" for ids in rows],
+        seconds=seconds,
+    )
 
 
 @memory_for("to generate")
@@ -208,17 +302,37 @@ def continue_prompts(
     Raises:
         UserError: the model's logits are NaN or infinite.
     """
-    batch = tokenizer.pad({"input_ids": [prompt[0].tolist() for prompt in prompts]}, return_tensors="pt")
-    with _seeded(sampling.seed):
+    width = max(prompt.shape[1] for prompt in prompts)
+    # A vocabulary of characters has no padding token: under the mask any id will do.
+    input_ids = torch.full((len(prompts), width), tokenizer.pad_token_id or 0)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - prompt.shape[1] :] = prompt[0]
+        attention_mask[row, width - prompt.shape[1] :] = 1
+    with _seeded(sampling, model.config):
         sequences = model.generate(
-            **batch.to(model.device), logits_processor=LogitsProcessorList([OnlyNumbers()]), **sampling.kwargs()
+            input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            logits_processor=LogitsProcessorList([OnlyNumbers()]),
+            **sampling.kwargs(),
+            tokenizer=tokenizer,
         )  # (B, T + new)
-    responses = sequences[:, batch.input_ids.shape[1] :].tolist()
-    return [
-        tokenizer.decode(_up_to(tokenizer.eos_token_id, ids), skip_special_tokens=True).lstrip() for ids in responses
-    ]
+    rows = [_up_to(tokenizer.eos_token_id, row) for row in sequences[:, width:].tolist()]
+    return [sampling.cut(bare_response(tokenizer, ids))[0] for ids in rows]
 
 
-def _up_to(eos_token_id: int, ids: list[int]) -> list[int]:
+def bare_response(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    """The text of new tokens; the space in front of the answer to an instruction belongs to the format."""
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    return text.lstrip() if takes_instructions(tokenizer) else text
+
+
+def _up_to(eos_token_id: int | None, ids: list[int]) -> list[int]:
     """The ids up to and including the first [EOS]; a sequence that ends before its neighbours is padded after it."""
     return ids[: ids.index(eos_token_id) + 1] if eos_token_id in ids else ids
+
+
+def _is_unfinished(tokenizer: PreTrainedTokenizerFast, ids: list[int], sampling: Sampling) -> bool:
+    if ids and ids[-1] == tokenizer.eos_token_id:
+        return False
+    return not sampling.cut(tokenizer.decode(ids, skip_special_tokens=True))[1]

@@ -1,7 +1,8 @@
 """The original's two files, or a converted folder, to a model and a tokenizer in memory."""
 
 import re
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError, memory_for, one_line
 from hf_model.folder_check import check_folder, read_config, read_generation_config
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.vocabulary import check_vocabulary, convert_tokenizer
+from hf_model.vocabulary import Model, Vocabulary, check_vocabulary, take_vocabulary, takes_instructions
+from hf_model.vocabulary.prompt import PROMPT_FORMAT, RAW
 
 AUTO_MAP = {
     "AutoConfig": "configuration_custom_gpt.CustomGPTConfig",
@@ -60,37 +62,66 @@ def load(
     device: torch.device | str | None = None,
     dtype: str = "auto",
     n_head: int | None = None,
-    activation: str = "gelu",
+    activation: str = "auto",
+    characters_of: str | Path | None = None,
+    raw: bool = False,
+    report: Callable[[str, str], None] = lambda item, text: None,
 ) -> tuple[CustomGPTForCausalLM, PreTrainedTokenizerFast]:
-    """Load the original's checkpoint file, or a converted folder.
+    """Load a trainer's checkpoint file, or a converted folder.
 
     Args:
         checkpoint_path: a `.pt` file (converted in memory, memory-mapped, nothing written) or a folder.
-        tokenizer_path: the original's tokenizer JSON; None takes the folder's own.
+        tokenizer_path, characters_of, raw: as in `read_original`; neither of the first two takes the folder's own.
         device: where the model goes; None is the best device there is, as `pick_device` says.
         dtype: `"auto"` for that of the weights, or the name of a torch dtype.
-        n_head, activation: as in `load_original`, for a file.
+        n_head, activation: as in `read_original`, for a file.
+        report: called with each thing that was found or chosen: what it is, and what was taken and why.
 
     Raises:
         UserError: a file or the folder is not what it should be.
     """
     if Path(checkpoint_path).is_dir():
-        model, tokenizer = _load_folder(Path(checkpoint_path), tokenizer_path, dtype)
+        model, tokenizer = load_folder(Path(checkpoint_path), tokenizer_path, dtype, characters_of, raw, report)
     else:
-        if tokenizer_path is None:
-            raise UserError(f"{checkpoint_path}: is a file, so the tokenizer must be given too")
-        model, tokenizer, _ = load_original(
-            checkpoint_path, tokenizer_path, dtype=dtype, n_head=n_head, activation=activation
+        original = read_original(
+            checkpoint_path,
+            tokenizer_path,
+            dtype=dtype,
+            n_head=n_head,
+            activation=activation,
+            characters_of=characters_of,
+            raw=raw,
         )
+        model, tokenizer = original.model, original.vocabulary.tokenizer
+        report("tokenizer", _describe_vocabulary(original.vocabulary))
+        for item, text in original.choices:
+            report(item, text)
     return model.to(pick_device(device)), tokenizer
 
 
-def _load_folder(
-    folder: Path, tokenizer_path: str | Path | None, dtype: str
+def _describe_vocabulary(vocabulary: Vocabulary) -> str:
+    return vocabulary.taken + (f" ({vocabulary.why})" if vocabulary.why else "")
+
+
+def load_folder(
+    folder: Path,
+    tokenizer_path: str | Path | None,
+    dtype: str,
+    characters_of: str | Path | None = None,
+    raw: bool = False,
+    report: Callable[[str, str], None] = lambda item, text: None,
+    needs_tokenizer: bool = True,
 ) -> tuple[CustomGPTForCausalLM, PreTrainedTokenizerFast]:
+    """`load` of a folder, on the CPU. If `needs_tokenizer` is False, the tokenizer of a folder without one is None."""
     try:
+        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").exists():
+            raise UserError(f"{folder}: is a PEFT adapter; save merge_and_unload() of it and give that folder")
         config = read_config(folder)
         check_folder(folder)
+        is_given = tokenizer_path is not None or characters_of is not None
+        has_tokenizer = is_given or (folder / "tokenizer.json").is_file()
+        if needs_tokenizer and not has_tokenizer:
+            raise UserError(f"{folder}: holds no tokenizer (no tokenizer.json); give one with --tokenizer_path")
         _check_sizes(folder, config)
         # A stranger's folder may name code of its own; the library would ask on the terminal whether to run it.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -105,12 +136,22 @@ def _load_folder(
         model, loading = loaded
         if astray := sorted(loading["missing_keys"] | loading["unexpected_keys"]):  # the library would go on without
             raise UserError(f"{folder}: its config.json and its weights do not belong together ({', '.join(astray)})")
-        if tokenizer_path is None:
-            tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+        if not has_tokenizer:
+            return model, None
+        if tokenizer_path is None and characters_of is None:
+            tokenizer = load_tokenizer(folder, config)
+            check_vocabulary(tokenizer, config.vocab_size, folder, folder)
+            report("tokenizer", str(folder))
         else:
-            tokenizer = convert_tokenizer(tokenizer_path, model_max_length=config.block_size)
+            source = Model(folder, config.vocab_size, config.block_size)
+            vocabulary = take_vocabulary(tokenizer_path, source, characters_of=characters_of, raw=raw)
+            tokenizer = vocabulary.tokenizer
             model.generation_config = default_generation(tokenizer, config.vocab_size)
-        check_vocabulary(tokenizer, config.vocab_size, tokenizer_path or folder, folder)
+            report("tokenizer", _describe_vocabulary(vocabulary))
+        if raw:
+            tokenizer.init_kwargs[PROMPT_FORMAT] = RAW
+        if not takes_instructions(tokenizer):
+            report("prompt", _describe_raw_prompt(tokenizer))
         return model, tokenizer
     except UserError:
         raise
@@ -138,36 +179,73 @@ def _check_sizes(folder: Path, config: CustomGPTConfig) -> None:
         )
 
 
+def load_tokenizer(folder: Path, config: CustomGPTConfig | None = None) -> PreTrainedTokenizerFast:
+    """The tokenizer of a converted folder, whose own code is never run.
+
+    Args:
+        config: the folder's, where it has been read already.
+    """
+    return AutoTokenizer.from_pretrained(folder, config=config or read_config(folder), trust_remote_code=False)
+
+
+@dataclass(frozen=True)
+class Original:
+    """A trainer's checkpoint and its vocabulary, in memory."""
+
+    model: CustomGPTForCausalLM
+    vocabulary: Vocabulary
+    checkpoint: Checkpoint
+    choices: tuple[tuple[str, str], ...]
+    """What the user did not say: what it is, and what was taken and why."""
+
+
 def load_original(
+    checkpoint_path: str | Path, tokenizer_path: str | Path | None, **how: Any
+) -> tuple[CustomGPTForCausalLM, PreTrainedTokenizerFast, Checkpoint]:
+    """Model, tokenizer and checkpoint of `read_original`, which takes the same arguments."""
+    original = read_original(checkpoint_path, tokenizer_path, **how)
+    return original.model, original.vocabulary.tokenizer, original.checkpoint
+
+
+def read_original(
     checkpoint_path: str | Path,
-    tokenizer_path: str | Path,
+    tokenizer_path: str | Path | None,
     *,
     dtype: str = "auto",
     n_head: int | None = None,
-    activation: str = "gelu",
-) -> tuple[CustomGPTForCausalLM, PreTrainedTokenizerFast, Checkpoint]:
-    """Make the model and the tokenizer of the original's two files, in memory; nothing is written.
+    activation: str = "auto",
+    characters_of: str | Path | None = None,
+    raw: bool = False,
+) -> Original:
+    """Make the model and the tokenizer of a trainer's files, in memory; nothing is written.
 
     The weights stay mapped from the file (zip format) and are read when they are used.
 
     Args:
         checkpoint_path: `torch.save` file.
-        tokenizer_path: `tokenizers` JSON.
+        tokenizer_path: a `tokenizers` JSON, nanoGPT's meta.pkl, either of GPT-2's two files, a folder of any of them,
+            the name `"gpt2"`, a folder or name that AutoTokenizer knows; or `"auto"`, to look where the trainer put it.
         dtype: `"auto"` for the file's own, or the name of a torch dtype.
         n_head: number of attention heads, where the file does not tell.
-        activation: `"gelu"` (exact) or `"gelu_new"` (tanh).
+        activation: `"gelu"` (exact), `"gelu_new"` or `"gelu_pytorch_tanh"` (tanh, written out or torch's); `"auto"` for
+            what the file tells.
+        characters_of: the training text of a model of characters, in place of `tokenizer_path`.
+        raw: the model's prompts are raw text, though its tokenizer has `[BOS]` and `[EOS]`.
 
     Raises:
         UserError: one of the files is not what it should be, or they do not belong together.
     """
+    if tokenizer_path is None and characters_of is None:
+        raise UserError(f'{checkpoint_path}: is a file, so the tokenizer must be given too, or "auto" to look for it')
     checkpoint = read_checkpoint(checkpoint_path)
     architecture = checkpoint.architecture(n_head)
-    tokenizer = convert_tokenizer(tokenizer_path, model_max_length=architecture.block_size)
-    check_vocabulary(tokenizer, architecture.vocab_size, tokenizer_path, checkpoint_path)
+    source = Model(checkpoint.path, architecture.vocab_size, architecture.block_size, checkpoint.dataset)
+    vocabulary = take_vocabulary(tokenizer_path, source, characters_of=characters_of, raw=raw)
+    tokenizer = vocabulary.tokenizer
     try:
         config = CustomGPTConfig(
             **asdict(architecture),
-            activation_function=activation,
+            activation_function=checkpoint.trainer.activation if activation == "auto" else activation,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -178,7 +256,29 @@ def load_original(
     config.dtype, config.auto_map = torch_dtype, AUTO_MAP
     model = _model_of(config, {name: tensor.to(torch_dtype) for name, tensor in checkpoint.state_dict.items()})
     model.generation_config = default_generation(tokenizer, architecture.vocab_size)
-    return model, tokenizer, checkpoint
+    return Original(model, vocabulary, checkpoint, tuple(_choices(checkpoint, tokenizer, n_head, activation)))
+
+
+def _choices(
+    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast, n_head: int | None, activation: str
+) -> Iterator[tuple[str, str]]:
+    """What is said of choices that the user did not make; of the original's own files, nothing."""
+    if n_head is None and (beside := checkpoint.heads_beside()):
+        yield "heads", f"{beside[0]} ({beside[1]})"
+    trainer = checkpoint.trainer
+    if activation == "auto" and not trainer.is_known:
+        yield (
+            "activation",
+            (f"{trainer.activation}, though nothing in the file tells: an older relative wants --activation gelu_new"),
+        )
+    elif activation == "auto" and trainer.why:
+        yield "activation", f"{trainer.activation} ({trainer.why})"
+    if not takes_instructions(tokenizer):
+        yield "prompt", _describe_raw_prompt(tokenizer)
+
+
+def _describe_raw_prompt(tokenizer: PreTrainedTokenizerFast) -> str:
+    return f"raw text; a text ends at {tokenizer.eos_token or 'max_new_tokens only'}"
 
 
 def _model_of(config: CustomGPTConfig, state_dict: dict[str, torch.Tensor]) -> CustomGPTForCausalLM:

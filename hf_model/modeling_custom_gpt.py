@@ -4,17 +4,19 @@ The names of the modules are the checkpoint's own, so its state dict loads as it
 B batch, T tokens given, S tokens seen (cached and given), C = n_embd, nh = n_head, hs = C / n_head, V = vocab_size.
 """
 
+import functools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn as nn
+from transformers import GenerationConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerateOutput
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
@@ -22,14 +24,14 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_custom_gpt import CustomGPTConfig
-from .decoding_custom_gpt import lean_decoding
+from .decoding_custom_gpt import GrowingCache, can_grow, settle
 
 
 def eager_attention_forward(
@@ -252,6 +254,17 @@ class CustomGPTModel(CustomGPTPreTrainedModel):
         return torch.arange(T, device=device).unsqueeze(0) + past
 
 
+def positions_kept(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """Of (B, T, C): the last positions, or those that a tensor names, for all rows or for each, or as a mask (B, T)."""
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:]
+    if logits_to_keep.ndim == 1:
+        return hidden_states[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
+
+
 class CustomGPTForCausalLM(CustomGPTPreTrainedModel, GenerationMixin):
     """The decoder with its language modelling head, `lm_head`: a Linear without a bias, tied or not."""
 
@@ -292,6 +305,13 @@ class CustomGPTForCausalLM(CustomGPTPreTrainedModel, GenerationMixin):
         Returns:
             `CausalLMOutputWithPast` with `logits` of shape `(B, T, V)` and, with `labels`, a scalar `loss` in nats.
         """
+        if isinstance(past_key_values, GrowingCache) and inputs_embeds is None and labels is None and use_cache:
+            if position_ids is None and input_ids is not None:
+                position_ids = self.transformer._position_ids(input_ids, attention_mask, past_key_values)
+            logits = past_key_values.logits(input_ids, attention_mask, position_ids, logits_to_keep, **kwargs)
+            if logits is not None:
+                return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+
         outputs: BaseModelOutputWithPast = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -301,8 +321,7 @@ class CustomGPTForCausalLM(CustomGPTPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        logits = self.lm_head(hidden_states)  # (B, T, V)
+        logits = self.lm_head(positions_kept(outputs.last_hidden_state, logits_to_keep))  # (B, T, V)
 
         loss = None
         if labels is not None:
@@ -316,16 +335,23 @@ class CustomGPTForCausalLM(CustomGPTPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _prefill(self, *args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
-        """`generate` takes the prompt here."""
-        with lean_decoding(self, prompt=True):
-            return super()._prefill(*args, **kwargs)
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """`generate` makes its cache here, or takes the one that it was given."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if can_grow(cache := model_kwargs.get("past_key_values")):
+            model_kwargs["past_key_values"] = GrowingCache(cache, self)
 
-    @contextmanager
-    def _optimize_model_for_decode(self) -> Iterator[None]:
-        """`generate` changes over from the prompt to one token at a time here."""
-        with super()._optimize_model_for_decode(), lean_decoding(self):
-            yield
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> GenerateOutput | torch.LongTensor:
+        output = None
+        try:
+            output = super().generate(*args, **kwargs)
+            return output
+        finally:
+            for cache in (kwargs.get("past_key_values"), getattr(output, "past_key_values", None)):
+                settle(cache, self.dtype)
 
     def prepare_inputs_for_generation(
         self,
@@ -341,6 +367,17 @@ class CustomGPTForCausalLM(CustomGPTPreTrainedModel, GenerationMixin):
         The learned positions start again from 0 in that window, which changes every key and value at every step: no
         cache can serve, so each token past the context costs a forward pass over the window, as in the original.
         """
+        if (
+            isinstance(past_key_values, GrowingCache)
+            and past_key_values.step is not None
+            and next_sequence_length == 1
+            and input_ids.shape[1] <= self.config.block_size
+            and inputs_embeds is None
+            and kwargs.keys() == {"position_ids", "use_cache", "logits_to_keep"}
+        ):  # one more token, and nothing that the library would have to look at
+            kwargs["position_ids"] = kwargs["position_ids"][:, -1:]
+            inputs = {"past_key_values": past_key_values, "attention_mask": attention_mask, **kwargs}
+            return {"input_ids": input_ids[:, -1:], **inputs}
         # The prompt may be given as embeddings, with its ids or without; the tokens generated since are ids only.
         generated = input_ids
         if inputs_embeds is not None and kwargs.get("position_ids") is not None:
@@ -358,8 +395,11 @@ class CustomGPTForCausalLM(CustomGPTPreTrainedModel, GenerationMixin):
                 kwargs["is_first_iteration"] = True  # the library takes embeddings only then
             input_ids = input_ids[:, -window:]
             attention_mask = attention_mask[:, -window:] if attention_mask is not None else None
-            next_sequence_length, past_key_values = None, None
-            kwargs |= {"use_cache": False, "position_ids": None}
+            next_sequence_length, kwargs["position_ids"] = None, None
+            if isinstance(past_key_values, GrowingCache):
+                past_key_values.reset()  # the window fills it again
+            else:
+                past_key_values, kwargs["use_cache"] = None, False
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,

@@ -21,7 +21,16 @@ DISTRIBUTION = "custom-gpt-hf"
 DEFAULT_CHECKPOINT = "out/finetune/ckpt.pt"
 DEFAULT_TOKENIZER = "data/tokenizer/custom_gpt_tokenizer.json"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-ACTIVATIONS = ("gelu", "gelu_new")
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh")
+CHECKPOINTS = ("out*/**/*.pt", "log/*.pt")  # where the trainers of the family put theirs
+MOST_NAMED = 5
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+FILES = (".json", ".pkl", ".pickle", ".txt", ".bpe", ".pt", ".model")  # endings of files, which no name has
+# The keys of hf_model.formats.FORMATS, and what some of them have to choose from; a test compares them.
+FORMATS = ("transformers", "gpt2", "gguf", "ctranslate2", "onnx", "checkpoint")
+GGUF_TYPES = ("f32", "f16", "q8_0")
+QUANTIZATIONS = ("int8", "int8_float32", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16", "float32")
+TRAINERS = ("original", "nanogpt")
 
 
 class OutputError(Exception):
@@ -232,3 +241,46 @@ def mode_of(parser: Parser, name: str, path: str | Path) -> int | None:
         return None
     except OSError as error:
         parser.error(f"argument --{name}: {path} cannot be reached ({error.strerror})")
+
+
+def check_checkpoint(parser: Parser, path: str, what: str) -> None:
+    """End in the parser's error if a checkpoint is not there, and name those that are."""
+    mode = mode_of(parser, "checkpoint_path", path)
+    if mode is not None and not (what and stat.S_ISDIR(mode)):
+        return
+    message = f"argument --checkpoint_path: there is no {what}{path}"
+    found = [file for pattern in CHECKPOINTS for file in Path().glob(pattern)] if path == DEFAULT_CHECKPOINT else []
+    if found:
+        found.sort(key=lambda file: file.stat().st_mtime, reverse=True)
+        more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
+        message += f"; there is {', '.join(map(str, found[:MOST_NAMED]))}{more}: give one with --checkpoint_path"
+    parser.error(message)
+
+
+def add_vocabulary(group: argparse._ArgumentGroup, default: str) -> None:
+    """The arguments that say what a model's tokens are, and so what its prompts are."""
+    group.add_argument(
+        "--tokenizer_path",
+        help=f"tokenizer JSON, nanoGPT's meta.pkl, vocab.json or encoder.json, gpt2, or a folder (default: {default})",
+    )
+    group.add_argument("--characters_of", metavar="TEXT", help="the training text of a model of characters, instead")
+    group.add_argument("--raw", action="store_true", help="the prompt is raw text, though the tokenizer has [BOS]")
+
+
+def vocabulary_of(parser: Parser, args: argparse.Namespace) -> str | None:
+    """What to take the vocabulary from: a path, a name, `auto` where the user said nothing, None for a training text.
+
+    The file must be there, or the text be a possible name of the Hub.
+    """
+    if args.characters_of is not None:
+        if args.tokenizer_path is not None:
+            parser.error("argument --characters_of: not allowed with argument --tokenizer_path")
+        check_file(parser, "characters_of", args.characters_of)
+        return None
+    path = args.tokenizer_path
+    if path is None:
+        return "auto"
+    is_there = path and mode_of(parser, "tokenizer_path", path) is not None
+    if not is_there and (not HUB_NAME.fullmatch(path) or Path(path).suffix in FILES):
+        parser.error(f"argument --tokenizer_path: there is no file {path}")
+    return path

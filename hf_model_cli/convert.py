@@ -1,25 +1,42 @@
-"""Convert a GPT checkpoint and its tokenizer JSON to a Hugging Face folder, and check it against its source."""
+"""Convert a GPT checkpoint, or a converted folder, to what transformers or another engine reads, and check it."""
 
 import argparse
 import os
 import re
 import shlex
+import stat
 import sys
 from pathlib import Path
 
 from hf_model_cli.common import (
     ACTIVATIONS,
     DEFAULT_CHECKPOINT,
-    DEFAULT_TOKENIZER,
     DTYPES,
+    FORMATS,
+    GGUF_TYPES,
+    QUANTIZATIONS,
+    TRAINERS,
     OutputError,
     Parser,
-    check_file,
+    add_vocabulary,
+    check_checkpoint,
+    mode_of,
     no_garbage_search,
     number,
     run_command,
     show,
+    vocabulary_of,
 )
+
+TRY_IT = {
+    "transformers": """\
+  {command} --checkpoint_path {path} --prompt {prompt}
+  pip install "transformers[serving]" && transformers serve {path} --trust-remote-code""",
+    "gpt2": """\
+  pip install "transformers[serving]" && transformers serve {path}""",
+    "gguf": """\
+  llama-server --model {path}/model-{type}.gguf --ctx-size 0 --jinja""",
+}
 
 
 def shard_size(text: str) -> str:
@@ -31,17 +48,29 @@ def shard_size(text: str) -> str:
 def make_parser() -> Parser:
     parser = Parser(description=__doc__)
     files = parser.add_argument_group("files")
-    files.add_argument("--checkpoint_path", default=DEFAULT_CHECKPOINT, help="default: %(default)s")
-    files.add_argument("--tokenizer_path", default=DEFAULT_TOKENIZER, help="default: %(default)s")
-    files.add_argument("--output_dir", help="default: hf/ beside the checkpoint")
+    files.add_argument(
+        "--checkpoint_path",
+        default=DEFAULT_CHECKPOINT,
+        help="checkpoint (.pt), or a converted folder, fine-tuned or not (default: %(default)s)",
+    )
+    add_vocabulary(files, default="where the trainer put it, or the converted folder's own")
+    files.add_argument(
+        "--output_dir", help="default: hf/ beside the checkpoint, or FORMAT/; for a folder FOLDER-FORMAT/"
+    )
     files.add_argument("--overwrite", action="store_true", help="replace the model that is in the output folder")
     files.add_argument("--push_to_hub", metavar="REPO", help="upload the folder to this repository, private if new")
 
     model = parser.add_argument_group("model")
+    model.add_argument(
+        "--format", choices=FORMATS, default="transformers", help="who is to read it (default: %(default)s)"
+    )
     model.add_argument("--dtype", choices=DTYPES, default="auto", help="default: the file's own")
     model.add_argument("--max_shard_size", type=shard_size, default="5GB", help="default: %(default)s")
     model.add_argument("--n_head", type=number(int, 1), help="number of heads, where the checkpoint does not tell")
-    model.add_argument("--activation", choices=ACTIVATIONS, default="gelu", help="exact (default) or tanh GELU")
+    model.add_argument("--activation", choices=ACTIVATIONS, help="exact or tanh GELU (default: what the file tells)")
+    model.add_argument("--gguf_type", choices=GGUF_TYPES, help="of the matrices of a GGUF (default: f32)")
+    model.add_argument("--quantization", choices=QUANTIZATIONS, help="by CTranslate2 (default: the weights' dtype)")
+    model.add_argument("--like", choices=TRAINERS, help="whose checkpoint to write (default: original)")
     model.add_argument("--no_verify", action="store_true", help="do not compare the folder with its source")
     return parser
 
@@ -49,10 +78,36 @@ def make_parser() -> Parser:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args(argv)
-    check_file(parser, "checkpoint_path", args.checkpoint_path)
-    check_file(parser, "tokenizer_path", args.tokenizer_path)
-    args.output_dir = Path(args.output_dir or Path(args.checkpoint_path).parent / "hf")
+    check_source(parser, args)
+    for option, format in (("gguf_type", "gguf"), ("quantization", "ctranslate2"), ("like", "checkpoint")):
+        if getattr(args, option) is not None and args.format != format:
+            parser.error(f"argument --{option}: goes with --format {format}")
+    if args.push_to_hub and args.format == "checkpoint":
+        parser.error("argument --push_to_hub: a trainer's checkpoint is no model of the Hub")
+    args.output_dir = Path(args.output_dir or default_output(Path(args.checkpoint_path), args.format))
     return args
+
+
+def check_source(parser: Parser, args: argparse.Namespace) -> None:
+    """Check that the source's files are there, and find what names its vocabulary; None is a folder's own."""
+    path = Path(args.checkpoint_path)
+    is_folder = stat.S_ISDIR(mode_of(parser, "checkpoint_path", path) or 0)
+    if is_folder:
+        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+            parser.error(
+                f"argument --checkpoint_path: there is no file {path}, and the folder holds no model (no config.json)"
+            )
+        if args.n_head or args.activation:
+            parser.error("arguments --n_head and --activation: are for a .pt file; a folder's config.json tells")
+    else:
+        check_checkpoint(parser, args.checkpoint_path, "file ")
+    args.vocabulary = None if is_folder and args.tokenizer_path is None else vocabulary_of(parser, args)
+
+
+def default_output(source: Path, format: str) -> Path:
+    folder = "hf" if format == "transformers" else format
+    source = source.absolute() if source.name in ("", "..") else source
+    return source.with_name(f"{source.name}-{folder}") if source.is_dir() else source.parent / folder
 
 
 def run(args: argparse.Namespace) -> None:
@@ -62,6 +117,8 @@ def run(args: argparse.Namespace) -> None:
         from transformers.utils import logging
 
         from hf_model.conversion import convert, push
+        from hf_model.loading import load_tokenizer
+        from hf_model.vocabulary import example_prompt
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -69,23 +126,37 @@ def run(args: argparse.Namespace) -> None:
 
     folder = convert(
         args.checkpoint_path,
-        args.tokenizer_path,
+        args.vocabulary,
         args.output_dir,
+        format=args.format,
         dtype=args.dtype,
         max_shard_size=args.max_shard_size,
+        gguf_type=args.gguf_type or "f32",
+        quantization=args.quantization,
+        like=args.like or "original",
         n_head=args.n_head,
-        activation=args.activation,
+        activation=args.activation or "auto",
+        characters_of=args.characters_of,
+        raw=args.raw,
         overwrite=args.overwrite,
         verify=not args.no_verify,
         report=say,
     )
-    path = shlex.quote(str(folder))
-    is_clone = Path(sys.argv[0]).suffix == ".py"
-    command = "python generate.py" if is_clone else "custom-gpt-generate"
-    say(f'\nTry it:\n  {command} --checkpoint_path {path} --prompt "What is the capital of France?"')
-    say(f'  pip install "transformers[serving]" && transformers serve {path} --trust-remote-code')
+    if hint := TRY_IT.get(args.format):
+        path, prompt = shlex.quote(str(folder)), ""
+        if args.format == "transformers":
+            prompt = quoted(example_prompt(load_tokenizer(folder)))
+        command = "python generate.py" if Path(sys.argv[0]).suffix == ".py" else "custom-gpt-generate"
+        say("\nTry it:\n" + hint.format(path=path, type=args.gguf_type or "f32", command=command, prompt=prompt))
     if args.push_to_hub:
         say(f"\npushed        {push(folder, args.push_to_hub)}")
+
+
+def quoted(prompt: str) -> str:
+    """A prompt as a shell takes it."""
+    if "\n" in prompt:
+        return f"$'{prompt.encode('unicode_escape').decode()}'"
+    return f'"{prompt}"' if re.fullmatch(r"[\w ,.?]+", prompt) else shlex.quote(prompt)
 
 
 def say(line: str) -> None:

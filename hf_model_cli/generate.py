@@ -1,12 +1,12 @@
 """Generate text from a prompt with a GPT checkpoint, or with the folder that convert_checkpoint.py made of it."""
 
 import argparse
+import re
 import stat
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple, TextIO
 
 from hf_model_cli.common import (
     ACTIVATIONS,
@@ -14,30 +14,59 @@ from hf_model_cli.common import (
     DEFAULT_TOKENIZER,
     DTYPES,
     Parser,
+    add_vocabulary,
+    check_checkpoint,
     check_file,
     mode_of,
     no_garbage_search,
     number,
     run_command,
     show,
+    vocabulary_of,
 )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-    from hf_model.generation import Sampling
-    from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 
 MOST_ANSWERS = 10**6  # at a time; past these, sizes would overflow in torch
 MOST_TOKENS = 10**9
+SEED = number(int, -(2**63), maximum=2**64 - 1)
+EPILOG = """\
+examples:
+  %(prog)s --checkpoint_path capitals-hf --prompt "What is the capital of France?"
+  %(prog)s --checkpoint_path capitals-hf                      ask again and again
+  %(prog)s --checkpoint_path capitals-hf --json < question.txt"""
+
+
+class Option(NamedTuple):
+    type: Callable[[str], float]
+    default: float
+    metavar: str
+    help: str
+
+
+SAMPLING = {  # what a conversation can change, too
+    "max_new_tokens": Option(number(int, 1, maximum=MOST_TOKENS), 150, "N", "longest answer, in tokens"),
+    "temperature": Option(number(float, 0), 0.8, "X", "randomness; 0 is greedy"),
+    "top_k": Option(number(int, 0), 50, "K", "sample from the k likeliest; 0 is all"),
+    "top_p": Option(number(float, 0, exclusive=True, maximum=1), 1.0, "P", "sample from this much probability"),
+    "min_p": Option(number(float, 0, maximum=1), 0.0, "P", "leave out what is less likely than P times the likeliest"),
+    "repetition_penalty": Option(number(float, 0, exclusive=True), 1.0, "X", "above 1 discourages repetition"),
+    "num_beams": Option(number(int, 1, maximum=1000), 1, "N", "beams of a beam search; 1 is none"),
+}
+
+
+def escaped(text: str) -> str:
+    r"""An argparse type: a text that is not empty, in which \n, \t and \\ are what they are in most languages."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t"}.get(found[1], found[1]), text)
 
 
 def make_parser() -> Parser:
-    parser = Parser(description=__doc__)
+    parser = Parser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_files(parser.add_argument_group("files"))
     add_prompt(parser.add_argument_group("prompt"))
     add_sampling(parser.add_argument_group("sampling"))
-    add_batch(parser.add_argument_group("many prompts (with --prompts_file)"))
+    add_output(parser.add_argument_group("output"))
+    add_batch(parser.add_argument_group("many prompts"))
     add_run(parser.add_argument_group("run"))
     return parser
 
@@ -48,69 +77,81 @@ def add_files(group: argparse._ArgumentGroup) -> None:
         default=DEFAULT_CHECKPOINT,
         help="checkpoint (.pt) or converted folder (default: %(default)s)",
     )
-    group.add_argument(
-        "--tokenizer_path", help=f"tokenizer JSON (default: {DEFAULT_TOKENIZER}, or the converted folder's own)"
-    )
+    add_vocabulary(group, default="the converted folder's own, or where the trainer put it")
     group.add_argument("--n_head", type=number(int, 1), help="number of heads, where the checkpoint does not tell")
-    group.add_argument("--activation", choices=ACTIVATIONS, help="exact or tanh GELU (default: gelu)")
+    group.add_argument("--activation", choices=ACTIVATIONS, help="exact or tanh GELU (default: what the file tells)")
 
 
 def add_prompt(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--prompt", help="the instruction or question")
     group.add_argument(
-        "--prompts_file", type=Path, help="JSON Lines of records with an instruction and perhaps an input"
+        "--prompt",
+        metavar="TEXT",
+        help="the instruction or question; of raw text, its beginning, or FILE:path; - reads standard input, as a pipe "
+        "without --prompt does",
     )
-    group.add_argument("--input_text", default="", help="text that the instruction is about")
+    group.add_argument("--input_text", default="", metavar="TEXT", help="text that the instruction is about")
+    group.add_argument(
+        "--interactive", action="store_true", help="ask again and again; the default on a terminal without --prompt"
+    )
     group.add_argument(
         "--parse_special_tokens", action="store_true", help='read "[EOS]" in the prompt as the token, not as text'
     )
 
 
 def add_sampling(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--max_new_tokens",
-        type=number(int, 1, maximum=MOST_TOKENS),
-        default=150,
-        help="longest answer, in tokens (default: %(default)s)",
-    )
-    group.add_argument(
-        "--temperature", type=number(float, 0), default=0.8, help="randomness; 0 is greedy (default: %(default)s)"
-    )
-    group.add_argument(
-        "--top_k", type=number(int, 0), default=50, help="sample from the k likeliest; 0 is all (default: %(default)s)"
-    )
-    group.add_argument(
-        "--top_p",
-        type=number(float, 0, exclusive=True, maximum=1),
-        default=1.0,
-        help="sample from this much probability (default: %(default)s)",
-    )
-    group.add_argument(
-        "--repetition_penalty",
-        type=number(float, 0, exclusive=True),
-        default=1.0,
-        help="above 1 discourages repetition (default: %(default)s)",
-    )
+    for name, option in SAMPLING.items():
+        group.add_argument(
+            f"--{name}",
+            type=option.type,
+            default=option.default,
+            metavar=option.metavar,
+            help=f"{option.help} (default: %(default)s)",
+        )
     group.add_argument(
         "--num_return_sequences",
         type=number(int, 1, maximum=MOST_ANSWERS),
         default=1,
+        metavar="N",
         help="how many answers (default: %(default)s)",
     )
     group.add_argument(
+        "--stop",
+        action="append",
+        type=escaped,
+        default=[],
+        metavar="TEXT",
+        help=r"a text that ends an answer, such as '\n'; may be given several times",
+    )
+    group.add_argument(
         "--seed",
-        type=number(int, -(2**63), maximum=2**64 - 1),
-        default=1337,
-        help="makes a run repeatable (default: %(default)s)",
+        type=SEED,
+        nargs="+",
+        default=[1337],
+        metavar="N",
+        help="makes a run repeatable; several give an answer each (default: 1337)",
+    )
+    group.add_argument(
+        "--seed_like_original",
+        action="store_true",
+        help="on a CPU, the text that the trainer's script gives for the seed",
     )
 
 
 def add_batch(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--output_file", type=Path, help="JSON Lines of the same records, each with its response")
+    group.add_argument(
+        "--prompts_file",
+        type=Path,
+        metavar="FILE",
+        help="JSON Lines of records with an instruction and perhaps an input, or of raw text with a prompt",
+    )
+    group.add_argument(
+        "--output_file", type=Path, metavar="FILE", help="JSON Lines of the same records, each with its response"
+    )
     group.add_argument(
         "--batch_size",
         type=number(int, 1, maximum=MOST_ANSWERS),
         default=16,
+        metavar="N",
         help="records at a time (default: %(default)s)",
     )
 
@@ -118,28 +159,71 @@ def add_batch(group: argparse._ArgumentGroup) -> None:
 def add_run(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--device", help="such as cuda, cuda:1, mps or cpu (default: the best there is)")
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: the checkpoint's)")
+
+
+def add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--no_stream", action="store_true", help="print the text when it is complete")
     group.add_argument("--response_only", action="store_true", help="print the answer alone; the rest goes to stderr")
+    group.add_argument(
+        "--json", action="store_true", help="print a JSON object for each answer; the rest goes to stderr"
+    )
+    group.add_argument("--quiet", action="store_true", help="print nothing but the text, the answers or the objects")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.prompts_file is None:
-        check_prompt(parser, args)
-    else:
+    args.seeds, args.seed = args.seed, args.seed[0]
+    if args.num_return_sequences > args.num_beams > 1:
+        parser.error("argument --num_return_sequences: must be at most --num_beams")
+    if args.prompts_file is not None:
         check_batch(parser, args)
+    elif not args.interactive and args.prompt is None and is_terminal(sys.stdin):
+        args.interactive = True
     check_model(parser, args)
+    if args.interactive:
+        check_interactive(parser, args)
+    elif args.prompts_file is None:
+        check_prompt(parser, args)
     return args
 
 
+def is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and not stream.closed and stream.isatty()
+
+
 def check_prompt(parser: Parser, args: argparse.Namespace) -> None:
-    if args.prompt is None:
-        parser.error("one of the arguments --prompt and --prompts_file is required")
-    if not args.prompt.strip():
-        parser.error("argument --prompt: must not be empty")
+    """Check the prompt, and read it from standard input where that is asked for."""
+    if args.raw and args.input_text:
+        parser.error("argument --input_text: a raw prompt has no place for it")
     if args.output_file is not None:
         parser.error("arguments --prompts_file and --output_file: go together")
+    if args.prompt is None or args.prompt == "-":
+        piped = read_standard_input(parser)
+        if args.prompt is None and not piped:
+            parser.error("one of the arguments --prompt, --prompts_file and --interactive is required")
+        args.prompt = piped
+    if not args.prompt:
+        parser.error("argument --prompt: must not be empty")
+
+
+def read_standard_input(parser: Parser) -> str:
+    """What is piped in, less the newline that `echo` ends it with."""
+    try:
+        content = sys.stdin.buffer.read() if sys.stdin is not None else b""
+    except OSError as error:
+        parser.error(f"argument --prompt: standard input cannot be read ({error.strerror or error})")
+    return content.decode("utf-8", "surrogateescape").removesuffix("\n")  # as Python decodes an argument
+
+
+def check_interactive(parser: Parser, args: argparse.Namespace) -> None:
+    for name in ("prompt", "prompts_file", "output_file"):
+        if getattr(args, name) is not None:
+            parser.error(f"argument --{name}: not allowed with argument --interactive")
+    if args.json:
+        parser.error("argument --json: not allowed with argument --interactive")
+    if len(args.seeds) > 1 or args.num_return_sequences > 1:
+        parser.error("arguments --seed and --num_return_sequences: a conversation gives one answer at a time")
 
 
 def check_batch(parser: Parser, args: argparse.Namespace) -> None:
@@ -154,22 +238,21 @@ def check_batch(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f"argument --output_file: there is no folder {args.output_file.parent}")
     if args.input_text:
         parser.error("argument --input_text: with --prompts_file each record has its own input")
-    if args.num_return_sequences > 1:
+    if args.num_return_sequences > 1 or len(args.seeds) > 1:
         parser.error("argument --num_return_sequences: --prompts_file gives each record one response")
+    if args.json or args.interactive:
+        parser.error("arguments --json and --interactive: not allowed with argument --prompts_file")
 
 
 def check_model(parser: Parser, args: argparse.Namespace) -> None:
-    """Check that the model's files are there, and fill in the tokenizer's default."""
-    mode = mode_of(parser, "checkpoint_path", args.checkpoint_path)
-    if mode is None:
-        parser.error(f"argument --checkpoint_path: there is no {args.checkpoint_path}")
-    is_folder = stat.S_ISDIR(mode)
+    """Check that the model's files are there, and find what names its vocabulary; None is a folder's own."""
+    check_checkpoint(parser, args.checkpoint_path, "")
+    is_folder = stat.S_ISDIR(mode_of(parser, "checkpoint_path", args.checkpoint_path) or 0)
     if is_folder and (args.n_head or args.activation):
         parser.error("arguments --n_head and --activation: are for a .pt file; a folder's config.json tells")
+    args.vocabulary = None if is_folder and args.tokenizer_path is None else vocabulary_of(parser, args)
     if args.tokenizer_path is None and not is_folder:
         args.tokenizer_path = DEFAULT_TOKENIZER
-    if args.tokenizer_path is not None:
-        check_file(parser, "tokenizer_path", args.tokenizer_path)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -177,93 +260,44 @@ def run(args: argparse.Namespace) -> None:
     with no_garbage_search():
         from transformers.utils import logging
 
-        from hf_model import generation, loading
+        from hf_model import loading
         from hf_model.description import describe_architecture, describe_parameters
+        from hf_model_cli.answers import answer_prompt, answer_records, content_of
+        from hf_model_cli.conversation import converse
     logging.set_verbosity_error()  # the library's reminders about lengths and flags are answered in the README
     logging.disable_progress_bar()
 
     def note(line: str = "") -> None:
-        show(line, file=sys.stderr if args.response_only else sys.stdout)
+        if not args.quiet:
+            show(line, file=sys.stderr if args.response_only or args.json else sys.stdout)
 
     device = loading.pick_device(args.device)
-    note(f"device      {device}")
-    note(f"checkpoint  {args.checkpoint_path}")
-    note(f"tokenizer   {args.tokenizer_path or args.checkpoint_path}")
+    choices: list[tuple[str, str]] = []
     model, tokenizer = loading.load(
         args.checkpoint_path,
-        args.tokenizer_path,
+        args.vocabulary,
         device=device,
         dtype=args.dtype,
         n_head=args.n_head,
-        activation=args.activation or "gelu",
+        activation=args.activation or "auto",
+        characters_of=args.characters_of,
+        raw=args.raw,
+        report=lambda item, text: choices.append((item, text)),
     )
+    if args.prompt is not None:
+        args.content = content_of(tokenizer, args.prompt, args.input_text)
+    note(f"device      {device}")
+    note(f"checkpoint  {args.checkpoint_path}")
+    for item, text in choices:
+        note(f"{item:<12}{text}")
     note(f"model       {describe_architecture(model.config)}")
     note(f"parameters  {describe_parameters(model)}")
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "num_return_sequences", "seed")
-    sampling = generation.Sampling(**{name: getattr(args, name) for name in names})
-    answer = answer_prompt if args.prompts_file is None else answer_records
-    answer(args, model, tokenizer, sampling, note)
-
-
-def answer_prompt(
-    args: argparse.Namespace,
-    model: "CustomGPTForCausalLM",
-    tokenizer: "PreTrainedTokenizerFast",
-    sampling: "Sampling",
-    note: Callable[[str], None],
-) -> None:
-    from hf_model.generation import encode, generate
-    from hf_model.vocabulary import format_prompt
-
-    content = format_prompt(args.prompt, args.input_text)
-    note(f"content     {content}\n")
-    streams = args.num_return_sequences == 1 and not args.no_stream
-    pieces: list[str] = []
-
-    def take(piece: str) -> None:
-        pieces.append(piece)
-        if streams:
-            show(piece, end="")
-
-    try:
-        output = generate(
-            model,
-            tokenizer,
-            encode(tokenizer, content, args.parse_special_tokens),
-            sampling,
-            response_only=args.response_only,
-            on_text=take,
-        )
-    except KeyboardInterrupt:
-        show("" if streams else "".join(pieces))
-        raise
-    show("\n".join([""] if streams else output.texts))
-    note(f"\n{output.new_tokens} tokens in {output.seconds:.2f} s, {output.new_tokens / output.seconds:.1f} tokens/s")
-
-
-def answer_records(
-    args: argparse.Namespace,
-    model: "CustomGPTForCausalLM",
-    tokenizer: "PreTrainedTokenizerFast",
-    sampling: "Sampling",
-    note: Callable[[str], None],
-) -> None:
-    from hf_model.batch import answer_file, read_records
-
-    records = read_records(args.prompts_file)
-    start = time.perf_counter()
-    answered = answer_file(
-        model,
-        tokenizer,
-        records,
-        args.output_file,
-        args.batch_size,
-        sampling,
-        parse_special_tokens=args.parse_special_tokens,
-    )
-    seconds = time.perf_counter() - start
-    note(f"written     {args.output_file} ({len(records)} records, {answered} of them answered now)")
-    note(f"\n{answered} records in {seconds:.2f} s, {answered / seconds:.1f} records/s")
+    if args.interactive:
+        converse(args, model, tokenizer)
+    elif args.prompts_file is not None:
+        answer_records(args, model, tokenizer, note)
+    else:
+        answer_prompt(args, model, tokenizer, note)
 
 
 def main() -> int:

@@ -1,5 +1,7 @@
 """The two command lines: what they print and where, their exit status, and one line for everything that is wrong."""
 
+import io
+import json
 import os
 import re
 import shlex
@@ -108,6 +110,11 @@ class TestArguments:
             (("--checkpoint_path", "no/ckpt.pt"), "--checkpoint_path: there is no file no/ckpt.pt"),
             (("--checkpoint_path", str(CAPITALS)), f"--checkpoint_path: there is no file {CAPITALS}"),
             (("--tokenizer_path", "no.json"), "--tokenizer_path: there is no file no.json"),
+            (("--format", "tf"), "--format: invalid choice: 'tf'"),
+            (("--format", "gguf", "--gguf_type", "q4"), "--gguf_type: invalid choice: 'q4'"),
+            (("--gguf_type", "f16"), "--gguf_type: goes with --format gguf"),
+            (("--format", "gguf", "--quantization", "int8"), "--quantization: goes with --format ctranslate2"),
+            (("--format", "gpt2", "--like", "nanogpt"), "--like: goes with --format checkpoint"),
             (("--colour", "red"), "unrecognized arguments: --colour red"),
         ],
         ids=" ".join,
@@ -120,6 +127,33 @@ class TestArguments:
         assert result.err.startswith("convert_checkpoint.py: error: ")
         assert message in result.err
         assert result.err.count("\n") == 1
+
+    def test_the_choices_are_those_of_the_formats(self) -> None:
+        from hf_model import formats
+        from hf_model.formats import checkpoint, gguf
+        from hf_model_cli import common
+
+        assert tuple(formats.FORMATS) == common.FORMATS
+        assert tuple(gguf.ALLOWED) == common.GGUF_TYPES
+        assert tuple(checkpoint.USE) == common.TRAINERS
+
+    @pytest.mark.parametrize(
+        "source, format, output",
+        [
+            ("out/ckpt.pt", "transformers", "out/hf"),
+            ("out/ckpt.pt", "gguf", "out/gguf"),
+            ("", "gguf", "-gguf"),
+        ],
+    )
+    def test_convert_has_an_output_beside_the_source(
+        self, source: str, format: str, output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / source if source else tmp_path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (path / "config.json" if path.is_dir() else path).touch()
+        arguments = ["--checkpoint_path", str(path), "--tokenizer_path", str(TOKENIZER), "--format", format]
+        expected = tmp_path / output if source else Path(f"{tmp_path}{output}")
+        assert convert_command.parse_arguments(arguments).output_dir == expected
 
     def test_a_prompt_is_needed(self, call: Callable[..., Result]) -> None:
         result = call(generate, *EXAMPLE)
@@ -201,7 +235,7 @@ class TestGenerate:
             "device      cpu",
             f"checkpoint  {CHECKPOINT}",
             f"tokenizer   {TOKENIZER}",
-            "model       3 layers, 4 heads, 96 wide, context 64, vocabulary 1024, no biases, head untied, gelu",
+            "model       3 layers, 3 heads, 96 wide, context 64, vocabulary 1024, no biases, head untied, gelu",
             "parameters  535,200 in float32",
             "content     Instruction: What is the capital of France? Response:",
             "",
@@ -258,6 +292,67 @@ class TestGenerate:
     def test_several_sequences_are_printed_one_after_the_other(self, call: Callable[..., Result]) -> None:
         result = call(generate, *EXAMPLE, *FRANCE, "--response_only", "--num_return_sequences", "3")
         assert result.out == "Paris\nParis\nParis\n"
+
+    def test_samples_of_seeds_are_labelled(self, call: Callable[..., Result]) -> None:
+        result = call(generate, *EXAMPLE, *FRANCE, "--seed", "1", "2", "--num_return_sequences", "2")
+        lines = result.out.splitlines()[7:-2]
+        text = "[BOS]Instruction: What is the capital of France? Response: Paris[EOS]"
+        assert lines == [
+            *("--- seed 1, answer 1 of 2", text, "--- seed 1, answer 2 of 2", text),
+            *("--- seed 2, answer 1 of 2", text, "--- seed 2, answer 2 of 2", text),
+        ]
+
+    def test_json_is_an_object_a_line_for_programs(self, call: Callable[..., Result]) -> None:
+        arguments = (*EXAMPLE, "--prompt", "Name the capital of the country.", "--input_text", "Peru", "--json")
+        result = call(generate, *arguments, "--seed", "1", "2")
+        first, second = map(json.loads, result.out.splitlines())
+        assert first.pop("seconds") > 0
+        assert first == {
+            "prompt": "Name the capital of the country.",
+            "input": "Peru",
+            "text": "[BOS]Instruction: Name the capital of the country. Input: Peru Response: Lima[EOS]",
+            "response": "Lima",
+            "tokens": first["tokens"],
+            "finish_reason": "stop",
+            "seed": 1,
+        }
+        assert second["seed"] == 2
+        assert "device" in result.err
+        cut = json.loads(call(generate, *arguments, "--max_new_tokens", "1", "--quiet").out)
+        assert (cut["tokens"], cut["finish_reason"]) == (1, "length")
+
+    def test_quiet_is_the_text_alone(self, call: Callable[..., Result]) -> None:
+        text = "[BOS]Instruction: What is the capital of France? Response: Paris[EOS]\n"
+        assert call(generate, *EXAMPLE, *FRANCE, "--quiet") == Result(0, text, "")
+        assert call(generate, *EXAMPLE, *FRANCE, "--quiet", "--response_only") == Result(0, "Paris\n", "")
+
+    @pytest.mark.parametrize("arguments", [(), ("--prompt", "-")], ids=["a pipe", "a dash"])
+    def test_the_prompt_may_come_by_a_pipe(
+        self, arguments: tuple[str, ...], call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"What is the capital of France?\n")))
+        assert call(generate, *EXAMPLE, *arguments, "--response_only", "--quiet").out == "Paris\n"
+
+    def test_an_empty_pipe_is_no_prompt(self, call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+        assert "one of the arguments --prompt, --prompts_file and --interactive is" in call(generate, *EXAMPLE).err
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+        assert "--prompt: must not be empty" in call(generate, *EXAMPLE, "--prompt", "-").err
+
+    @pytest.mark.parametrize("also", [(), ("--no_stream",), ("--num_beams", "2")], ids=["streamed", "whole", "beams"])
+    @pytest.mark.parametrize("stop, answer", [("ri", "Pa"), ("P", ""), ("s", "Pari"), ("xyz", "Paris")])
+    def test_a_stop_string_ends_the_answer_and_is_no_part_of_it(
+        self, stop: str, answer: str, also: tuple[str, ...], call: Callable[..., Result]
+    ) -> None:
+        arguments = (*EXAMPLE, *FRANCE, "--quiet", "--temperature", "0", "--stop", "zzz", "--stop", stop, *also)
+        assert call(generate, *arguments, "--response_only").out == f"{answer}\n"
+        whole = call(generate, *arguments).out
+        assert whole.startswith(f"[BOS]Instruction: What is the capital of France? Response: {answer}")
+        assert whole.endswith(f"Response: {answer}" + ("[EOS]\n" if answer == "Paris" else "\n"))
+
+    def test_a_stop_string_may_be_escaped(self) -> None:
+        arguments = [*EXAMPLE, *FRANCE, "--stop", r"\n", "--stop", r"\\n", "--stop", r"a\tb"]
+        assert generate_command.parse_arguments(arguments).stop == ["\n", "\\n", "a\tb"]
 
     def test_the_dtype_can_be_chosen(self, call: Callable[..., Result]) -> None:
         result = call(generate, *EXAMPLE, *FRANCE, "--response_only", "--dtype", "bfloat16")

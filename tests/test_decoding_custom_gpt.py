@@ -1,8 +1,8 @@
-"""The lean forward of `generate` gives what the plain one gives, and gives way wherever it could not."""
+"""The lean step of `generate` gives what the plain model gives, and gives way wherever it could not."""
 
 import copy
 import gc
-import math
+import pickle
 import threading
 import weakref
 from collections.abc import Callable
@@ -14,17 +14,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, LogitsProcessor
 
 from hf_model import CustomGPTConfig, CustomGPTForCausalLM, decoding_custom_gpt
-from hf_model.decoding_custom_gpt import (
-    BFLOAT16_ROWS,
-    MKL_ROWS_ON_INTEL,
-    PACKED,
-    Affine,
-    LeanForward,
-    fits_float16,
-    weights_of,
-)
+from hf_model.decoding_custom_gpt import COPY_HEAD_AT, GrowingCache, GrowingLayer, LeanStep, is_plain
 
 CONTEXT = 64
+ROUNDED = 4  # epsilons: the products of a single row in half precision round what they take and give
 
 
 def model_of(**config: Any) -> CustomGPTForCausalLM:
@@ -39,23 +32,12 @@ def model_of(**config: Any) -> CustomGPTForCausalLM:
 
 
 @pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for each cache that the lean step takes over."""
-    taken: list[int] = []
-    adopt = LeanForward.adopt
-    monkeypatch.setattr(LeanForward, "adopt", lambda self, cache: (taken.append(1), adopt(self, cache))[1])
-    return taken
-
-
-@pytest.fixture
-def lean_prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The lengths of the prompts that the lean forward takes."""
+def lean(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens of each row every lean step took."""
     lengths: list[int] = []
-    take = LeanForward.take_prompt
+    step = LeanStep.__call__
     monkeypatch.setattr(
-        LeanForward,
-        "take_prompt",
-        lambda self, ids, *args, **kwargs: (lengths.append(ids.shape[1]), take(self, ids, *args, **kwargs))[1],
+        LeanStep, "__call__", lambda self, ids, *args: (lengths.append(ids.shape[1]), step(self, ids, *args))[1]
     )
     return lengths
 
@@ -73,14 +55,20 @@ def one_way(monkeypatch: pytest.MonkeyPatch):
 @pytest.fixture
 def both_ways(one_way):
     def generate(model: CustomGPTForCausalLM, ids: torch.Tensor, **kwargs: Any) -> tuple[Any, Any]:
-        """What `generate` returns by plain steps, and by lean ones, from the same generator state."""
-        return one_way(model, ids, plain=True, **kwargs), one_way(model, ids, plain=False, **kwargs)
+        """What `generate` returns by the lean step, and by the plain model, from the same generator state."""
+        return one_way(model, ids, plain=False, **kwargs), one_way(model, ids, plain=True, **kwargs)
 
     return generate
 
 
 def prompts(rows: int = 1, length: int = 9) -> torch.Tensor:
     return torch.randint(4, 500, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def padded(rows: int = 3) -> dict[str, torch.Tensor]:
+    mask = torch.ones_like(prompts(rows))
+    mask[0, :4] = 0
+    return {"attention_mask": mask}
 
 
 @pytest.fixture
@@ -104,389 +92,264 @@ def processor(monkeypatch: pytest.MonkeyPatch):
     return lambda **capabilities: monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
 
 
-def assert_bit_for_bit(lean: Any, plain: Any) -> None:
-    assert torch.equal(lean.sequences, plain.sequences)
-    assert all(torch.equal(one, other) for one, other in zip(lean.logits, plain.logits, strict=True))
-    for one, other in zip(lean.past_key_values.layers, plain.past_key_values.layers, strict=True):
-        assert torch.equal(one.keys, other.keys)
-        assert torch.equal(one.values, other.values)
+def assert_bit_for_bit(one: Any, other: Any) -> None:
+    assert torch.equal(one.sequences, other.sequences)
+    assert all(map(torch.equal, one.logits, other.logits))
+    for layer, other_layer in zip(one.past_key_values.layers, other.past_key_values.layers, strict=True):
+        assert torch.equal(layer.keys, other_layer.keys)
+        assert torch.equal(layer.values, other_layer.values)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh"])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_and_cache_are_the_plain_steps_bit_for_bit_without_avx(
-    both_ways, steps, bias, activation, dtype, no_avx
-):
-    model = model_of(bias=bias, activation_function=activation).to(dtype)
-    plain, lean = both_ways(model, prompts(), max_new_tokens=40, do_sample=False)
-    assert_bit_for_bit(lean, plain)
-    assert len(steps) == 1
-
-
-def assert_rounding_apart(lean: Any, plain: Any) -> None:
+def assert_rounding_apart(one: Any, other: Any) -> None:
     """float32, which added up in another order."""
-    assert torch.equal(lean.sequences, plain.sequences)
-    for one, other in zip(lean.logits, plain.logits, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * float(other.std()))
+    assert torch.equal(one.sequences, other.sequences)
+    for logits, expected in zip(one.logits, other.logits, strict=True):
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * float(expected.std()))
 
 
-def matrices(model: CustomGPTForCausalLM) -> list[Affine]:
-    weights = weights_of(model)
-    blocks = [affine for block in weights.blocks for affine in block if affine.weight.ndim == 2]
-    return [weights.lm_head, *blocks]
-
-
-def test_they_are_without_the_libraries_too(both_ways, steps, no_onednn, no_mkl):
-    assert_bit_for_bit(*both_ways(model_of(), prompts(), max_new_tokens=40, do_sample=False))
-    assert steps == [1]
+def calls(run: Callable[[], Any]) -> dict[str, int]:
+    """How often each operator runs."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run()
+    return {operator.key: operator.count for operator in profiler.key_averages()}
 
 
 class TestFloat32:
     """Against the plain steps of the same model."""
 
-    @pytest.fixture(autouse=True)
+    @pytest.fixture
     def needs_the_products(self) -> None:
         if not (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")):
             pytest.skip("oneDNN's products are used on processors with AVX2")
-
-    @pytest.fixture
-    def two_threads(self, monkeypatch: pytest.MonkeyPatch) -> None:
         if not torch.backends.mkl.is_available():
             pytest.skip("matrices are cut in parts for MKL")
+
+    @pytest.fixture
+    def amd(self, processor, needs_the_products, monkeypatch) -> None:
+        processor(cpu_name="AMD EPYC")
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
     @pytest.fixture
-    def amd(self, processor) -> None:
-        processor(cpu_name="AMD EPYC")
-
-    @pytest.fixture
-    def intel(self, processor) -> None:
+    def intel(self, processor, needs_the_products, monkeypatch) -> None:
         processor(cpu_name="Intel Xeon")
-
-    @pytest.mark.parametrize("bias", [True, False])
-    def test_by_onednn_alone(self, both_ways, steps, lean_prompts, no_mkl, bias):
-        model = model_of(bias=bias)
-        assert weights_of(model).onednn
-        assert all(affine.parts is None for affine in matrices(model))
-        plain, lean = both_ways(model, prompts(), max_new_tokens=40, do_sample=False)
-        assert_rounding_apart(lean, plain)
-        assert torch.equal(lean.logits[0], plain.logits[0])  # of the prompt, which is not for oneDNN
-        assert (steps, lean_prompts) == ([1], [9])
-
-    @pytest.mark.parametrize("bias", [True, False])
-    def test_by_mkl_in_parts_alone(self, both_ways, steps, lean_prompts, no_onednn, two_threads, amd, bias):
-        model = model_of(bias=bias)
-        assert {len(affine.parts) for affine in matrices(model)} == {2}
-        plain, lean = both_ways(model, prompts(), max_new_tokens=40, do_sample=False)
-        assert_rounding_apart(lean, plain)
-        assert (steps, lean_prompts) == ([1], [9])
-
-    def test_by_both(self, both_ways, steps, lean_prompts, two_threads, amd, monkeypatch):
         monkeypatch.setattr(decoding_custom_gpt, "SMALL", 4 * 64 * 64)
-        model = model_of()
-        plain, lean = both_ways(model, prompts(), max_new_tokens=40, do_sample=False)
-        assert_rounding_apart(lean, plain)
-        assert (steps, lean_prompts) == ([1], [9])
-        in_parts = {id(affine.weight) for affine in matrices(model) if affine.mkl_rows == 1}
-        block = model.transformer.h[0]
-        assert {id(block.attn.c_attn.weight), id(block.attn.c_proj.weight), id(block.mlp.c_proj.weight)} <= in_parts
-        assert not {id(block.mlp.c_fc.weight), id(model.lm_head.weight)} & in_parts
 
-    @pytest.mark.parametrize("rows", [1, MKL_ROWS_ON_INTEL])
-    def test_few_rows_on_intel_are_the_plain_steps_bit_for_bit(self, both_ways, steps, lean_prompts, intel, rows):
-        if not torch.backends.mkl.is_available():
-            pytest.skip("the plain products are MKL's")
-        plain, lean = both_ways(model_of(), prompts(rows), max_new_tokens=40, do_sample=False)
-        assert_bit_for_bit(lean, plain)
-        assert (steps, lean_prompts) == ([1], [9])
+    @pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh"])
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("libraries", ["no_avx", "no_onednn and no_mkl"])
+    def test_logits_and_cache_are_the_plain_steps_bit_for_bit_without_the_libraries(
+        self, both_ways, lean, request, bias, activation, libraries
+    ):
+        for fixture in libraries.split(" and "):
+            request.getfixturevalue(fixture)
+        model = model_of(bias=bias, activation_function=activation)
+        assert_bit_for_bit(*both_ways(model, prompts(), max_new_tokens=40, do_sample=False))
+        assert lean == [9] + 39 * [1]
 
-    def test_by_a_pytorch_that_does_not_know_the_processor(self, both_ways, steps, lean_prompts, monkeypatch):
-        monkeypatch.delattr(torch.cpu, "get_capabilities")
-        plain, lean = both_ways(model_of(), prompts(), max_new_tokens=10, do_sample=False)
-        assert_rounding_apart(lean, plain)
-        assert (steps, lean_prompts) == ([1], [9])
+    @pytest.mark.parametrize("rows", [1, 3])
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_on_amd(self, both_ways, lean, amd, bias, rows):
+        assert_rounding_apart(*both_ways(model_of(bias=bias), prompts(rows), max_new_tokens=40, do_sample=False))
+        assert lean == [9] + 39 * [1]
+
+    def test_on_amd_one_row_is_a_product_for_each_thread_and_more_are_onednns(self, one_way, amd):
+        one = calls(lambda: one_way(model_of(), prompts(), plain=False, max_new_tokens=3))
+        assert one["aten::bmm"] == 3 * (3 * 4 + 1)  # a prompt and two steps of three layers and the head
+        assert "mkldnn::_linear_pointwise" not in one
+        more = calls(lambda: one_way(model_of(), prompts(2), plain=False, max_new_tokens=3))
+        assert more["mkldnn::_linear_pointwise"] == 2 * (3 * 4 + 1)
+
+    def test_on_amd_the_head_is_copied_once_it_pays(self, both_ways, lean, amd):
+        made = []
+        original = decoding_custom_gpt.in_parts
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                decoding_custom_gpt, "in_parts", lambda w, b, copied: (made.append(copied), original(w, b, copied))[1]
+            )
+            both_ways(model_of(), prompts(), max_new_tokens=COPY_HEAD_AT, do_sample=False)
+            assert True not in made
+            assert_rounding_apart(*both_ways(model_of(), prompts(), max_new_tokens=40, do_sample=False))
+            assert made.count(True) == 1
+
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_by_onednn_alone(self, both_ways, lean, needs_the_products, no_mkl, bias):
+        one, other = both_ways(model_of(bias=bias), prompts(), max_new_tokens=40, do_sample=False)
+        assert_rounding_apart(one, other)
+        assert torch.equal(one.logits[0], other.logits[0])  # of the prompt, which is not for oneDNN
+        assert lean == [9] + 39 * [1]
+
+    @pytest.mark.parametrize("rows", [1, 3])
+    def test_few_rows_on_intel_are_the_plain_steps_bit_for_bit(self, both_ways, lean, intel, rows):
+        assert_bit_for_bit(*both_ways(model_of(), prompts(rows), max_new_tokens=40, do_sample=False))
+        assert lean == [9] + 39 * [1]
 
     @pytest.mark.parametrize("small, matrices", [(0, 4), (4 * 64 * 64, 2), (4 * 64 * 64 + 1, 0)])
-    def test_more_rows_on_intel_are_onednns_for_large_matrices(
-        self, both_ways, steps, lean_prompts, intel, monkeypatch, small, matrices
-    ):
+    def test_more_rows_on_intel_are_onednns_for_large_matrices(self, both_ways, intel, monkeypatch, small, matrices):
         monkeypatch.setattr(decoding_custom_gpt, "SMALL", small)
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            plain, lean = both_ways(model_of(), prompts(MKL_ROWS_ON_INTEL + 1), max_new_tokens=3, do_sample=False)
-        assert_rounding_apart(lean, plain)
-        assert (steps, lean_prompts) == ([1], [9])
-        calls = {operator.key: operator.count for operator in profiler.key_averages()}
-        assert calls["mkldnn::_linear_pointwise"] == 2 * (3 * matrices + 1)  # two steps, three layers and the head
+        results = []
+        counts = calls(lambda: results.extend(both_ways(model_of(), prompts(4), max_new_tokens=3, do_sample=False)))
+        assert_rounding_apart(*results)
+        head = int(500 * 64 >= small)
+        assert counts.get("mkldnn::_linear_pointwise", 0) == 2 * (3 * matrices + head)
 
-    def test_what_the_threads_do_not_divide_goes_to_onednn_whole(self, two_threads, amd, monkeypatch):
+    def test_by_a_pytorch_that_does_not_know_the_processor(self, both_ways, lean, monkeypatch):
+        monkeypatch.delattr(torch.cpu, "get_capabilities")
+        assert_rounding_apart(*both_ways(model_of(), prompts(), max_new_tokens=10, do_sample=False))
+        assert lean == [9] + 9 * [1]
+
+    def test_what_the_threads_do_not_divide(self, both_ways, lean, amd, monkeypatch):
         monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-        assert {affine.weight.shape[0] for affine in matrices(model_of()) if affine.parts is not None} == {3 * 64}
+        assert_rounding_apart(*both_ways(model_of(), prompts(), max_new_tokens=10, do_sample=False))
+        assert lean == [9] + 9 * [1]
 
-    def test_changed_weights_are_seen_by_the_next_call(self, both_ways, two_threads, amd):
-        model = model_of()
-        first, _ = both_ways(model, prompts(), max_new_tokens=10, do_sample=False)
-        for name, weight in model.named_parameters():
-            if "c_proj" in name:
-                weight.data = -weight.data
-        plain, lean = both_ways(model, prompts(), max_new_tokens=10, do_sample=False)
-        assert_rounding_apart(lean, plain)
-        assert not torch.equal(lean.sequences, first.sequences)
-
-    def test_other_default_dtypes_do_not_matter(self, both_ways, lean_prompts):
-        model = model_of()
-        expected, _ = both_ways(model, prompts(), max_new_tokens=10, do_sample=False)
-        torch.set_default_dtype(torch.float64)
-        try:
-            _, lean = both_ways(model, prompts(), max_new_tokens=10, do_sample=False)
-        finally:
-            torch.set_default_dtype(torch.float32)
-        assert_rounding_apart(lean, expected)
-        assert lean_prompts == [9, 9]
-
-    def test_weights_laid_out_in_another_way(self, both_ways, steps, two_threads, amd):
+    def test_weights_laid_out_in_another_way(self, both_ways, lean, amd):
         model = model_of()
         c_fc = model.transformer.h[1].mlp.c_fc
         c_fc.weight.data = c_fc.weight.data.t().contiguous().t()
-        plain, lean = both_ways(model, prompts(), max_new_tokens=10, do_sample=False)
-        assert_rounding_apart(lean, plain)
-        assert steps == [1]
+        assert_rounding_apart(*both_ways(model, prompts(), max_new_tokens=10, do_sample=False))
+        assert lean == [9] + 9 * [1]
+
+    def test_other_default_dtypes_do_not_matter(self, both_ways, lean):
+        model = model_of()
+        _, expected = both_ways(model, prompts(), max_new_tokens=10, do_sample=False)
+        torch.set_default_dtype(torch.float64)
+        try:
+            one, _ = both_ways(model, prompts(), max_new_tokens=10, do_sample=False)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert_rounding_apart(one, expected)
+        assert lean == 2 * ([9] + 9 * [1])
 
     @pytest.mark.parametrize("rows", [1, 3])
-    def test_past_the_context_the_window_is_lean_too(self, both_ways, lean_prompts, rows):
-        plain, lean = both_ways(model_of(), prompts(rows), max_new_tokens=CONTEXT, do_sample=False)
-        assert_rounding_apart(lean, plain)
-        assert lean_prompts == [9] + [CONTEXT] * 8
+    def test_past_the_context_the_window_is_lean_too(self, both_ways, lean, rows):
+        options = padded() if rows == 3 else {}
+        assert_rounding_apart(*both_ways(model_of(), prompts(rows), max_new_tokens=CONTEXT, do_sample=False, **options))
+        assert lean == [9] + (CONTEXT - 9) * [1] + 8 * [CONTEXT]
 
-    def test_padded_rows(self, both_ways, steps, lean_prompts):
-        ids = prompts(rows=3)
-        mask = torch.ones_like(ids)
-        mask[0, :4] = 0
-        plain, lean = both_ways(model_of(), ids, attention_mask=mask, max_new_tokens=40, do_sample=False)
-        assert_rounding_apart(lean, plain)
-        assert (steps, lean_prompts) == ([1], [9])
+    def test_padded_rows(self, both_ways, lean):
+        assert_rounding_apart(*both_ways(model_of(), prompts(3), max_new_tokens=40, do_sample=False, **padded()))
+        assert lean == [9] + 39 * [1]
 
     def test_the_cache_is_the_plain_steps(self, both_ways):
-        plain, lean = both_ways(model_of(), prompts(), max_new_tokens=20, do_sample=False)
-        for one, other in zip(lean.past_key_values.layers, plain.past_key_values.layers, strict=True):
-            torch.testing.assert_close(one.keys, other.keys, rtol=0, atol=1e-5 * float(other.keys.std()))
-            torch.testing.assert_close(one.values, other.values, rtol=0, atol=1e-5 * float(other.values.std()))
+        one, other = both_ways(model_of(), prompts(), max_new_tokens=20, do_sample=False)
+        for layer, expected in zip(one.past_key_values.layers, other.past_key_values.layers, strict=True):
+            torch.testing.assert_close(layer.keys, expected.keys, rtol=0, atol=1e-5 * float(expected.keys.std()))
+            torch.testing.assert_close(layer.values, expected.values, rtol=0, atol=1e-5 * float(expected.values.std()))
+
+
+def test_float64_is_float64_throughout(both_ways, lean):
+    one, other = both_ways(model_of().double(), prompts(), max_new_tokens=10, do_sample=False)
+    assert torch.equal(one.sequences, other.sequences)
+    assert one.past_key_values.layers[0].keys.dtype == torch.float64
+    torch.testing.assert_close(one.past_key_values.layers[2].keys, other.past_key_values.layers[2].keys)
+    assert lean == [9] + 9 * [1]
 
 
 def compare_with_float32(model: CustomGPTForCausalLM, ids: torch.Tensor, *, epsilons: float = 2, **options: Any) -> Any:
     """Generate, and compare with full forward passes of the plain float32 model with the same weights."""
     options = {"attention_mask": torch.ones_like(ids), "do_sample": False, **options}
-    lean = model.generate(ids, return_dict_in_generate=True, output_logits=True, pad_token_id=1, **options)
+    output = model.generate(ids, return_dict_in_generate=True, output_logits=True, pad_token_id=1, **options)
     exact = copy.deepcopy(model).float()
-    mask = torch.ones_like(lean.sequences)
+    mask = torch.ones_like(output.sequences)
     mask[:, : ids.shape[1]] = options["attention_mask"]
-    # The prompt's keys and values, at least, were rounded on their way through the cache.
     tolerance = epsilons * torch.finfo(model.dtype).eps
-    for end, logits in enumerate(lean.logits, start=ids.shape[1]):
+    for end, logits in enumerate(output.logits, start=ids.shape[1]):
         window = slice(max(0, end - CONTEXT), end)
         with torch.no_grad():
-            expected = exact(lean.sequences[:, window], attention_mask=mask[:, window]).logits[:, -1]
+            expected = exact(output.sequences[:, window], attention_mask=mask[:, window]).logits[:, -1]
         torch.testing.assert_close(logits, expected, rtol=0, atol=tolerance * float(expected.std()))
-    return lean
+    return output
 
 
-def exchange_weights(model: CustomGPTForCausalLM) -> None:
-    """Put equal ones in their place, as an average of them in training; training goes on, and changes the old ones."""
-    trained = list(model.parameters())
-    model.load_state_dict({name: weight.clone() for name, weight in model.state_dict().items()}, assign=True)
-    for weight in trained:
-        weight.data.neg_()
-
-
-needs_fbgemm = pytest.mark.skipif(
-    not torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    or torch.backends.quantized.engine not in ("x86", "fbgemm"),
-    reason="FBGEMM needs AVX2",
-)
-
-
-@needs_fbgemm
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-class TestPacked:
+class TestHalfPrecision:
     @pytest.fixture(autouse=True)
     def without_products_for_bfloat16(self, processor) -> None:
         processor(avx512_bf16=False)
 
-    @pytest.fixture
-    def compared(self, monkeypatch) -> list[int]:
-        """One entry for each parameter that is compared with what was packed."""
-        parameters: list[int] = []
-        checksum = decoding_custom_gpt.checksum
-        monkeypatch.setattr(decoding_custom_gpt, "checksum", lambda weight: (parameters.append(1), checksum(weight))[1])
-        return parameters
-
     @pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh"])
     @pytest.mark.parametrize("bias", [True, False])
-    def test_prompt_and_steps_are_those_of_float32(self, steps, lean_prompts, dtype, bias, activation):
-        model = model_of(bias=bias, activation_function=activation).to(dtype)
-        lean = compare_with_float32(model, prompts(), max_new_tokens=40)
-        assert (steps, lean_prompts) == ([1], [9])
-        assert {layer.keys.dtype for layer in lean.past_key_values.layers} == {dtype}
-        assert lean.past_key_values.get_seq_length() == 9 + 39
+    def test_prompt_and_steps_are_those_of_float32(self, lean, dtype, bias, activation):
+        output = compare_with_float32(
+            model_of(bias=bias, activation_function=activation).to(dtype),
+            prompts(),
+            max_new_tokens=40,
+            epsilons=ROUNDED,
+        )
+        assert lean == [9] + 39 * [1]
+        assert {layer.keys.dtype for layer in output.past_key_values.layers} == {dtype}
+        assert output.past_key_values.get_seq_length() == 9 + 39
 
-    def test_past_the_context_the_window_is_lean_too(self, lean_prompts, dtype):
-        compare_with_float32(model_of().to(dtype), prompts(), max_new_tokens=CONTEXT)
-        assert lean_prompts == [9] + [CONTEXT] * 8
+    def test_past_the_context_the_window_is_lean_too(self, lean, dtype):
+        compare_with_float32(model_of().to(dtype), prompts(), max_new_tokens=CONTEXT, epsilons=ROUNDED)
+        assert lean == [9] + (CONTEXT - 9) * [1] + 8 * [CONTEXT]
 
-    def test_several_answers(self, steps, lean_prompts, dtype):
+    def test_several_answers(self, lean, dtype):
         torch.manual_seed(3)
         compare_with_float32(model_of().to(dtype), prompts(), max_new_tokens=20, do_sample=True, num_return_sequences=3)
-        assert (steps, lean_prompts) == ([1], [9])
+        assert lean == [9] + 19 * [1]
 
-    def test_padded_rows(self, steps, lean_prompts, dtype):
-        ids = prompts(rows=3)
-        mask = torch.ones_like(ids)
-        mask[0, :4] = 0
-        compare_with_float32(model_of().to(dtype), ids, attention_mask=mask, max_new_tokens=40)
-        assert (steps, lean_prompts) == ([1], [9])
+    def test_padded_rows(self, lean, dtype):
+        compare_with_float32(model_of().to(dtype), prompts(3), max_new_tokens=40, **padded())
+        assert lean == [9] + 39 * [1]
 
-    @pytest.mark.parametrize("change", [torch.neg, lambda weight: weight.flip(0), lambda weight: weight.flip(1)])
-    def test_changed_weights_are_seen_by_the_next_call(self, dtype, change):
+    def test_more_rows_round_nothing_but_the_weights(self, one_way, dtype):
         model = model_of().to(dtype)
-        before = model.generate(prompts(), max_new_tokens=10, do_sample=False, pad_token_id=1)
-        model.lm_head.weight.data.copy_(change(model.lm_head.weight.data).clone())
-        after = compare_with_float32(model, prompts(), max_new_tokens=10)
-        assert not torch.equal(after.sequences, before)
+        logits = one_way(model, prompts(2), plain=False, max_new_tokens=1).logits[0]
+        exact = one_way(model.float(), prompts(2), plain=True, max_new_tokens=1).logits[0]
+        torch.testing.assert_close(logits, exact, rtol=0, atol=1e-5 * float(exact.std()))
 
-    def test_the_packed_weights_are_made_once_and_go_with_the_model(self, dtype):
+    def test_it_is_nearer_to_float32_than_the_plain_model(self, both_ways, one_way, dtype):
         model = model_of().to(dtype)
-        first = weights_of(model).lm_head.packed
-        assert first is not None
-        assert weights_of(model).lm_head.packed is first
-        assert model in PACKED
-        gone = weakref.ref(model)
-        del model, first
-        gc.collect()
-        assert gone() is None
+        tokens = {"max_new_tokens": 12, "do_sample": False}
+        one, other = both_ways(model, prompts(), **tokens)
+        exact = one_way(model.float(), prompts(), plain=True, **tokens)
+        assert torch.equal(one.sequences, exact.sequences)
+        distance = [
+            sum(float((a - b).norm()) for a, b in zip(x.logits, exact.logits, strict=True)) for x in (one, other)
+        ]
+        assert distance[0] < distance[1]
 
-    def test_an_average_of_the_weights_that_takes_their_place_is_what_generates(self, one_way, dtype):
+    def test_generation_goes_on_from_a_returned_cache(self, lean, dtype):
         model = model_of().to(dtype)
-        expected = one_way(model, prompts(), plain=False, max_new_tokens=10, do_sample=False)
-        exchange_weights(model)
-        assert_bit_for_bit(one_way(model, prompts(), plain=False, max_new_tokens=10, do_sample=False), expected)
-
-    def test_they_go_when_the_model_takes_another_dtype(self, dtype):
-        model = model_of().to(dtype)
-        model.generate(prompts(), max_new_tokens=3, pad_token_id=1)
-        assert model in PACKED
-        model.float().generate(prompts(), max_new_tokens=3, pad_token_id=1)
-        assert model not in PACKED
-
-    def test_embeddings_are_added_in_float32(self, dtype):
-        model = model_of().to(dtype)
-        model.transformer.wte.weight.data[:] = 1024  # which LayerNorm takes away again
-        compare_with_float32(model, prompts(), max_new_tokens=10)
-
-    def test_another_library_s_engine_leaves_all_to_the_plain_products(self, both_ways, steps, monkeypatch, dtype):
-        others = set(torch.backends.quantized.supported_engines) - {"x86", "fbgemm", "none"}
-        if not others:
-            pytest.skip("this PyTorch was built with FBGEMM alone")
-        monkeypatch.setattr(torch.backends.quantized, "engine", others.pop())
-        model = model_of().to(dtype)
-        assert_bit_for_bit(*both_ways(model, prompts(), max_new_tokens=10, do_sample=False))
-        assert (steps, model in PACKED) == ([1], False)
-
-    def test_a_call_compares_them_once(self, compared, dtype):
-        model = model_of().to(dtype)
-        for calls in (1, 2):
-            model.generate(prompts(), max_new_tokens=CONTEXT, do_sample=False)
-            assert len(compared) == calls * len(list(model.parameters()))
-
-    def test_it_is_nearer_to_float32_than_the_plain_products(self, both_ways, dtype):
-        model = model_of()
-        exact = both_ways(model, prompts(), max_new_tokens=1)[0].logits[0]
-        plain, lean = both_ways(model.to(dtype), prompts(), max_new_tokens=1)
-        assert (lean.logits[0] - exact).norm() < (plain.logits[0] - exact).norm()
-
-    @pytest.mark.parametrize("change", [65536.0, float("inf"), float("nan")], ids=str)
-    def test_weights_that_float16_does_not_hold_are_left_to_the_plain_products(
-        self, both_ways, steps, compared, dtype, change
-    ):
-        model = model_of().to(dtype)
-        model.transformer.h[1].mlp.c_fc.weight.data[5, 5] = change
-        plain, lean = both_ways(model, prompts(), max_new_tokens=CONTEXT, do_sample=False)
-        for one, other in zip(lean.logits, plain.logits, strict=True):
-            assert torch.equal(one.nan_to_num(nan=12345), other.nan_to_num(nan=12345))
-        assert steps == [1]
-        assert len(compared) == len(list(model.parameters()))
-        assert weights_of(model).lm_head.packed is None
+        half = model.generate(prompts(), max_new_tokens=10, do_sample=False, return_dict_in_generate=True)
+        rest = model.generate(half.sequences, past_key_values=half.past_key_values, max_new_tokens=10, do_sample=False)
+        assert torch.equal(rest, model.generate(prompts(), max_new_tokens=20, do_sample=False))
+        with torch.no_grad():  # and so does the plain model
+            model(rest[:, -1:], past_key_values=half.past_key_values)
+        assert half.past_key_values.layers[0].values.dtype == dtype
 
 
-@pytest.mark.parametrize(
-    "dtype, largest, fits",
-    [
-        (torch.float16, 0.0, True),
-        (torch.float16, 2**-24, True),
-        (torch.float16, 65504.0, True),
-        (torch.float16, float("inf"), False),
-        (torch.float16, float("nan"), False),
-        (torch.bfloat16, 0.0, True),
-        (torch.bfloat16, 2**-14, True),
-        (torch.bfloat16, 2**-14 - 2**-22, False),  # the next lower bfloat16
-        (torch.bfloat16, 65280.0, True),
-        (torch.bfloat16, 65536.0, False),
-        (torch.bfloat16, float("inf"), False),
-        (torch.bfloat16, float("nan"), False),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("sign", [1, -1])
-def test_what_float16_holds(dtype, largest, sign, fits):
-    weight = torch.zeros(3, 4, dtype=dtype)
-    weight[1, 2] = sign * largest
-    assert math.isnan(largest) or abs(weight[1, 2].item()) == largest
-    assert fits_float16(weight) == fits
+def test_many_rows_of_bfloat16_are_bfloat16s_own_where_the_processor_has_them(one_way, processor):
+    model = model_of().bfloat16()
+    processor(avx512_bf16=True)
+    own = one_way(model, prompts(), plain=False, max_new_tokens=1).logits[0]
+    processor(avx512_bf16=False)
+    assert not torch.equal(one_way(model, prompts(), plain=False, max_new_tokens=1).logits[0], own)
 
 
-@needs_fbgemm
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="bfloat16's own products are oneDNN's")
-class TestBfloat16WithProductsOfItsOwn:
-    @pytest.fixture(autouse=True)
-    def with_products_for_bfloat16(self, processor) -> None:
-        processor(avx512_bf16=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("change", [torch.neg, lambda weight: weight.flip(0), lambda weight: weight.flip(1)])
+def test_changed_weights_are_seen_by_the_next_call(one_way, dtype, change):
+    model = model_of().to(dtype)
+    before = one_way(model, prompts(), plain=False, max_new_tokens=40, do_sample=False)
+    for linear in (model.lm_head, model.transformer.h[1].mlp.c_fc):
+        linear.weight.data.copy_(change(linear.weight.data).clone())
+    after = one_way(model, prompts(), plain=False, max_new_tokens=40, do_sample=False)
+    fresh = one_way(copy.deepcopy(model), prompts(), plain=False, max_new_tokens=40, do_sample=False)
+    assert_bit_for_bit(after, fresh)
+    assert not torch.equal(after.sequences, before.sequences)
 
-    def test_many_rows_are_the_plain_ones(self, both_ways, steps, lean_prompts):
-        model = model_of().bfloat16()
-        assert_bit_for_bit(*both_ways(model, prompts(BFLOAT16_ROWS), max_new_tokens=20, do_sample=False))
-        assert (steps, lean_prompts) == ([1], [9])
-        assert model not in PACKED
 
-    def test_a_prompt_is_the_plain_one_and_the_steps_after_it_are_packed(self, both_ways, lean_prompts):
-        model = model_of().bfloat16()
-        compare_with_float32(model, prompts(), max_new_tokens=CONTEXT, epsilons=8)  # of bfloat16, many times
-        assert lean_prompts == [9] + [CONTEXT] * 8
-        plain, lean = both_ways(model, prompts(), max_new_tokens=2, do_sample=False)
-        assert torch.equal(lean.logits[0], plain.logits[0])
-        assert not torch.equal(lean.logits[1], plain.logits[1])
-
-    def test_an_average_of_weights_that_float16_does_not_hold_takes_their_place(self, one_way):
-        model = model_of().bfloat16()
-        model.transformer.h[1].mlp.c_fc.weight.data[5, 5] = 65536
-        expected = one_way(model, prompts(), plain=False, max_new_tokens=10, do_sample=False)
-        exchange_weights(model)
-        assert_bit_for_bit(one_way(model, prompts(), plain=False, max_new_tokens=10, do_sample=False), expected)
-
-    def test_a_window_past_the_context_is_the_plain_one(self, one_way, lean_prompts):
-        model = model_of().bfloat16()
-        lean = one_way(model, prompts(), plain=False, max_new_tokens=CONTEXT, do_sample=False)
-        assert lean_prompts == [9] + [CONTEXT] * 8
-        plain = one_way(model, lean.sequences[:, :-1], plain=True, max_new_tokens=1, do_sample=False)
-        assert torch.equal(lean.logits[-1], plain.logits[0])
-
-    def test_changed_weights_are_seen_by_the_steps_after_a_prompt(self):
-        model = model_of().bfloat16()
-        before = model.generate(prompts(), max_new_tokens=10, do_sample=False, pad_token_id=1)
-        model.lm_head.weight.data.neg_()
-        after = compare_with_float32(model, prompts(), max_new_tokens=10, epsilons=8)
-        assert not torch.equal(after.sequences, before)
-
-    def test_without_onednn_a_prompt_is_packed_too(self, no_onednn):
-        compare_with_float32(model_of().bfloat16(), prompts(), max_new_tokens=5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_average_of_the_weights_that_takes_their_place_is_what_generates(one_way, dtype):
+    model = model_of().to(dtype)
+    expected = one_way(model, prompts(), plain=False, max_new_tokens=10, do_sample=False)
+    trained = list(model.parameters())
+    model.load_state_dict({name: weight.clone() for name, weight in model.state_dict().items()}, assign=True)
+    for weight in trained:
+        weight.data.neg_()
+    assert_bit_for_bit(one_way(model, prompts(), plain=False, max_new_tokens=10, do_sample=False), expected)
 
 
 @pytest.mark.parametrize(
@@ -495,12 +358,28 @@ class TestBfloat16WithProductsOfItsOwn:
         {"max_new_tokens": 40, "do_sample": True, "top_k": 20, "repetition_penalty": 1.3},
         {"max_new_tokens": 100, "do_sample": True},  # past the context
         {"max_new_tokens": 20, "do_sample": True, "num_return_sequences": 3},
+        {"max_new_tokens": 40, "do_sample": False, "num_beams": 3},
+        {"max_new_tokens": CONTEXT, "do_sample": False, "num_beams": 3},
+        {"max_new_tokens": 20, "do_sample": False, "prefill_chunk_size": 4},
+        {"max_new_tokens": 40, "do_sample": False, "prompt_lookup_num_tokens": 3},
     ],
+    ids=str,
 )
-def test_sampled_tokens_are_the_plain_steps(both_ways, steps, options):
-    plain, lean = both_ways(model_of(), prompts(), **options)
-    assert torch.equal(lean.sequences, plain.sequences)
-    assert steps
+def test_the_tokens_and_logits_are_the_plain_steps(both_ways, lean, options):
+    assert_rounding_apart(*both_ways(model_of(), prompts(), **options))
+    assert lean
+
+
+def test_an_assistant_s_tokens_are_checked_by_lean_steps(both_ways, lean):
+    model, draft = model_of(), model_of()
+    for weight in draft.parameters():
+        weight.data += 0.03 * torch.randn_like(weight)
+    plain, assisted = (
+        both_ways(model, prompts(), max_new_tokens=30, do_sample=False, **options)[0]
+        for options in ({}, {"assistant_model": draft})
+    )
+    assert_rounding_apart(assisted, plain)
+    assert set(lean) - {1, 9}  # several candidates at once
 
 
 @pytest.mark.parametrize(
@@ -509,23 +388,18 @@ def test_sampled_tokens_are_the_plain_steps(both_ways, steps, options):
         {"output_attentions": True},
         {"output_hidden_states": True},
         {"cache_implementation": "static"},
+        {"use_cache": False},
     ],
     ids=str,
 )
-def test_anything_unusual_is_left_to_the_plain_forward(both_ways, steps, lean_prompts, options):
-    plain, lean = both_ways(model_of(), prompts(), max_new_tokens=10, do_sample=False, **options)
-    assert (steps, lean_prompts) == ([], [])
-    assert torch.equal(lean.sequences, plain.sequences)
+def test_anything_unusual_is_left_to_the_plain_forward(both_ways, lean, options):
+    one, other = both_ways(model_of(), prompts(), max_new_tokens=10, do_sample=False, **options)
+    assert lean == []
+    assert torch.equal(one.sequences, other.sequences)
     for name in ("attentions", "hidden_states"):
-        assert (getattr(lean, name) is not None) == (f"output_{name}" in options)
-        for one, other in zip(getattr(lean, name) or (), getattr(plain, name) or (), strict=True):
-            assert all(map(torch.equal, one, other))
-
-
-@pytest.mark.parametrize("options", [{"num_beams": 3}, {"use_cache": False}, {"prefill_chunk_size": 4}], ids=str)
-def test_other_ways_to_generate(both_ways, options):
-    plain, lean = both_ways(model_of(), prompts(), max_new_tokens=10, do_sample=False, **options)
-    assert_rounding_apart(lean, plain)
+        assert (getattr(one, name) is not None) == (f"output_{name}" in options)
+        for step, expected in zip(getattr(one, name) or (), getattr(other, name) or (), strict=True):
+            assert all(map(torch.equal, step, expected))
 
 
 @pytest.mark.parametrize("name", ["scaling", "eps"])
@@ -536,34 +410,124 @@ def test_a_number_that_became_a_tensor_of_the_module_is_left_to_the_plain_forwar
     module = block.attn if name == "scaling" else block.ln_1
     value = getattr(module, name)
     with torch.no_grad():
-        assert decoding_custom_gpt.is_plain(model)
+        assert is_plain(model)
         delattr(module, name)
         setattr(module, name, kind(torch.tensor(value)))
-        assert not decoding_custom_gpt.is_plain(model)
+        assert not is_plain(model)
 
 
-def test_a_model_with_a_hook_is_left_to_the_plain_step(steps):
+class AddOne(torch.nn.Module):
+    """As an adapter has it in place of a module."""
+
+    def __init__(self, inner: torch.nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + 1
+
+
+def hook(model: CustomGPTForCausalLM) -> None:
+    model.transformer.h[0].register_forward_hook(lambda module, inputs, output: output + 1)
+
+
+def adapter(model: CustomGPTForCausalLM) -> None:
+    model.transformer.h[1].mlp.c_fc = AddOne(model.transformer.h[1].mlp.c_fc)
+
+
+def epsilon(model: CustomGPTForCausalLM) -> None:
+    model.transformer.ln_f.eps = 1.0
+
+
+def dropout(model: CustomGPTForCausalLM) -> None:
+    model.transformer.h[0].mlp.dropout.p = 0.5
+    model.transformer.h[0].mlp.dropout.train()
+
+
+def another_forward(model: CustomGPTForCausalLM) -> None:
+    forward = model.transformer.h[0].mlp.forward
+    model.transformer.h[0].mlp.forward = lambda x: forward(x) + 1
+
+
+def eager(model: CustomGPTForCausalLM) -> None:
+    model.set_attn_implementation("eager")
+
+
+def recorded(model: CustomGPTForCausalLM) -> None:
+    model.config.output_hidden_states = True
+
+
+@pytest.mark.parametrize("change", [hook, adapter, epsilon, dropout, another_forward, eager, recorded])
+def test_a_model_with_something_unusual_is_left_to_the_plain_forward(both_ways, lean, change):
     model = model_of()
-    calls: list[int] = []
-    model.transformer.h[0].register_forward_hook(lambda *args: calls.append(1))
-    model.generate(prompts(), max_new_tokens=5, do_sample=False)
-    assert (len(calls), steps) == (5, [])
+    before, _ = both_ways(model, prompts(), max_new_tokens=10, do_sample=False)
+    lean.clear()
+    change(model)
+    one, other = both_ways(model, prompts(), max_new_tokens=10, do_sample=False)
+    assert lean == []
+    assert_bit_for_bit(one, other)
+    if change not in (eager, recorded):
+        assert not torch.equal(one.logits[0], before.logits[0])
 
 
-def test_changed_weights_are_seen_by_the_next_call(both_ways):
+def test_autocast_and_gradients_are_left_to_the_plain_forward(lean):
     model = model_of()
-    first, _ = both_ways(model, prompts(), max_new_tokens=10, do_sample=False)
-    model.lm_head.weight.data = -model.lm_head.weight.data
-    plain, lean = both_ways(model, prompts(), max_new_tokens=10, do_sample=False)
-    assert torch.equal(lean.sequences, plain.sequences)
-    assert not torch.equal(lean.sequences, first.sequences)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.generate(prompts(), max_new_tokens=3)
+    cache = model.generate(prompts(), max_new_tokens=3, return_dict_in_generate=True).past_key_values
+    lean.clear()
+    model.generate.__wrapped__.__wrapped__(model, prompts(), max_new_tokens=3)  # without no_grad
+    model(prompts()[:, :1], past_key_values=cache).logits.sum().backward()
+    assert lean == []
+    assert model.lm_head.weight.grad is not None
 
 
-def test_generation_goes_on_from_a_returned_cache():
-    model = model_of()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_generation_goes_on_from_a_returned_cache(lean, dtype):
+    model = model_of().to(dtype)
     half = model.generate(prompts(), max_new_tokens=10, do_sample=False, return_dict_in_generate=True)
     rest = model.generate(half.sequences, past_key_values=half.past_key_values, max_new_tokens=10, do_sample=False)
     assert torch.equal(rest, model.generate(prompts(), max_new_tokens=20, do_sample=False))
+    assert lean == [9] + 9 * [1] + 10 * [1] + [9] + 19 * [1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("length", [1, 9])
+def test_a_cache_of_the_caller_is_filled_and_used_again(lean, dtype, length):
+    model, cache = model_of().to(dtype), DynamicCache()
+    ids = model.generate(prompts(length=length), past_key_values=cache, max_new_tokens=6, do_sample=False)
+    assert cache.get_seq_length() == length + 5
+    assert {layer.keys.dtype for layer in cache.layers} == {dtype}
+    both = model.generate(ids, past_key_values=cache, max_new_tokens=6, do_sample=False)
+    assert torch.equal(both, model.generate(prompts(length=length), max_new_tokens=12, do_sample=False))
+    assert len(lean) == 6 + 6 + 12
+
+
+def test_a_generation_that_breaks_off_leaves_the_callers_cache_usable():
+    model, cache = model_of().half(), DynamicCache()
+
+    def interrupt() -> None:
+        if cache.get_seq_length() == 12:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(prompts(), past_key_values=cache, max_new_tokens=9, logits_processor=[Callback(interrupt)])
+    assert cache.layers[0].keys.dtype == torch.float16
+    with torch.no_grad():
+        model(prompts()[:, :1], past_key_values=cache)
+    assert cache.get_seq_length() == 13
+
+
+def test_a_returned_cache_is_for_the_model_as_it_is_then(lean):
+    model = model_of()
+    half = model.generate(prompts(), max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    lean.clear()
+    model.lm_head.weight.data.neg_()
+    with torch.no_grad():
+        logits = model(half.sequences[:, -1:], past_key_values=half.past_key_values).logits[:, -1]
+        expected = model(half.sequences).logits[:, -1]
+    torch.testing.assert_close(logits, expected)
+    assert lean == []
 
 
 def test_going_on_past_the_context_with_new_ids_alone_is_a_clear_error():
@@ -590,36 +554,6 @@ def test_embeddings_given_with_their_ids_are_counted_once(both_ways):
     assert torch.equal(both[0, -40:], alone.sequences[0, -40:])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_prompt_of_one_token_with_an_empty_cache(one_way, dtype):
-    model = model_of().to(dtype)
-    plain, lean = (
-        one_way(
-            model, prompts(length=1), plain=plain, past_key_values=DynamicCache(), max_new_tokens=6, do_sample=False
-        )
-        for plain in (True, False)
-    )
-    assert torch.equal(lean.sequences, plain.sequences)
-
-
-def test_dropout_that_is_left_on_alone_takes_effect(both_ways, steps):
-    model = model_of(dropout=0.5)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.train()
-    plain, lean = both_ways(model, prompts(), max_new_tokens=10, do_sample=False)
-    assert torch.equal(lean.sequences, plain.sequences)
-    assert not steps
-
-
-def test_an_epsilon_changed_after_the_model_was_made_is_left_to_the_plain_step(both_ways, steps):
-    model = model_of()
-    model.transformer.ln_f.eps = 1.0
-    plain, lean = both_ways(model, prompts(), max_new_tokens=10, do_sample=False)
-    assert torch.equal(lean.sequences, plain.sequences)
-    assert not steps
-
-
 class Callback(LogitsProcessor):
     def __init__(self, function: Callable[[], Any]):
         self.function, self.results = function, []
@@ -639,23 +573,24 @@ def test_a_generation_within_a_generation_goes_on_from_its_own_cache(both_ways):
 
     alone, _ = both_ways(model, prompts(length=5), max_new_tokens=8, do_sample=False)
     inner, callback = nested(), Callback(nested)
-    _, lean = both_ways(model, prompts(length=5), max_new_tokens=8, do_sample=False, logits_processor=[callback])
-    assert torch.equal(lean.sequences, alone.sequences)
+    outer, _ = both_ways(model, prompts(length=5), max_new_tokens=8, do_sample=False, logits_processor=[callback])
+    assert torch.equal(outer.sequences, alone.sequences)
     assert all(torch.equal(result, inner) for result in callback.results)
 
 
-def test_a_copy_while_the_model_generates_is_refused_and_one_afterwards_works():
-    model = model_of()
-    callback = Callback(lambda: copy.deepcopy(model))
-    with pytest.raises(TypeError, match="while it generates"):
-        model.generate(prompts(), max_new_tokens=5, do_sample=False, logits_processor=[callback])
+def test_a_model_is_copied_and_pickled_while_it_generates_and_afterwards():
+    model, copies = model_of(), []
+    callback = Callback(lambda: copies.extend([copy.deepcopy(model), pickle.loads(pickle.dumps(model))]))
+    model.generate(prompts(), max_new_tokens=2, do_sample=False, logits_processor=[callback])
     expected = model.generate(prompts(), max_new_tokens=5, do_sample=False)
-    assert torch.equal(copy.deepcopy(model).generate(prompts(), max_new_tokens=5, do_sample=False), expected)
+    for other in [*copies, copy.deepcopy(model)]:
+        assert torch.equal(other.generate(prompts(), max_new_tokens=5, do_sample=False), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_threads_get_what_they_get_alone_and_leave_the_model_as_it_was(dtype):
     model = model_of().to(dtype)
+    before = dict(vars(model))
     alone = [model.generate(prompts(length=5 + i), max_new_tokens=20, do_sample=False) for i in range(4)]
     together: dict[int, torch.Tensor] = {}
 
@@ -668,4 +603,127 @@ def test_threads_get_what_they_get_alone_and_leave_the_model_as_it_was(dtype):
     for thread in threads:
         thread.join()
     assert all(torch.equal(together[i], alone[i]) for i in range(4))
-    assert not {"forward", "prepare_inputs_for_generation"} & vars(model).keys()
+    assert vars(model) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_nothing_keeps_the_weights_after_a_generation(dtype):
+    model = model_of().to(dtype)
+    gc.disable()
+    try:
+        output = model.generate(prompts(), max_new_tokens=3, return_dict_in_generate=True)
+        weights = [weakref.ref(weight) for weight in model.parameters()]
+        del model
+        gc.collect()
+        assert output.past_key_values.get_seq_length() == 11
+        assert not any(weight() is not None for weight in weights)
+    finally:
+        gc.enable()
+
+
+class TestGrowingLayer:
+    """Beside the library's own layer, which concatenates."""
+
+    @pytest.fixture(autouse=True)
+    def no_grad(self):
+        with torch.no_grad():
+            yield
+
+    @staticmethod
+    def states(rows: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randn(rows, 2, tokens, 4), torch.randn(rows, 2, tokens, 4)
+
+    def both(self, rows: int = 2, tokens: int = 5) -> tuple[DynamicCache, DynamicCache]:
+        growing = GrowingCache(DynamicCache(), model_of())
+        growing.layers[1:] = []
+        pair = growing, DynamicCache()
+        self.add(pair, rows, tokens)
+        return pair
+
+    def add(self, pair: tuple[DynamicCache, DynamicCache], rows: int, tokens: int) -> None:
+        keys, values = self.states(rows, tokens)
+        for one, other in zip(*(cache.update(keys, values, 0) for cache in pair), strict=True):
+            assert torch.equal(one, other)
+
+    @pytest.mark.parametrize(
+        "change, rows",
+        [
+            (lambda cache: cache.crop(-3), 2),
+            (lambda cache: cache.crop(-5), 2),
+            (lambda cache: cache.reorder_cache(torch.tensor([1, 1])), 2),
+            (lambda cache: cache.batch_repeat_interleave(3), 6),
+            (lambda cache: cache.batch_select_indices(torch.tensor([1])), 1),
+            (lambda cache: cache.batch_select_indices(slice(1)), 1),
+            (lambda cache: cache.reset(), 3),
+        ],
+        ids=["crop", "crop all", "reorder", "repeat", "select", "select a slice", "reset"],
+    )
+    def test_it_is_the_librarys_after_every_change_and_as_it_goes_on(self, change, rows):
+        pair = self.both()
+        for cache in pair:
+            change(cache)
+        assert pair[0].get_seq_length() == pair[1].get_seq_length()
+        for tokens in (1, 1, 70, 1):
+            self.add(pair, rows, tokens)
+
+    def test_a_token_is_written_where_there_is_room_and_nothing_is_copied(self):
+        pair = self.both()
+        place = pair[0].layers[0].keys.data_ptr()
+        for _ in range(20):
+            self.add(pair, 2, 1)
+        pair[0].crop(-4), pair[1].crop(-4)
+        self.add(pair, 2, 1)
+        assert pair[0].layers[0].keys.data_ptr() == place
+
+    def test_room_is_made_ever_more_seldom(self):
+        pair = self.both(1, 1)
+        places = set()
+        for _ in range(500):
+            self.add(pair, 1, 1)
+            places.add(pair[0].layers[0].key_room)
+        assert len(places) < 12
+
+    @pytest.mark.parametrize(
+        "copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache)), lambda cache: copy.copy(cache)]
+    )
+    def test_a_copy_and_its_original_do_not_see_each_others_tokens(self, copied):
+        pair = self.both()
+        pair[0].step = None
+        other = copied(pair[0])
+        other.layers = [copy.copy(layer) for layer in other.layers]  # which a shallow copy of the cache shares
+        kept = other.layers[0].keys.clone()
+        for cache in pair:
+            cache.crop(-2)
+        self.add(pair, 2, 3)
+        assert torch.equal(other.layers[0].keys, kept)
+        other.update(*self.states(2, 1), 0)
+        self.add(pair, 2, 1)
+
+    def test_keys_that_somebody_has_put_in_place_are_kept(self):
+        pair = self.both()
+        for cache in pair:
+            cache.layers[0].keys = cache.layers[0].keys * 2
+        self.add(pair, 2, 1)
+
+    def test_tokens_of_inference_mode_are_gone_on_from_outside(self):
+        with torch.inference_mode():
+            pair = self.both()
+        self.add(pair, 2, 1)
+        with torch.inference_mode():
+            self.add(pair, 2, 1)
+        self.add(pair, 2, 1)
+
+    def test_gradients_flow_through_it(self):
+        pair = self.both()
+        with torch.enable_grad():
+            keys, values = (states.requires_grad_() for states in self.states(2, 1))
+            sum(states.sum() for states in pair[0].update(keys, values, 0)).backward()
+        assert keys.grad is not None and values.grad is not None
+
+    def test_float32_tokens_after_those_of_half_precision_keep_their_precision(self):
+        layer = GrowingLayer()
+        half, more = self.states(1, 2), self.states(1, 1)
+        layer.update(*(states.half() for states in half))
+        keys, _ = layer.update(*more)
+        assert torch.equal(keys, torch.cat([half[0].half().float(), more[0]], dim=2))
+        assert layer.update(*(states.half() for states in more))[0].dtype == torch.float16

@@ -38,6 +38,10 @@ class TestSampling:
         how = Sampling(temperature=0, top_k=5).kwargs()
         assert (how["do_sample"], how["temperature"], how["top_k"], how["top_p"]) == (False, None, None, None)
 
+    def test_the_library_s_own_processors_are_asked_for_by_their_names(self) -> None:
+        how = Sampling(min_p=0.1, num_beams=3, stop=("x", "y")).kwargs()
+        assert (how["min_p"], how["num_beams"], how["stop_strings"]) == (0.1, 3, ["x", "y"])
+
 
 class TestEncode:
     def test_special_tokens_that_a_user_types_are_text(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -97,6 +101,29 @@ class TestTokenStream:
             assert "\ufffd" in output.texts[0]
             assert len(pieces) > 5
             assert "".join(pieces) == output.texts[0]
+
+
+class TestStop:
+    """What a stream gives until a stop string is there, whose beginning it holds back."""
+
+    @pytest.mark.parametrize(
+        "pieces, shown",
+        [
+            (["ab", "END", "cd"], ["ab"]),
+            (["abE", "N", "Dcd"], ["ab"]),
+            (["abE", "x"], ["ab", "Ex"]),
+            (["E", "N"], ["EN"]),  # at the end it was no stop string
+            (["EE", "ND"], ["E"]),
+            (["a STOPEND"], ["a "]),
+        ],
+    )
+    def test_is_never_shown(self, pieces: list[str], shown: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
+        given: list[str] = []
+        stream = TokenStream(tokenizer, given.append, prompt_text=False, sampling=Sampling(stop=("END", "STOP")))
+        for piece in pieces:
+            stream._respond(piece)
+        stream._respond("", is_last=True)
+        assert given == shown
 
 
 class TestGenerate:

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from hf_model.checkpoint import archive
-from hf_model.checkpoint.architecture import Architecture, clean_names, infer_architecture
+from hf_model.checkpoint.architecture import Architecture, clean_names, infer_architecture, is_tied
 from hf_model.checkpoint.scan import StandIn, StoredTensor, kind_of
 from hf_model.checkpoint.tensors import find_weights, number_of, weights_of
+from hf_model.checkpoint.trainers import Trainer, find_trainer, heads_beside
 from hf_model.errors import UserError
 
 MODEL_ARGS_KEYS = ("model_args", "config")
+MAX_NAME = 200  # of a folder of data
 
 
 @dataclass
@@ -31,6 +33,12 @@ class Checkpoint:
     """Where in the file the weights stood; None for a bare state dict."""
     progress: dict[str, Any] = field(default_factory=dict)
     """`iter_num` and the loss, where the file tells."""
+    trainer: Trainer = field(default_factory=lambda: Trainer(is_known=False))
+    """What wrote the file, by what stands in it."""
+    dataset: str | None = None
+    """nanoGPT's name of the data that it was trained on."""
+    is_pretrained: bool = False
+    """Whether it is the original's pre-training file, whose model knows no instructions."""
 
     def architecture(self, n_head: int | None = None) -> Architecture:
         """The architecture that the weights and `model_args` tell; `n_head` overrides the file's.
@@ -39,7 +47,17 @@ class Checkpoint:
             UserError: as `infer_architecture`, naming the file.
         """
         with _naming(self.path):
-            return infer_architecture(self.state_dict, self.model_args, n_head)
+            beside = self.heads_beside() if n_head is None else None
+            model_args = {"dropout": self.trainer.dropout} | self.model_args
+            return infer_architecture(self.state_dict, model_args, beside[0] if beside else n_head)
+
+    def heads_beside(self) -> tuple[int, str] | None:
+        """Of a bare state dict, the number of heads that a config.json beside it tells, and what tells it."""
+        embedding = self.state_dict.get("transformer.wte.weight")
+        if self.weights_key is not None or embedding is None or embedding.ndim != 2:
+            return None
+        n_layer = len({name.split(".")[2] for name in self.state_dict if name.startswith("transformer.h.")})
+        return heads_beside(self.path, n_layer, embedding.shape[1])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -72,16 +90,30 @@ def read_checkpoint(path: str | Path, check_bytes: bool = True) -> Checkpoint:
         weights_key, weights = find_weights(content)
         state_dict = weights_of(file, clean_names(weights), check_bytes)
     wrapper = content if weights_key is not None else {}
+    model_args = _find_model_args(wrapper, file)
+    config = wrapper.get("config")
+    dataset = config.get("dataset") if isinstance(config, dict) else None
     return Checkpoint(
         path=path,
         state_dict=state_dict,
-        model_args=_find_model_args(wrapper, file),
+        model_args=model_args,
         weights_key=weights_key,
         progress={
             key: number
-            for key in ("iter_num", "loss", "best_val_loss")
+            for key in ("iter_num", "step", "loss", "best_val_loss", "val_loss")
             if (number := _number(wrapper.get(key), file)) is not None
         },
+        trainer=find_trainer(
+            weights_key,
+            {key for key in wrapper if isinstance(key, str)},
+            model_args,
+            has_config_object=isinstance(config, StandIn),
+            has_masks=len(state_dict) < len(weights),
+            has_biases=any(name.endswith(".bias") for name in state_dict),
+            is_tied="transformer.wte.weight" in state_dict and is_tied(state_dict),
+        ),
+        dataset=dataset if isinstance(dataset, str) and len(dataset) <= MAX_NAME else None,
+        is_pretrained=weights_key == "model_state_dict" and "loss" in wrapper and "config" not in wrapper,
     )
 
 

@@ -1,1 +1,35 @@
-"""What an engine reads: one module for each target, with its writer and its verification."""
+"""What an engine reads: one module for each target, with its writer and its verification.
+
+A target is a module of the table below with two functions:
+
+    write(loaded, folder, options) -> notes      the files, into an empty folder; what a user should know, line by line
+    verify(folder, source, options) -> words     the files against their source, by the target's own engine
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol
+
+from hf_model.formats.target import Options
+from hf_model.source import Loaded, Source
+
+
+class Target(Protocol):
+    def write(self, loaded: Loaded, folder: Path, options: Options) -> list[str]: ...
+
+    def verify(self, folder: Path, source: Source, options: Options) -> str: ...
+
+
+FORMATS = {
+    "transformers": "transformers_folder",
+    "gpt2": "gpt2",
+    "gguf": "gguf",
+    "ctranslate2": "ctranslate2",
+    "onnx": "onnx",
+    "checkpoint": "checkpoint",
+}
+
+
+def find_target(name: str) -> Target:
+    """The module of a format; its engine is imported when it is used."""
+    return import_module(f"{__name__}.{FORMATS[name]}")

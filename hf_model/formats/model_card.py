@@ -1,7 +1,9 @@
 """The README that a converted folder carries."""
 
+from transformers import PreTrainedTokenizerBase
+
 from hf_model.configuration_custom_gpt import CustomGPTConfig
-from hf_model.vocabulary import format_example, format_prompt
+from hf_model.vocabulary import example_prompt, format_example, format_prompt, is_of_characters, takes_instructions
 
 CARD = """\
 ---
@@ -20,32 +22,69 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 
-messages = [{{"role": "user", "content": "What is the capital of France?"}}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-output = model.generate(**inputs)
-print(tokenizer.decode(output[0, inputs.input_ids.shape[1]:], skip_special_tokens=True))
+{code}
 ```
 
+{prompt}`generate` samples with temperature 0.8 and top_k 50 unless told
+otherwise (`generation_config.json`), and goes on past the context of {block_size} tokens with the last {block_size}.
+"""
+
+INSTRUCTION_CODE = """\
+messages = [{"role": "user", "content": "What is the capital of France?"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+output = model.generate(**inputs)
+print(tokenizer.decode(output[0, inputs.input_ids.shape[1]:], skip_special_tokens=True))"""
+
+INSTRUCTION_PROMPT = f"""\
 The prompt that it was fine-tuned on, with and without an input; the tokenizer's chat template makes it
 (`"input"` is an optional field of a user message), and `tokenizer(text)` puts `[BOS]` in front:
 
 ```
-[BOS]{prompt}
-[BOS]{prompt_with_input}
+[BOS]{format_prompt("{instruction}")}
+[BOS]{format_prompt("{instruction}", "{input}")}
 ```
 
-In training an answer and `[EOS]` follow: `{example}`. `generate` samples with temperature 0.8 and top_k 50 unless told
-otherwise (`generation_config.json`), and goes on past the context of {block_size} tokens with the last {block_size}.
+In training an answer and `[EOS]` follow: `{format_example("What is the capital of France?", "Paris")}`. """
+
+RAW_CODE = """\
+inputs = tokenizer({prompt!r}, return_tensors="pt")
+output = model.generate(**inputs)
+print(tokenizer.decode(output[0]))"""
+
+CHARACTERS = """\
+The vocabulary is {vocab_size} characters. A text with any other is an error in `tokenizer(text)` ("Unk token …").
+There are no special tokens: a text ends at `max_new_tokens` only, and there is none to pad with. For a batch of prompts
+of unlike length, let a character fill them up under the attention mask, whichever it is:
+`tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)`. In training use rows of one length instead: a padding token
+is left out of the loss, and this one is a character of the text.
 """
 
 
-def model_card(config: CustomGPTConfig, name: str, rounded: str = "") -> str:
-    """The Markdown text of the card of a model in a folder called `name`; `rounded` says what became of its weights."""
-    return CARD.format(
-        name=name,
-        how=f"with its weights {rounded}" if rounded else "without changing a weight",
-        prompt=format_prompt("{instruction}"),
-        prompt_with_input=format_prompt("{instruction}", "{input}"),
-        example=format_example("What is the capital of France?", "Paris"),
-        **{key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")},
-    )
+def model_card(
+    config: CustomGPTConfig, name: str, rounded: str = "", tokenizer: PreTrainedTokenizerBase | None = None
+) -> str:
+    """The Markdown text of the card of a model in a folder called `name`.
+
+    Args:
+        rounded: what became of the weights, if they were rounded.
+        tokenizer: the model's; without it, the card is that of the original's instructions.
+    """
+    sizes = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
+    if tokenizer is None or takes_instructions(tokenizer):
+        code, prompt = INSTRUCTION_CODE, INSTRUCTION_PROMPT
+    else:
+        code, prompt = RAW_CODE.format(prompt=example_prompt(tokenizer)), _raw_prompt(tokenizer)
+    how = f"with its weights {rounded}" if rounded else "without changing a weight"
+    return CARD.format(name=name, how=how, code=code, prompt=prompt, **sizes)
+
+
+def _raw_prompt(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What there is to know of prompts of raw text."""
+    text = "Its prompts are raw text, which it goes on with: there is no format around them, and no chat template.\n"
+    if is_of_characters(tokenizer):
+        text += CHARACTERS.format(vocab_size=len(tokenizer))
+    if tokenizer.bos_token:
+        text += f"`tokenizer(text)` puts `{tokenizer.bos_token}` in front.\n"
+    if tokenizer.eos_token:
+        text += f"A text ends at `{tokenizer.eos_token}`.\n"
+    return f"{text}\n"

@@ -1,6 +1,22 @@
-"""The prompt format that the original fine-tunes and generates with: one function, and its chat template."""
+"""The two kinds of prompt: the original's instructions (one function, and its chat template), and raw text."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BOS, EOS, PAD, UNK = "[BOS]", "[EOS]", "[PAD]", "[UNK]"
+# The entry of tokenizer_config.json that says what the model's prompts are, and its two values.
+PROMPT_FORMAT, INSTRUCTION, RAW = "prompt_format", "instruction", "raw"
+
+
+def takes_instructions(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the model's prompts are instructions; otherwise they are raw text.
+
+    The one place that decides: what the folder says; in folders of before, which do not say it, the special tokens.
+    """
+    by_tokens = INSTRUCTION if (tokenizer.bos_token, tokenizer.eos_token) == (BOS, EOS) else RAW
+    return tokenizer.init_kwargs.get(PROMPT_FORMAT, by_tokens) == INSTRUCTION
 
 
 def format_prompt(instruction: str, input_text: str = "") -> str:
@@ -25,6 +41,10 @@ def format_example(instruction: str, response: str, input_text: str = "") -> str
 # The same in Jinja, for `tokenizer.apply_chat_template`. A user message may carry an "input" field, and its content may
 # be a string or the list of text parts that servers pass on. The prompt ends in "Response:" whether or not a generation
 # prompt is asked for: a user's turn ends there in training too. Whatever stands in a generation block is trained on.
+#
+# These models were fine-tuned on single turns, while chat clients send all that was said before. So a conversation that
+# ends in a question becomes that question alone, unless `multi_turn` is set; one that ends in an answer is a text to
+# train on, and stays whole. The format has no place for a system message: it is left out.
 CHAT_TEMPLATE = """\
 {%- macro text(content) -%}
     {%- if content is string -%}
@@ -38,6 +58,9 @@ CHAT_TEMPLATE = """\
         {%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
+{%- if messages and messages[-1].role == "user" and not multi_turn -%}
+    {%- set messages = messages[-1:] -%}
+{%- endif -%}
 {%- for message in messages -%}
     {%- if message.role == "user" -%}
         {{- bos_token ~ "Instruction: " ~ text(message.content) -}}
@@ -49,7 +72,7 @@ CHAT_TEMPLATE = """\
         {%- generation -%}
             {{- " " ~ text(message.content) ~ eos_token -}}
         {%- endgeneration -%}
-    {%- else -%}
+    {%- elif message.role not in ("system", "developer") -%}
         {{- raise_exception("This prompt format has the roles user and assistant, not " ~ message.role) -}}
     {%- endif -%}
 {%- endfor -%}

@@ -1,25 +1,29 @@
-"""The tokenizer JSON of the original, as a `PreTrainedTokenizerFast`."""
+"""A `tokenizers` JSON file, as a `PreTrainedTokenizerFast` with the special tokens that its vocabulary has."""
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from hf_model.errors import UserError
 from hf_model.strict_json import parse_json
-from hf_model.vocabulary.check import check_tokenizer
-from hf_model.vocabulary.prompt import BOS, CHAT_TEMPLATE, EOS, PAD, UNK
+from hf_model.tokenizer_check import check_tokenizer
+from hf_model.vocabulary.characters import UNKNOWN
+from hf_model.vocabulary.prompt import BOS, CHAT_TEMPLATE, EOS, INSTRUCTION, PAD, PROMPT_FORMAT, RAW, UNK
+
+# What special tokens that end a text, or fill up a row, are usually called.
+END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|eos|>", "<|end_of_text|>", "<|end|>", EOS)
+PAD_TOKENS = ("<pad>", "<|pad|>", "<|padding|>", PAD)
 
 
 def convert_tokenizer(path: str | Path, model_max_length: int) -> PreTrainedTokenizerFast:
-    """Wrap a `tokenizers` JSON file of byte-level BPE with the special tokens `[UNK] [PAD] [BOS] [EOS]`.
-
-    `tokenizer(text)` gives `[BOS]` + text, without the `[EOS]` that the original's template appends (and its sampling
-    loop drops again); `add_eos_token=True` brings it back. Where there is no `[PAD]`, `[EOS]` serves.
+    """Wrap a `tokenizers` JSON file of byte-level BPE, as `wrap` does.
 
     Args:
         path: the JSON file.
@@ -28,23 +32,97 @@ def convert_tokenizer(path: str | Path, model_max_length: int) -> PreTrainedToke
     Raises:
         UserError: no such file, or one that is not the JSON of such a tokenizer.
     """
-    backend = read_tokenizer(path)
+    return wrap(read_tokenizer(path), model_max_length)
+
+
+def wrap(
+    backend: Tokenizer,
+    model_max_length: int,
+    *,
+    raw: bool = False,
+    known: Mapping[str, str | None] | None = None,
+    **facts: str,
+) -> PreTrainedTokenizerFast:
+    """A `tokenizers` object as transformers' tokenizer, with the special tokens that its vocabulary has.
+
+    With `[BOS]` and `[EOS]` the model is one of the original's: `tokenizer(text)` gives `[BOS]` + text, without the
+    `[EOS]` that the original's template appends (and its sampling loop drops again); `add_eos_token=True` brings it
+    back. Where there is no `[PAD]`, `[EOS]` serves. The chat template makes the prompt of instructions, unless `raw`.
+
+    Any other vocabulary is one of raw text, and so is its prompt.
+
+    Args:
+        raw: the model knows no instructions, whatever its tokenizer has.
+        known: `eos_token`, `pad_token`, `unk_token`, where it is known which ones they are.
+        facts: more entries of tokenizer_config.json.
+    """
     vocabulary = backend.get_vocab()
+    is_original = BOS in vocabulary and EOS in vocabulary
+    how: dict[str, Any] = dict(facts)
+    if is_original:
+        how |= {
+            "bos_token": BOS,
+            "eos_token": EOS,
+            "pad_token": PAD if PAD in vocabulary else EOS,
+            "unk_token": UNK if UNK in vocabulary else None,
+            "add_bos_token": True,
+            "add_eos_token": False,
+        }
+    else:
+        how |= _roles(backend, known or {})
+        _drop_end(backend)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD if PAD in vocabulary else EOS,
-        unk_token=UNK if UNK in vocabulary else None,
-        add_bos_token=True,
-        add_eos_token=False,
+        **how,
+        **{PROMPT_FORMAT: INSTRUCTION if is_original and not raw else RAW},
         padding_side="left",
         model_max_length=model_max_length,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    if is_original and not raw:
+        tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def _roles(backend: Tokenizer, known: Mapping[str, str | None]) -> dict[str, str]:
+    """Which special token has which role: as it is known, by what the post-processor does, or by the usual names."""
+    special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
+    before, after = added_ids(backend)
+    end = known.get("eos_token") or (backend.id_to_token(after[-1]) if after else _first(END_TOKENS, special))
+    unknown = known.get("unk_token") or _first((getattr(backend.model, "unk_token", None),), special)
+    roles = {
+        "bos_token": backend.id_to_token(before[0]) if before else None,
+        "eos_token": end,
+        "pad_token": known.get("pad_token") or _first(PAD_TOKENS, special) or end,
+        "unk_token": unknown if unknown != end else None,  # GPT-2's tokenizers in transformers have one for all roles
+    }
+    return {role: token for role, token in roles.items() if token is not None}
+
+
+def _first(names: Iterable[str | None], special: list[str]) -> str | None:
+    return next((name for name in names if name in special), None)
+
+
+def added_ids(backend: Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids that the post-processor puts in front of a text and behind it."""
+    if backend.post_processor is None:
+        return [], []
+    ids, bare = (backend.encode("a", add_special_tokens=added).ids for added in (True, False))
+    for start in range(len(ids) - len(bare) + 1):
+        if ids[start : start + len(bare)] == bare:
+            return ids[:start], ids[start + len(bare) :]
+    return [], []
+
+
+def _drop_end(backend: Tokenizer) -> None:
+    """Keep the post-processor from ending a text that a model is to go on with."""
+    before, after = added_ids(backend)
+    if after:
+        tokens = [(backend.id_to_token(number), number) for number in before]
+        backend.post_processor = TemplateProcessing(
+            single=[*(token for token, _ in tokens), "$A"], special_tokens=tokens
+        )
 
 
 def check_vocabulary(
@@ -69,7 +147,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     and so would lose `[BOS]` where `add_eos_token=True` makes the template anew. This file is merged in after that.
     """
     tokenizer.save_pretrained(folder)
-    (folder / "special_tokens_map.json").write_text(json.dumps({"add_bos_token": True}) + "\n", encoding="utf-8")
+    if tokenizer.add_bos_token:
+        (folder / "special_tokens_map.json").write_text(json.dumps({"add_bos_token": True}) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -86,11 +165,11 @@ def no_panic_on_stderr() -> Iterator[None]:
 
 
 def read_tokenizer(path: str | Path) -> Tokenizer:
-    """The `tokenizers` object in a JSON file, after a check that it is one of the original's kind.
+    """The `tokenizers` object in a JSON file, after a check that it is one of this family's kind.
 
     Raises:
-        UserError: no such file, not a tokenizer, another kind of tokenizer, `[BOS]` or `[EOS]` missing, padding or
-            truncation switched on, or ids that are left out.
+        UserError: no such file, not a tokenizer, another kind of tokenizer, one of `[BOS]` and `[EOS]` missing, padding
+            or truncation switched on, or ids that are left out.
     """
     path = Path(path)
     try:
@@ -109,21 +188,25 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
     except (ValueError, TypeError, KeyError):
         raise UserError(f"{path}: is not the JSON of a `tokenizers` tokenizer (Tokenizer.save writes one)") from None
     if kind != "BPE":
-        raise UserError(f"{path}: is a {kind} tokenizer; this model family uses byte-level BPE")
+        raise UserError(
+            f"{path}: is a {kind} tokenizer; this model family uses byte-level BPE (if your model was trained with it, "
+            "give the folder that it is in, for AutoTokenizer)"
+        )
     try:
         check_tokenizer(content)
         with no_panic_on_stderr():
             backend = Tokenizer.from_str(text)
-            backend.decode(backend.encode("Response: a").ids)  # some damage shows only in use
+            if getattr(backend.model, "unk_token", None) != UNKNOWN:  # which would refuse these characters
+                backend.decode(backend.encode("Response: a").ids)  # some damage shows only in use
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # tokenizers raises nothing narrower, and its panics are not even an Exception
         raise UserError(f"{path}: is a damaged tokenizer ({error})") from None
 
     vocabulary = backend.get_vocab(with_added_tokens=True)
-    if missing := [token for token in (BOS, EOS) if token not in vocabulary]:
+    if len(missing := [token for token in (BOS, EOS) if token not in vocabulary]) == 1:  # without both: of raw text
         special = [token.content for token in backend.get_added_tokens_decoder().values()]
-        raise UserError(f"{path}: lacks {' and '.join(missing)}; its special tokens are {', '.join(special) or 'none'}")
+        raise UserError(f"{path}: lacks {missing[0]}; its special tokens are {', '.join(special) or 'none'}")
     if backend.padding or backend.truncation:
         setting = "padding" if backend.padding else "truncation"
         raise UserError(

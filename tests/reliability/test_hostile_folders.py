@@ -13,8 +13,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from hf_model import loading
 from hf_model.errors import UserError
+from hf_model.tokenizer_check import check_tokenizer
 from hf_model.vocabulary import read_tokenizer
-from hf_model.vocabulary.check import check_tokenizer
 from tests.reliability.files import bounded
 from tests.tiny import TOKENIZER, save_tokenizer
 

@@ -9,6 +9,7 @@ from tests.tiny import EOS, TOKENIZER
 
 ASKED = {"role": "user", "content": "What is the capital of France?"}
 ANSWERED = {"role": "assistant", "content": "Paris"}
+SYSTEM = {"role": "system", "content": "Be brief."}
 ASKED_WITH_INPUT = {"role": "user", "content": "Name the capital of the country.", "input": "Côte d'Ivoire"}
 
 
@@ -35,10 +36,22 @@ CHATS = {
     ),
     "an empty input": ([ASKED | {"input": ""}], "[BOS]Instruction: What is the capital of France? Response:"),
     "an answer": ([ASKED, ANSWERED], "[BOS]Instruction: What is the capital of France? Response: Paris[EOS]"),
-    "several turns": (
+    "a second question, alone": (
         [ASKED, ANSWERED, ASKED_WITH_INPUT],
-        "[BOS]Instruction: What is the capital of France? Response: Paris[EOS]"
         "[BOS]Instruction: Name the capital of the country. Input: Côte d'Ivoire Response:",
+    ),
+    "two answers, both to train on": (
+        [ASKED, ANSWERED, ASKED_WITH_INPUT, {"role": "assistant", "content": "Yamoussoukro"}],
+        "[BOS]Instruction: What is the capital of France? Response: Paris[EOS]"
+        "[BOS]Instruction: Name the capital of the country. Input: Côte d'Ivoire Response: Yamoussoukro[EOS]",
+    ),
+    "a system message, left out": (
+        [SYSTEM, ASKED],
+        "[BOS]Instruction: What is the capital of France? Response:",
+    ),
+    "a system message before an answer, left out": (
+        [SYSTEM, ASKED, ANSWERED],
+        "[BOS]Instruction: What is the capital of France? Response: Paris[EOS]",
     ),
     "a list of text parts": (
         [
@@ -87,10 +100,14 @@ class TestChatTemplate:
         assert marked == responses
         assert marked.count(EOS) == 2
 
+    def test_a_model_of_several_turns_is_given_them_all_when_told(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        rendered = tokenizer.apply_chat_template([ASKED, ANSWERED, ASKED], tokenize=False, multi_turn=True)
+        question = "[BOS]Instruction: What is the capital of France? Response:"
+        assert rendered == f"{question} Paris[EOS]{question}"
+
     @pytest.mark.parametrize(
         "message, error",
         [
-            ({"role": "system", "content": "Be brief."}, "has the roles user and assistant, not system"),
             ({"role": "tool", "content": "42"}, "has the roles user and assistant, not tool"),
             ({"role": "user", "content": [{"type": "image", "url": "x.png"}]}, "reads text only, not image"),
         ],
@@ -99,4 +116,4 @@ class TestChatTemplate:
         self, message: dict, error: str, tokenizer: PreTrainedTokenizerFast
     ) -> None:
         with pytest.raises(TemplateError, match=error):
-            tokenizer.apply_chat_template([message, ASKED], tokenize=False)
+            tokenizer.apply_chat_template([message], tokenize=False)

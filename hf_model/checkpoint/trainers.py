@@ -1,0 +1,98 @@
+"""Which trainer of the family wrote a file, by what stands in it: its activation, and where its sizes are told."""
+
+import json
+from collections.abc import Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_model.errors import UserError
+
+EXACT, WRITTEN_OUT_TANH, TORCH_TANH = "gelu", "gelu_new", "gelu_pytorch_tanh"
+MAX_CONFIG_BYTES = 2**20
+
+# minGPT's model types: layers, heads, width. Its files tell no heads, and its config.json may tell the type alone.
+MINGPT_TYPES = {
+    "openai-gpt": (12, 12, 768),
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+    "gopher-44m": (8, 16, 512),
+    "gpt-mini": (6, 6, 192),
+    "gpt-micro": (4, 4, 128),
+    "gpt-nano": (3, 3, 48),
+}
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What the writer of a file is known by, and what is known of its models."""
+
+    activation: str = EXACT
+    why: str = ""
+    """What tells the activation, in words; empty where it is the original's, or where nothing does."""
+    is_known: bool = True
+    """Whether anything tells the activation."""
+    dropout: float = 0.1
+    """Where the file states none."""
+
+
+def find_trainer(
+    weights_key: str | None,
+    keys: Set[str],
+    model_args: dict[str, Any],
+    *,
+    has_config_object: bool,
+    has_masks: bool,
+    has_biases: bool,
+    is_tied: bool,
+) -> Trainer:
+    """The trainer that writes such files.
+
+    Args:
+        weights_key: where the weights stand, None for a bare state dict.
+        keys: the file's keys beside it.
+        model_args: the sizes that the file states.
+        has_config_object: whether `config` is an object of a class, not a dict.
+        has_masks: whether causal masks stand among the weights.
+    """
+    if weights_key == "model_state_dict":
+        return Trainer()
+    if weights_key == "model" and has_config_object and keys >= {"step", "val_loss"}:
+        return Trainer(TORCH_TANH, "build-nanogpt's: a config object, step and val_loss", dropout=0.0)
+    if weights_key == "model" and keys >= {"model_args", "iter_num", "best_val_loss"}:
+        if "bias" not in model_args:
+            return Trainer(WRITTEN_OUT_TANH, "nanoGPT's of January 2023 or before: its model_args have no bias")
+        return Trainer(EXACT, "nanoGPT's since June 2023; if it trained with an older one: --activation gelu_new")
+    if weights_key is None and has_masks and has_biases and not is_tied:
+        return Trainer(WRITTEN_OUT_TANH, "minGPT's: a bare state dict with causal masks and biases")
+    return Trainer(is_known=False)
+
+
+def heads_beside(path: Path, n_layer: int, n_embd: int) -> tuple[int, str] | None:
+    """The number of heads that minGPT's config.json beside a file tells, and what tells it; None if nothing does.
+
+    Raises:
+        UserError: it tells a model of other sizes.
+    """
+    config = path.with_name("config.json")
+    if not config.is_file():
+        return None
+    try:
+        with config.open("rb") as file:
+            model = json.loads(file.read(MAX_CONFIG_BYTES))["model"]
+        model_type, n_head = model.get("model_type"), model.get("n_head")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    if isinstance(n_head, int):
+        return n_head, f"{config} says n_head={n_head}"
+    if not isinstance(model_type, str) or model_type not in MINGPT_TYPES:
+        return None
+    layers, heads, width = MINGPT_TYPES[model_type]
+    if (layers, width) != (n_layer, n_embd):
+        raise UserError(
+            f"{config.name} beside it says {model_type} ({layers} layers, {width} wide), but the weights have "
+            f"{n_layer} layers and are {n_embd} wide: give --n_head"
+        )
+    return heads, f"{config} says {model_type}"

@@ -1,0 +1,43 @@
+"""The README beside a model in another engine's format."""
+
+from pathlib import Path
+
+from hf_model.description import describe_architecture
+from hf_model.formats.target import Options
+from hf_model.source import Loaded
+
+CARD = """\
+---
+library_name: {library}
+pipeline_tag: text-generation
+---
+# {name}
+
+A GPT-2 style language model ({architecture}), trained in plain PyTorch and converted to {what}{rounded}.
+
+{use}
+
+## What to know
+
+{notes}
+"""
+
+
+def write_card(
+    folder: Path, loaded: Loaded, options: Options, what: str, use: str, *notes: str, library: str = "transformers"
+) -> None:
+    """Write the card of a model: `use` is how it is run, `notes` what its engine does otherwise than transformers."""
+    config = loaded.model.config
+    fields = {"name": options.name, "block_size": config.block_size}
+    (folder / "README.md").write_text(
+        CARD.format(
+            library=library,
+            name=options.name,
+            architecture=describe_architecture(config),
+            what=what,
+            rounded=f", its weights {options.rounded}" if options.rounded else "",
+            use=use.format(**fields),
+            notes="\n".join(f"- {note.format(**fields)}" for note in notes if note),
+        ),
+        encoding="utf-8",
+    )

@@ -1,0 +1,140 @@
+"""A tokenizer as GGUF expresses it: byte-level BPE, or single characters."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from hf_model.errors import UserError
+
+# gguf.TokenType, which this module spares the import.
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+NO_MERGES = ["<none> <none>"]  # llama.cpp must have one; this never applies
+DEFAULT_END = 11  # what llama.cpp takes for the end of a text where a byte-level vocabulary names none
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    model: str
+    """`"gpt2"`, byte-level BPE; or `"rwkv"`, the longest match in a list of byte strings: single characters, here."""
+    tokens: list[str]
+    types: list[int]
+    special: dict[str, int]
+    """Ids of `bos`, `eos`, `unk` and `pad`, those that there are."""
+    adds_bos: bool
+    merges: list[str] = field(default_factory=list)
+    chat_template: str = ""
+    notes: list[str] = field(default_factory=list)
+
+
+def express(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> Vocabulary:
+    """A tokenizer in llama.cpp's terms, with a name for each row of an embedding of `vocab_size`.
+
+    Raises:
+        UserError: llama.cpp has no such tokenizer.
+    """
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    _check_plain(parts)
+    is_byte_level = _is_byte_level(parts)
+    if not is_byte_level:
+        _check_characters(parts)
+    tokens = [f"<unused{index}>" if is_byte_level else rf"\xff\xff{index}" for index in range(vocab_size)]
+    types = [UNUSED] * vocab_size
+    for token, token_id in parts["model"]["vocab"].items():
+        tokens[token_id] = token if is_byte_level else _escaped(token)
+        types[token_id] = NORMAL
+    for added in parts["added_tokens"]:
+        tokens[added["id"]] = added["content"] if is_byte_level else _escaped(added["content"])
+        types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+    special = {
+        kind: token_id
+        for kind in ("bos", "eos", "unk", "pad")
+        if (token_id := getattr(tokenizer, f"{kind}_token_id")) is not None
+    }
+    notes = []
+    if is_byte_level and "eos" not in special:
+        special["eos"], about_end = _end(tokens, types)
+        notes.append(about_end)
+    return Vocabulary(
+        model="gpt2" if is_byte_level else "rwkv",
+        tokens=tokens,
+        types=types,
+        special=special,
+        adds_bos=_adds_bos(tokenizer, is_byte_level),
+        merges=[m if isinstance(m, str) else " ".join(m) for m in parts["model"]["merges"]] or NO_MERGES,
+        chat_template=_plain_template(tokenizer.chat_template),
+        notes=notes,
+    )
+
+
+def _check_plain(parts: dict[str, Any]) -> None:
+    """Check that nothing beside the vocabulary changes a text, which GGUF has no word for."""
+    model = parts["model"]
+    if model["type"] != "BPE":
+        raise UserError(f"llama.cpp's GPT-2 has no {model['type']} tokenizer: BPE or single characters only")
+    if parts["normalizer"] is not None:
+        raise UserError(f"llama.cpp has no normalizer for this tokenizer's {parts['normalizer']['type']}")
+    for setting in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"):
+        if model.get(setting):
+            raise UserError(f"llama.cpp has no word for this tokenizer's {setting} ({model[setting]})")
+    for added in parts["added_tokens"]:
+        if trim := next((name for name in ("lstrip", "rstrip", "single_word") if added[name]), None):
+            raise UserError(f"llama.cpp has no word for {trim} of this tokenizer's {added['content']!r}")
+
+
+def _is_byte_level(parts: dict[str, Any]) -> bool:
+    pre = parts["pre_tokenizer"]
+    if pre is not None and pre["type"] == "ByteLevel":
+        if pre["add_prefix_space"] or not pre["use_regex"]:
+            raise UserError("llama.cpp splits and spaces a text as GPT-2 does, and this tokenizer does it otherwise")
+        return True
+    if pre is None or not parts["model"]["merges"]:
+        return False
+    raise UserError(f"llama.cpp splits a text as GPT-2 does, and this tokenizer by {pre['type']}")
+
+
+def _check_characters(parts: dict[str, Any]) -> None:
+    if parts["model"]["merges"]:
+        raise UserError("llama.cpp has no BPE of characters, only of bytes, and this tokenizer has no byte-level split")
+    added = {token["content"] for token in parts["added_tokens"]}
+    if longer := next((token for token in parts["model"]["vocab"] if len(token) != 1 and token not in added), None):
+        raise UserError(f"llama.cpp would take {longer!r} for one token, which this tokenizer never makes")
+
+
+def _escaped(token: str) -> str:
+    r"""A byte string as this tokenizer's file has it: \x00 for what is no plain ASCII."""
+    return "".join(chr(b) if 32 <= b < 127 and chr(b) not in "\\'\"" else f"\\x{b:02x}" for b in token.encode())
+
+
+def _end(tokens: list[str], types: list[int]) -> tuple[int, str]:
+    """An id for the end of text where the vocabulary has none, and what a user should know of it."""
+    if UNUSED in types:
+        return types.index(UNUSED), "the vocabulary has no end of text; a padding row stands for it"
+    end = min(DEFAULT_END, len(tokens) - 1)
+    return end, (
+        f"the vocabulary has no end of text, and llama.cpp takes the token {tokens[end]!r} for it: give it --ignore-eos"
+    )
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerFast, is_byte_level: bool) -> bool:
+    """Whether `tokenizer(text)` puts the beginning of text in front; whatever else it adds, llama.cpp cannot."""
+    plain = tokenizer("a", add_special_tokens=False).input_ids
+    ids = tokenizer("a").input_ids
+    if ids == plain:
+        return False
+    if not is_byte_level or ids != [tokenizer.bos_token_id, *plain]:
+        raise UserError(
+            f"llama.cpp does not add what this tokenizer adds to a text ({tokenizer.convert_ids_to_tokens(ids)})"
+        )
+    return True
+
+
+def _plain_template(template: Any) -> str:
+    """A chat template without the tags that mark what is trained on, which not every engine reads."""
+    if not isinstance(template, str):
+        return ""
+    for tag, neutral in (("generation", "if true"), ("endgeneration", "endif")):
+        template = re.sub(rf"(\{{%[-+]?)\s*{tag}\s*([-+]?%\}})", rf"\1 {neutral} \2", template)
+    return template

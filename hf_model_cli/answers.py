@@ -1,0 +1,157 @@
+"""Answers to one prompt, as text or JSON, and to a file of prompts."""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from hf_model.batch import answer_file, read_records
+from hf_model.errors import UserError
+from hf_model.generation import Generation, Sampling, encode, generate
+from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
+from hf_model.vocabulary import format_prompt, takes_instructions
+from hf_model_cli.common import show
+
+FROM_FILE = "FILE:"  # in front of a path, nanoGPT's way to give a prompt
+SAMPLING_ARGUMENTS = (
+    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_beams"),
+    *("num_return_sequences", "seed_like_original"),
+)
+
+
+def sampling_of(args: argparse.Namespace, seed: int) -> Sampling:
+    return Sampling(**{name: getattr(args, name) for name in SAMPLING_ARGUMENTS}, stop=tuple(args.stop), seed=seed)
+
+
+def content_of(tokenizer: PreTrainedTokenizerFast, prompt: str, input_text: str) -> str:
+    """The text that is encoded: an instruction in its format, or raw text as it was typed or as it stands in a file.
+
+    Raises:
+        UserError: an instruction of nothing but spaces, an input without an instruction, or a file that cannot be read.
+    """
+    if takes_instructions(tokenizer):
+        if not prompt.strip():
+            raise UserError("argument --prompt: must not be empty")
+        return format_prompt(prompt, input_text)
+    if input_text:
+        raise UserError("argument --input_text: this model's prompts are raw text, which has no place for it")
+    if not prompt.startswith(FROM_FILE):
+        return prompt
+    path = Path(prompt.removeprefix(FROM_FILE))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"argument --prompt: {path} cannot be read ({error})") from None
+    if not text:
+        raise UserError(f"argument --prompt: {path} is empty")
+    return text
+
+
+def answer_prompt(
+    args: argparse.Namespace,
+    model: CustomGPTForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    note: Callable[[str], None],
+) -> None:
+    try:
+        input_ids = encode(tokenizer, args.content, args.parse_special_tokens)
+    except UserError as error:
+        raise UserError(f"argument --prompt: {error}") from None
+    # Of raw text, spaces and new lines at the ends matter, and would not be seen.
+    is_plain = takes_instructions(tokenizer) or args.content == args.content.strip()
+    note(f"content     {args.content if is_plain else repr(args.content)}\n")
+    tokens, seconds = 0, 0.0
+    for seed in args.seeds:
+        sampling = sampling_of(args, seed)
+        if args.json:
+            output = generate(model, tokenizer, input_ids, sampling)
+            for line in json_lines(args, output, seed):
+                show(line)
+        else:
+            output = show_answer(args, model, tokenizer, input_ids, sampling)
+        tokens, seconds = tokens + output.new_tokens, seconds + output.seconds
+    note(f"\n{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s")
+
+
+def show_answer(
+    args: argparse.Namespace,
+    model: CustomGPTForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    input_ids: torch.Tensor,
+    sampling: Sampling,
+) -> Generation:
+    """Print one answer as it comes, or several when they are complete, each under a line that says which it is."""
+    streams = sampling.num_return_sequences == sampling.num_beams == 1 and not args.no_stream
+    n_answers = len(args.seeds) * sampling.num_return_sequences
+    is_labelled = n_answers > 1 and not args.response_only and not args.quiet
+    pieces: list[str] = []
+
+    def take(piece: str) -> None:
+        pieces.append(piece)
+        if streams:
+            show(piece, end="")
+
+    if is_labelled and streams:
+        show(label(sampling, 0))
+    try:
+        output = generate(model, tokenizer, input_ids, sampling, response_only=args.response_only, on_text=take)
+    except KeyboardInterrupt:
+        show("" if streams else "".join(pieces))
+        raise
+    if streams:
+        show("")
+    else:
+        for index, text in enumerate(output.texts):
+            show(f"{label(sampling, index)}\n{text}" if is_labelled else text)
+    return output
+
+
+def label(sampling: Sampling, index: int) -> str:
+    of = f", answer {index + 1} of {sampling.num_return_sequences}" if sampling.num_return_sequences > 1 else ""
+    return f"--- seed {sampling.seed}{of}"
+
+
+def json_lines(args: argparse.Namespace, output: Generation, seed: int) -> list[str]:
+    """A JSON object for each answer."""
+    lines = []
+    answers = zip(output.texts, output.responses, output.tokens, output.finish_reasons, strict=True)
+    for text, response, tokens, finish_reason in answers:
+        fields = {
+            "prompt": args.prompt,
+            **({"input": args.input_text} if args.input_text else {}),
+            "text": text,
+            "response": response,
+            "tokens": tokens,
+            "seconds": round(output.seconds, 3),
+            "finish_reason": finish_reason,
+            "seed": seed,
+        }
+        # An unpaired surrogate, which is what a byte that is no UTF-8 arrives as, has no other form than its escape.
+        lines.append(json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8"))
+    return lines
+
+
+def answer_records(
+    args: argparse.Namespace,
+    model: CustomGPTForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    note: Callable[[str], None],
+) -> None:
+    records = read_records(args.prompts_file, raw=not takes_instructions(tokenizer))
+    start = time.perf_counter()
+    answered = answer_file(
+        model,
+        tokenizer,
+        records,
+        args.output_file,
+        args.batch_size,
+        sampling_of(args, args.seed),
+        parse_special_tokens=args.parse_special_tokens,
+    )
+    seconds = time.perf_counter() - start
+    note(f"written     {args.output_file} ({len(records)} records, {answered} of them answered now)")
+    note(f"\n{answered} records in {seconds:.2f} s, {answered / seconds:.1f} records/s")
