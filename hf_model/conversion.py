@@ -6,25 +6,15 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from transformers import PreTrainedTokenizerFast
 
-from hf_model.checkpoint import Checkpoint
-from hf_model.description import (
-    describe_architecture,
-    describe_parameters,
-    describe_vocabulary,
-    file_size,
-    rounding,
-    widest,
-)
-from hf_model.diagnosis import STUTTER_SHARE, copied_share, non_finite
+from hf_model.description import describe_architecture, describe_parameters, file_size, rounding, widest
 from hf_model.disk import check_target, whole_folder
 from hf_model.errors import UserError, memory_for, one_line
 from hf_model.formats import Options, find_target
 from hf_model.formats.target import MissingEngineError
-from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
+from hf_model.inspection import examine
+from hf_model.report import write_page
 from hf_model.source import Loaded, Source
-from hf_model.vocabulary import PAD, takes_instructions
 
 
 @memory_for("to convert the model")
@@ -45,6 +35,8 @@ def convert(
     raw: bool = False,
     overwrite: bool = False,
     verify: bool = True,
+    training_data: str | Path | None = None,
+    report_page: str | Path | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Convert a trainer's checkpoint and vocabulary, or a converted folder, to a format's folder.
@@ -64,6 +56,8 @@ def convert(
         like: `"original"` or `"nanogpt"`, whose checkpoint the format `"checkpoint"` writes.
         overwrite: replace a model's folder that is there already.
         verify: compare the folder with its source, by the format's own engine, before it takes its place.
+        training_data: the data that the model was trained on, to be measured against, as in `inspection.inspect`.
+        report_page: where to write a page that shows what the model has learnt.
         report: called with each line of what there is to say.
 
     Returns:
@@ -79,8 +73,8 @@ def convert(
     if source.is_folder and output_dir.exists() and output_dir.samefile(source.path):
         raise UserError(f"{output_dir}: is the source itself; choose another --output_dir")
     target = find_target(format)
-    loaded = source.load(needs_tokenizer=format != "checkpoint")
-    for line in _describe(source, loaded):
+    loaded = source.load(needs_tokenizer=format != "checkpoint" or training_data is not None or report_page is not None)
+    for line in _say(source, loaded, training_data, report_page):
         report(line)
 
     options = Options(
@@ -118,39 +112,21 @@ def _rounding(source: Source, loaded: Loaded) -> str:
     return rounding(dtype, loaded.model.dtype)
 
 
-def _describe(source: Source, loaded: Loaded) -> Iterator[str]:
-    yield f"source        {source.describe(loaded.checkpoint)}"
-    yield f"architecture  {describe_architecture(loaded.model.config)}"
-    yield f"parameters    {describe_parameters(loaded.model)}"
+def _say(
+    source: Source, loaded: Loaded, training_data: str | Path | None, report_page: str | Path | None
+) -> Iterator[str]:
+    """What the model is and what it has learnt; a folder's without a tokenizer cannot be asked."""
     if loaded.vocabulary is None:
+        yield f"source        {source.describe(loaded.checkpoint)}"
+        yield f"architecture  {describe_architecture(loaded.model.config)}"
+        yield f"parameters    {describe_parameters(loaded.model)}"
         yield "tokenizer     none, and none is needed"
         return
-    yield f"tokenizer     {describe_vocabulary(loaded.vocabulary)}"
-    for item, text in loaded.choices:
-        yield f"{item:<14}{text}"
-    yield from _diagnose(loaded.model, loaded.tokenizer, loaded.checkpoint)
-
-
-def _diagnose(
-    model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast, checkpoint: Checkpoint | None
-) -> Iterator[str]:
-    """Lines on what a user should know before trusting the weights."""
-    if checkpoint is not None and checkpoint.is_pretrained and takes_instructions(tokenizer):
-        yield "note: this is a pre-training file, whose model knows no instructions; --raw makes it one of raw text"
-    if takes_instructions(tokenizer) and PAD not in tokenizer.get_vocab():
-        yield f"note: the tokenizer has no {PAD}; {tokenizer.eos_token} serves as the padding token"
-    if unused := model.config.vocab_size - len(tokenizer):
-        yield f"note: the weights' vocabulary is padded: {unused} ids have no token and are kept from being sampled"
-    if bad := non_finite(dict(model.named_parameters())):
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        yield f"warning: there are NaN or infinite values in {', '.join(bad[:3])}{more}: the model cannot work"
-    elif takes_instructions(tokenizer) and (share := copied_share(model, tokenizer)) > STUTTER_SHARE:
-        yield (
-            f"warning: the model stutters: at {share:.0%} of the positions of responses it predicts the token that it "
-            "has just read. Its labels were probably not shifted by one in fine-tuning, so it has learnt to repeat; "
-            "sampling options will not cure that, fine-tuning with shifted labels will (the labels of this model in "
-            "transformers are shifted)"
-        )
+    inspection = examine(source, loaded, training_data)
+    yield from inspection.head()
+    if report_page is not None:
+        write_page(inspection, loaded.model, loaded.tokenizer, Path(report_page))
+        yield f"report        {report_page}"
 
 
 def push(folder: Path, repo_id: str) -> str:

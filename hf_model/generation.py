@@ -163,19 +163,25 @@ class Generation:
     """With the prompt and special tokens, or the bare response."""
     responses: list[str]
     """The bare responses."""
-    tokens: list[int]
-    """How many there are in the response, the end token included."""
+    ids: list[list[int]]
+    """The tokens of each response, the end token included."""
     finish_reasons: list[str]
     """`"stop"` at the end token or a stop string, `"length"` after `max_new_tokens`."""
     seconds: float
 
     @property
     def new_tokens(self) -> int:
-        return sum(self.tokens)
+        return sum(map(len, self.ids))
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, content: str, parse_special_tokens: bool = False) -> torch.Tensor:
-    """Token ids of shape (1, T): `[BOS]`, where the vocabulary has it, and the content.
+def encode(
+    tokenizer: PreTrainedTokenizerFast,
+    content: str,
+    parse_special_tokens: bool = False,
+    *,
+    add_special_tokens: bool = True,
+) -> torch.Tensor:
+    """Token ids of shape (1, T): `[BOS]`, where the vocabulary has it and `add_special_tokens` says so; the content.
 
     `parse_special_tokens` says whether "[EOS]" typed by a user is the special token (as in the original) or text. In
     raw text special tokens are always read as such, as in nanoGPT.
@@ -188,19 +194,20 @@ def encode(tokenizer: PreTrainedTokenizerFast, content: str, parse_special_token
     if is_of_characters(tokenizer):
         check_characters(tokenizer, content)
     parses = parse_special_tokens or not takes_instructions(tokenizer)
-    return tokenizer(content, return_tensors="pt", split_special_tokens=not parses).input_ids
+    how = {"split_special_tokens": not parses, "add_special_tokens": add_special_tokens}
+    return tokenizer(content, return_tensors="pt", **how).input_ids
 
 
 DRAWING = threading.RLock()
 
 
 @contextmanager
-def _seeded(sampling: Sampling, config: CustomGPTConfig) -> Iterator[None]:
+def _seeded(sampling: Sampling, model: CustomGPTForCausalLM) -> Iterator[None]:
     """Threads take turns: torch has one random generator for all of them, and each must draw what it would alone."""
     with DRAWING:
         torch.manual_seed(sampling.seed)
         if sampling.seed_like_original:
-            replay_initialisation(config)
+            replay_initialisation(model.config)
         yield
 
 
@@ -267,7 +274,7 @@ def generate(
         return whole[:start] + sampling.cut(whole[start:])[0]
 
     try:
-        with _seeded(sampling, model.config):
+        with _seeded(sampling, model):
             start = time.perf_counter()
             sequences = model.generate(
                 input_ids,
@@ -286,7 +293,7 @@ def generate(
     return Generation(
         texts=[text(ids) for ids in rows],
         responses=[response(ids) for ids in rows],
-        tokens=[len(ids) for ids in rows],
+        ids=rows,
         finish_reasons=["length" if _is_unfinished(tokenizer, ids, sampling) else "stop" for ids in rows],
         seconds=seconds,
     )
@@ -309,7 +316,7 @@ def continue_prompts(
     for row, prompt in enumerate(prompts):
         input_ids[row, width - prompt.shape[1] :] = prompt[0]
         attention_mask[row, width - prompt.shape[1] :] = 1
-    with _seeded(sampling, model.config):
+    with _seeded(sampling, model):
         sequences = model.generate(
             input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),

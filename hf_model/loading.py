@@ -120,9 +120,9 @@ def load_folder(
         check_folder(folder)
         is_given = tokenizer_path is not None or characters_of is not None
         has_tokenizer = is_given or (folder / "tokenizer.json").is_file()
+        _check_sizes(folder, config)
         if needs_tokenizer and not has_tokenizer:
             raise UserError(f"{folder}: holds no tokenizer (no tokenizer.json); give one with --tokenizer_path")
-        _check_sizes(folder, config)
         # A stranger's folder may name code of its own; the library would ask on the terminal whether to run it.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,

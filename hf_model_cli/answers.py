@@ -2,17 +2,20 @@
 
 import argparse
 import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from hf_model import scoring
 from hf_model.batch import answer_file, read_records
 from hf_model.errors import UserError
 from hf_model.generation import Generation, Sampling, encode, generate
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
+from hf_model.scoring import ScoredToken
 from hf_model.vocabulary import format_prompt, takes_instructions
 from hf_model_cli.common import show
 
@@ -73,6 +76,10 @@ def answer_prompt(
                 show(line)
         else:
             output = show_answer(args, model, tokenizer, input_ids, sampling)
+        if args.top_candidates:
+            for ids in output.ids:
+                table = candidates_table(model, tokenizer, input_ids[0].tolist(), ids, args.top_candidates)
+                note(f"\n{table}")
         tokens, seconds = tokens + output.new_tokens, seconds + output.seconds
     note(f"\n{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s")
 
@@ -110,6 +117,47 @@ def show_answer(
     return output
 
 
+def candidates_table(
+    model: CustomGPTForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompt: list[int],
+    response: list[int],
+    n_candidates: int,
+) -> str:
+    """What else the model could have said at each place, before --temperature and its like."""
+    return token_table(scoring.score(model, tokenizer, prompt + response, len(prompt), n_candidates))
+
+
+def token_table(tokens: Sequence[ScoredToken]) -> str:
+    """A line for each token: its probability, itself, and the likeliest tokens at its place."""
+    width = max(len(repr(token.text)) for token in tokens)
+    return "\n".join(
+        f"{math.exp(token.log_probability):8.2%}  {token.text!r:<{width}}"
+        + "".join(f"  {text!r} {math.exp(p):.2%}" for text, p in token.candidates)
+        for token in tokens
+    )
+
+
+def score_text(args: argparse.Namespace, model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    score = scoring.score_text(
+        model,
+        tokenizer,
+        args.score,
+        prompt=args.prompt,
+        input_text=args.input_text,
+        parse_special_tokens=args.parse_special_tokens,
+        n_candidates=args.top_candidates,
+    )
+    if args.json:
+        show(json.dumps(score.as_dict(), indent=2, allow_nan=False))
+        return
+    if args.top_candidates:
+        show(f"\n{token_table(score.tokens)}\n")
+    show(f"tokens      {len(score.tokens)}")
+    show(f"log-prob.   {score.log_probability:.4f} (natural logarithm)")
+    show(f"perplexity  {score.perplexity:,.2f}")
+
+
 def label(sampling: Sampling, index: int) -> str:
     of = f", answer {index + 1} of {sampling.num_return_sequences}" if sampling.num_return_sequences > 1 else ""
     return f"--- seed {sampling.seed}{of}"
@@ -118,14 +166,14 @@ def label(sampling: Sampling, index: int) -> str:
 def json_lines(args: argparse.Namespace, output: Generation, seed: int) -> list[str]:
     """A JSON object for each answer."""
     lines = []
-    answers = zip(output.texts, output.responses, output.tokens, output.finish_reasons, strict=True)
-    for text, response, tokens, finish_reason in answers:
+    answers = zip(output.texts, output.responses, output.ids, output.finish_reasons, strict=True)
+    for text, response, ids, finish_reason in answers:
         fields = {
             "prompt": args.prompt,
             **({"input": args.input_text} if args.input_text else {}),
             "text": text,
             "response": response,
-            "tokens": tokens,
+            "tokens": len(ids),
             "seconds": round(output.seconds, 3),
             "finish_reason": finish_reason,
             "seed": seed,

@@ -1,6 +1,7 @@
 """Convert a GPT checkpoint, or a converted folder, to what transformers or another engine reads, and check it."""
 
 import argparse
+import json
 import os
 import re
 import shlex
@@ -20,6 +21,7 @@ from hf_model_cli.common import (
     Parser,
     add_vocabulary,
     check_checkpoint,
+    check_file,
     mode_of,
     no_garbage_search,
     number,
@@ -72,12 +74,29 @@ def make_parser() -> Parser:
     model.add_argument("--quantization", choices=QUANTIZATIONS, help="by CTranslate2 (default: the weights' dtype)")
     model.add_argument("--like", choices=TRAINERS, help="whose checkpoint to write (default: original)")
     model.add_argument("--no_verify", action="store_true", help="do not compare the folder with its source")
+    add_inspection(parser.add_argument_group("what it has learnt"))
     return parser
+
+
+def add_inspection(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--inspect",
+        action="store_true",
+        help="say all there is to say of a checkpoint (.pt) or a folder; write nothing",
+    )
+    group.add_argument("--json", action="store_true", help="with --inspect: one JSON object instead of lines")
+    group.add_argument(
+        "--training_data",
+        metavar="FILE",
+        help="what it was trained on, to measure by: JSON Lines of instruction, input and output; or text",
+    )
+    group.add_argument("--report", metavar="FILE.html", type=Path, help="write a page that shows what it has learnt")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args(argv)
+    check_inspection(parser, args)
     check_source(parser, args)
     for option, format in (("gguf_type", "gguf"), ("quantization", "ctranslate2"), ("like", "checkpoint")):
         if getattr(args, option) is not None and args.format != format:
@@ -110,6 +129,23 @@ def default_output(source: Path, format: str) -> Path:
     return source.with_name(f"{source.name}-{folder}") if source.is_dir() else source.parent / folder
 
 
+def check_inspection(parser: Parser, args: argparse.Namespace) -> None:
+    """Check the arguments on what the model has learnt, and that nothing is asked to be written that would not be."""
+    if args.json and not args.inspect:
+        parser.error("argument --json: goes with --inspect")
+    if args.inspect:
+        for name in ("output_dir", "overwrite", "push_to_hub", "no_verify", "gguf_type", "quantization", "like"):
+            if getattr(args, name):
+                parser.error(f"argument --{name}: not allowed with argument --inspect, which writes no folder")
+    if args.training_data is not None:
+        check_file(parser, "training_data", args.training_data)
+    if args.report is not None:
+        if args.report.is_dir():
+            parser.error(f"argument --report: {args.report} is a folder; name the page, such as report.html")
+        if not args.report.parent.is_dir():
+            parser.error(f"argument --report: there is no folder {args.report.parent}")
+
+
 def run(args: argparse.Namespace) -> None:
     # Imported here, after the arguments are known to be right: these imports take seconds.
     with no_garbage_search():
@@ -123,6 +159,9 @@ def run(args: argparse.Namespace) -> None:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
         disable_progress_bars()
+    if args.inspect:
+        look(args)
+        return
 
     folder = convert(
         args.checkpoint_path,
@@ -140,6 +179,8 @@ def run(args: argparse.Namespace) -> None:
         raw=args.raw,
         overwrite=args.overwrite,
         verify=not args.no_verify,
+        training_data=args.training_data,
+        report_page=args.report,
         report=say,
     )
     if hint := TRY_IT.get(args.format):
@@ -157,6 +198,31 @@ def quoted(prompt: str) -> str:
     if "\n" in prompt:
         return f"$'{prompt.encode('unicode_escape').decode()}'"
     return f'"{prompt}"' if re.fullmatch(r"[\w ,.?]+", prompt) else shlex.quote(prompt)
+
+
+def look(args: argparse.Namespace) -> None:
+    from hf_model.inspection import inspect
+    from hf_model.report import write_page
+
+    inspection, model, tokenizer = inspect(
+        args.checkpoint_path,
+        args.vocabulary,
+        dtype=args.dtype,
+        n_head=args.n_head,
+        activation=args.activation or "auto",
+        characters_of=args.characters_of,
+        raw=args.raw,
+        training_data=args.training_data,
+    )
+    if args.report is not None:
+        write_page(inspection, model, tokenizer, args.report)
+    if args.json:
+        show(json.dumps(inspection.as_dict(), indent=2, allow_nan=False))
+        return
+    for line in inspection.lines():
+        show(line)
+    if args.report is not None:
+        show(f"report        {args.report}")
 
 
 def say(line: str) -> None:

@@ -27,6 +27,7 @@ from hf_model_cli.common import (
 
 MOST_ANSWERS = 10**6  # at a time; past these, sizes would overflow in torch
 MOST_TOKENS = 10**9
+MOST_CANDIDATES = 100
 SEED = number(int, -(2**63), maximum=2**64 - 1)
 EPILOG = """\
 examples:
@@ -89,6 +90,7 @@ def add_prompt(group: argparse._ArgumentGroup) -> None:
         help="the instruction or question; of raw text, its beginning, or FILE:path; - reads standard input, as a pipe "
         "without --prompt does",
     )
+    group.add_argument("--score", metavar="TEXT", help="say how likely this text is, after --prompt as its answer")
     group.add_argument("--input_text", default="", metavar="TEXT", help="text that the instruction is about")
     group.add_argument(
         "--interactive", action="store_true", help="ask again and again; the default on a terminal without --prompt"
@@ -163,9 +165,18 @@ def add_run(group: argparse._ArgumentGroup) -> None:
 
 def add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--no_stream", action="store_true", help="print the text when it is complete")
+    group.add_argument(
+        "--top_candidates",
+        type=number(int, 0, maximum=MOST_CANDIDATES),
+        default=0,
+        metavar="N",
+        help="show the N likeliest tokens at each place beside the one that came",
+    )
     group.add_argument("--response_only", action="store_true", help="print the answer alone; the rest goes to stderr")
     group.add_argument(
-        "--json", action="store_true", help="print a JSON object for each answer; the rest goes to stderr"
+        "--json",
+        action="store_true",
+        help="print a JSON object for each answer, of --score with each token; the rest goes to stderr",
     )
     group.add_argument("--quiet", action="store_true", help="print nothing but the text, the answers or the objects")
 
@@ -176,14 +187,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args.seeds, args.seed = args.seed, args.seed[0]
     if args.num_return_sequences > args.num_beams > 1:
         parser.error("argument --num_return_sequences: must be at most --num_beams")
-    if args.prompts_file is not None:
+    if args.score is not None:
+        check_score(parser, args)
+    elif args.prompts_file is not None:
         check_batch(parser, args)
     elif not args.interactive and args.prompt is None and is_terminal(sys.stdin):
         args.interactive = True
     check_model(parser, args)
     if args.interactive:
         check_interactive(parser, args)
-    elif args.prompts_file is None:
+    elif args.prompts_file is None and args.score is None:
         check_prompt(parser, args)
     return args
 
@@ -217,7 +230,7 @@ def read_standard_input(parser: Parser) -> str:
 
 
 def check_interactive(parser: Parser, args: argparse.Namespace) -> None:
-    for name in ("prompt", "prompts_file", "output_file"):
+    for name in ("prompt", "prompts_file", "output_file", "score"):
         if getattr(args, name) is not None:
             parser.error(f"argument --{name}: not allowed with argument --interactive")
     if args.json:
@@ -226,11 +239,23 @@ def check_interactive(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("arguments --seed and --num_return_sequences: a conversation gives one answer at a time")
 
 
+def check_score(parser: Parser, args: argparse.Namespace) -> None:
+    if not args.score:
+        parser.error("argument --score: must not be empty")
+    for name in ("prompts_file", "output_file"):
+        if getattr(args, name) is not None:
+            parser.error(f"argument --{name}: not allowed with argument --score")
+    if args.input_text and args.prompt is None:
+        parser.error("argument --input_text: with --score it needs the --prompt that it belongs to")
+
+
 def check_batch(parser: Parser, args: argparse.Namespace) -> None:
     if args.prompt is not None:
         parser.error("argument --prompt: not allowed with argument --prompts_file")
     if args.output_file is None:
         parser.error("arguments --prompts_file and --output_file: go together")
+    if args.top_candidates:
+        parser.error("argument --top_candidates: is for a --prompt, not for --prompts_file")
     check_file(parser, "prompts_file", args.prompts_file)
     if mode_of(parser, "output_file", args.output_file) is not None:
         parser.error(f"argument --output_file: {args.output_file} exists already")
@@ -262,7 +287,7 @@ def run(args: argparse.Namespace) -> None:
 
         from hf_model import loading
         from hf_model.description import describe_architecture, describe_parameters
-        from hf_model_cli.answers import answer_prompt, answer_records, content_of
+        from hf_model_cli.answers import answer_prompt, answer_records, content_of, score_text
         from hf_model_cli.conversation import converse
     logging.set_verbosity_error()  # the library's reminders about lengths and flags are answered in the README
     logging.disable_progress_bar()
@@ -284,7 +309,7 @@ def run(args: argparse.Namespace) -> None:
         raw=args.raw,
         report=lambda item, text: choices.append((item, text)),
     )
-    if args.prompt is not None:
+    if args.prompt is not None and args.score is None:
         args.content = content_of(tokenizer, args.prompt, args.input_text)
     note(f"device      {device}")
     note(f"checkpoint  {args.checkpoint_path}")
@@ -292,7 +317,9 @@ def run(args: argparse.Namespace) -> None:
         note(f"{item:<12}{text}")
     note(f"model       {describe_architecture(model.config)}")
     note(f"parameters  {describe_parameters(model)}")
-    if args.interactive:
+    if args.score is not None:
+        score_text(args, model, tokenizer)
+    elif args.interactive:
         converse(args, model, tokenizer)
     elif args.prompts_file is not None:
         answer_records(args, model, tokenizer, note)

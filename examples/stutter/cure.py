@@ -13,7 +13,7 @@ from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
 from examples.capitals.train import Record, examples
-from hf_model.diagnosis import copied_share
+from hf_model.diagnosis import diagnose
 from hf_model.generation import Sampling, continue_prompts, encode
 from hf_model.loading import load_original
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
@@ -69,8 +69,10 @@ def main() -> None:
     records = examples()
 
     def report(when: str) -> None:
-        copied, right = copied_share(model, tokenizer), share_right(model, tokenizer, records)
-        print(f"{when:<6}  copied tokens {copied:6.1%}   answered right {right:6.1%}", flush=True)
+        found, right = diagnose(model, tokenizer), share_right(model, tokenizer, records)
+        goes_on = "" if found.run is None else f" and goes on {found.run:.0%}"
+        copies = f"repeats its answers {found.copy_mass:.0%}{goes_on}"
+        print(f"{when:<6}  {found.verdict:<8}  {copies}   answered right {right:.1%}", flush=True)
 
     report("before")
     start = time.perf_counter()

@@ -14,7 +14,7 @@ from hf_model.checkpoint.architecture import Architecture, clean_names, infer_ar
 from hf_model.checkpoint.scan import StandIn, StoredTensor, kind_of
 from hf_model.checkpoint.tensors import find_weights, number_of, weights_of
 from hf_model.checkpoint.trainers import Trainer, find_trainer, heads_beside
-from hf_model.errors import UserError
+from hf_model.errors import UserError, one_line
 
 MODEL_ARGS_KEYS = ("model_args", "config")
 MAX_NAME = 200  # of a folder of data
@@ -39,6 +39,8 @@ class Checkpoint:
     """nanoGPT's name of the data that it was trained on."""
     is_pretrained: bool = False
     """Whether it is the original's pre-training file, whose model knows no instructions."""
+    other_keys: tuple[str, ...] = ()
+    """What else the file holds under which keys; nothing of it is kept."""
 
     def architecture(self, n_head: int | None = None) -> Architecture:
         """The architecture that the weights and `model_args` tell; `n_head` overrides the file's.
@@ -114,7 +116,16 @@ def read_checkpoint(path: str | Path, check_bytes: bool = True) -> Checkpoint:
         ),
         dataset=dataset if isinstance(dataset, str) and len(dataset) <= MAX_NAME else None,
         is_pretrained=weights_key == "model_state_dict" and "loss" in wrapper and "config" not in wrapper,
+        other_keys=tuple(
+            one_line(key, MAX_NAME)
+            for key, value in wrapper.items()
+            if isinstance(key, str) and key != weights_key and _holds_something(value)
+        ),
     )
+
+
+def _holds_something(value: Any) -> bool:
+    return value is not None and not (isinstance(value, dict) and len(value) == 0)
 
 
 @contextmanager

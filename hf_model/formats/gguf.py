@@ -102,8 +102,8 @@ print(llama.create_chat_completion(messages)["choices"][0]["message"]["content"]
 ```"""
 PAST_CONTEXT = (
     "A prompt and its answer must fit in {block_size} tokens: the learned positions end there. llama.cpp does not go "
-    "on with the last tokens, as the folder for transformers does. It ends its process past the positions, and rounds "
-    "`n_ctx` up to a multiple of 256: where {block_size} is none, `max_tokens` must hold the answer back."
+    "on with the last tokens, as the folder for transformers does. It ends its process past the positions, and it "
+    "rounds `n_ctx` up to a multiple of 256: where {block_size} is none, `max_tokens` must hold the answer back."
 )
 TWICE = (
     "llama.cpp puts `{bos}` in front of a text by itself, as `tokenizer(text)` does: a text that begins with it gets a "

@@ -79,7 +79,6 @@ def stock_config(config: CustomGPTConfig) -> GPT2Config:
         architectures=["GPT2LMHeadModel"],
         vocab_size=config.vocab_size,
         n_positions=config.block_size,
-        **{"n_ctx": config.block_size},  # the same once more, which MLX asks for
         n_embd=config.n_embd,
         n_layer=config.n_layer,
         n_head=config.n_head,

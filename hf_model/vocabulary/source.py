@@ -156,8 +156,8 @@ def _of_folder(folder: Path, model: Model, raw: bool) -> Vocabulary:
         return _of_auto_tokenizer(str(folder), str(folder), model, raw)
     except UserError:
         raise UserError(
-            f"{folder}: AutoTokenizer cannot load it, and it holds no tokenizer.json, no meta.pkl, and no vocab.json "
-            "with merges.txt"
+            f"{folder}: cannot be read as a tokenizer: AutoTokenizer does not know it, and it holds no tokenizer.json, "
+            "no meta.pkl, and no vocab.json with merges.txt"
         ) from None
 
 

@@ -207,6 +207,12 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
     if len(missing := [token for token in (BOS, EOS) if token not in vocabulary]) == 1:  # without both: of raw text
         special = [token.content for token in backend.get_added_tokens_decoder().values()]
         raise UserError(f"{path}: lacks {missing[0]}; its special tokens are {', '.join(special) or 'none'}")
+    is_of_characters = getattr(backend.model, "unk_token", None) == UNKNOWN
+    if len(missing) == 2 and not is_of_characters and not backend.encode("Ж☃", add_special_tokens=False).ids:
+        raise UserError(
+            f"{path}: lacks [BOS] and [EOS], and leaves out what it does not know without a word: it is not byte-level "
+            "and has no unknown token"
+        )
     if backend.padding or backend.truncation:
         setting = "padding" if backend.padding else "truncation"
         raise UserError(

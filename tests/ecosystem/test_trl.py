@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from examples.evaluation.questions import QUESTIONS
 from hf_model.batch import read_records
-from hf_model.diagnosis import STUTTER_SHARE, copied_share
+from hf_model.diagnosis import STUTTER_MASS, diagnose
 from hf_model.vocabulary import format_example, format_prompt
 from tests.ecosystem.conftest import NEW_FACTS, answer
 
@@ -84,6 +84,6 @@ def test_a_stuttering_model_is_cured(model: PreTrainedModel, tokenizer, tmp_path
     from examples.stutter.cure import fine_tune
 
     stutter(model.train(), steps=60)
-    assert copied_share(model.eval(), tokenizer) > 0.9
+    assert diagnose(model.eval(), tokenizer).copy_mass > 0.9
     fine_tune(model, tokenizer, read_records(QUESTIONS), epochs=2, out_dir=tmp_path)
-    assert copied_share(model.eval(), tokenizer) < STUTTER_SHARE
+    assert diagnose(model.eval(), tokenizer).copy_mass < STUTTER_MASS

@@ -1,0 +1,144 @@
+"""How likely a text is to the model, token by token, and what it would rather have said: from the stock logits."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from hf_model.errors import UserError, memory_for
+from hf_model.generation import encode
+from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
+from hf_model.vocabulary import format_prompt, takes_instructions
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """A token, its natural log-probability after those before it, and the likeliest tokens there with theirs."""
+
+    id: int
+    text: str
+    log_probability: float
+    candidates: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Score:
+    """The tokens of a text and what they add up to."""
+
+    text: str
+    tokens: tuple[ScoredToken, ...]
+
+    @property
+    def log_probability(self) -> float:
+        return math.fsum(token.log_probability for token in self.tokens)
+
+    @property
+    def perplexity(self) -> float:
+        """Infinite where a token is impossible, or nearly."""
+        mean = -self.log_probability / len(self.tokens)
+        return math.exp(mean) if mean < 700 else math.inf
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, in which what is infinite is None."""
+        return {
+            "text": self.text,
+            "log_probability": _finite(self.log_probability),
+            "perplexity": _finite(self.perplexity),
+            "tokens": [
+                {
+                    "id": token.id,
+                    "text": token.text,
+                    "log_probability": _finite(token.log_probability),
+                    "candidates": [{"text": text, "log_probability": _finite(p)} for text, p in token.candidates],
+                }
+                for token in self.tokens
+            ],
+        }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def score_text(
+    model: CustomGPTForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    text: str,
+    *,
+    prompt: str | None = None,
+    input_text: str = "",
+    parse_special_tokens: bool = False,
+    n_candidates: int = 0,
+) -> Score:
+    """Score a text from the beginning, or as the answer to a prompt.
+
+    Args:
+        prompt, input_text: the instruction that the text answers; None scores the text as it is, after what the
+            tokenizer puts in front of a text.
+        parse_special_tokens: read "[EOS]" in the texts as the token.
+        n_candidates: how many of the likeliest tokens to give at each place.
+
+    Raises:
+        UserError: there is no token that could be scored, or the model's logits are NaN or infinite.
+    """
+    if prompt is None:
+        ids = encode(tokenizer, text, parse_special_tokens)[0].tolist()
+        start = len(ids) - len(_plain(tokenizer, text, parse_special_tokens))
+    else:
+        is_answer = takes_instructions(tokenizer)
+        if input_text and not is_answer:
+            raise UserError("argument --input_text: this model's prompts are raw text, which has no place for it")
+        content = format_prompt(prompt, input_text) if is_answer else prompt
+        ids = encode(tokenizer, content, parse_special_tokens)[0].tolist()
+        start = len(ids)
+        ids += _plain(tokenizer, f" {text}" if is_answer else text, parse_special_tokens)
+    start = max(start, 1)  # nothing stands before a first token that could predict it
+    if len(ids) <= start:
+        raise UserError("--score: there must be a token with another one before it")
+    return Score(text, tuple(score(model, tokenizer, ids, start, n_candidates)))
+
+
+def _plain(tokenizer: PreTrainedTokenizerFast, text: str, parse_special_tokens: bool) -> list[int]:
+    """The tokens of a text alone."""
+    return encode(tokenizer, text, parse_special_tokens, add_special_tokens=False)[0].tolist()
+
+
+@memory_for("to score the text")
+@torch.inference_mode()
+def score(
+    model: CustomGPTForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    ids: Sequence[int],
+    start: int,
+    n_candidates: int = 0,
+) -> list[ScoredToken]:
+    """The tokens `ids[start:]`, each given all before it; past the context, at least the half of it before it.
+
+    Raises:
+        UserError: the model's logits are NaN or infinite.
+    """
+    window = model.config.block_size
+    scored: list[ScoredToken] = []
+    while start < len(ids):
+        end = min(len(ids), window + 1 if start <= window else start + max(1, window // 2))
+        seen = torch.tensor([list(ids[max(0, end - 1 - window) : end - 1])], device=model.device)  # (1, T)
+        logits = model(seen, use_cache=False, logits_to_keep=end - start).logits[0].float().cpu()  # (N, V)
+        if not logits.isfinite().all():
+            raise UserError("the model's logits are NaN or infinite: its weights hold such values, or they overflow")
+        scored += _scored(tokenizer, logits.log_softmax(dim=-1), list(ids[start:end]), n_candidates)
+        start = end
+    return scored
+
+
+def _scored(
+    tokenizer: PreTrainedTokenizerFast, log_probabilities: torch.Tensor, ids: list[int], n_candidates: int
+) -> Iterator[ScoredToken]:
+    """The tokens `ids`, N of them, from the log-probabilities (N, V) at their places."""
+    chosen = log_probabilities.gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
+    top = log_probabilities[:, : len(tokenizer)].topk(min(n_candidates, len(tokenizer)))  # (N, K)
+    for token, value, others, values in zip(ids, chosen, top.indices.tolist(), top.values.tolist(), strict=True):
+        candidates = tuple((str(tokenizer.decode([other])), p) for other, p in zip(others, values, strict=True))
+        yield ScoredToken(token, str(tokenizer.decode([token])), value, candidates)
