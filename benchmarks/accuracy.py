@@ -2,7 +2,7 @@
 
 The trained example on the texts of examples/evaluation: perplexity (high because of the questions, which training
 masked), the share of positions whose likeliest token is float32's, and the largest difference of a logit, each through
-the forward pass that `generate` takes on this machine. Writes results/accuracy.md beside this file.
+the forward pass by which `generate` takes a prompt on this machine. Writes results/accuracy.md beside this file.
 """
 
 import json
@@ -10,10 +10,11 @@ import math
 
 import torch
 import torch.nn.functional as F
+from transformers import DynamicCache
 
 from benchmarks.decode import RESULTS
 from benchmarks.processes import EXAMPLE, ROOT
-from hf_model.decoding_custom_gpt import lean_decoding
+from hf_model.decoding_custom_gpt import GrowingCache
 from hf_model.loading import load_original
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.vocabulary import format_example
@@ -24,8 +25,9 @@ DTYPES = ("float32", "float16", "bfloat16")
 @torch.no_grad()
 def logits_of(model: CustomGPTForCausalLM, texts: list[torch.Tensor]) -> torch.Tensor:
     """Of all positions but each text's last one, in float32, of shape (N, V)."""
-    with lean_decoding(model, prompt=True):
-        return torch.cat([model(ids, use_cache=False).logits[0, :-1].float() for ids in texts])
+    caches = (GrowingCache(DynamicCache(), model) for _ in texts)
+    outputs = (model(ids, past_key_values=cache, use_cache=True) for ids, cache in zip(texts, caches, strict=True))
+    return torch.cat([output.logits[0, :-1].float() for output in outputs])
 
 
 def main() -> None:

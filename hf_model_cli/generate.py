@@ -174,9 +174,7 @@ def add_output(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--response_only", action="store_true", help="print the answer alone; the rest goes to stderr")
     group.add_argument(
-        "--json",
-        action="store_true",
-        help="print a JSON object for each answer, of --score with each token; the rest goes to stderr",
+        "--json", action="store_true", help="print a JSON object for each answer or score; the rest goes to stderr"
     )
     group.add_argument("--quiet", action="store_true", help="print nothing but the text, the answers or the objects")
 

@@ -29,7 +29,7 @@ def test_tells_where_each_value_was_found(tmp_path: Path) -> None:
 def test_the_values_of_a_folder_are_its_configuration_s(capitals: Path) -> None:
     found, _, _ = inspect(capitals)
     assert {value.origin for value in found.architecture.values()} == {"its config.json"}
-    assert found.architecture["n_head"].value == 4
+    assert found.architecture["n_head"].value == 3
     assert found.diagnosis.verdict == "nothing"
 
 
@@ -87,7 +87,7 @@ class TestCommand:
     def test_a_folder_needs_no_tokenizer(self, capitals: Path, call: Callable[..., Result]) -> None:  # noqa: F811
         result = call(convert_command, "--checkpoint_path", str(capitals), "--inspect")
         assert result.status == 0
-        assert result.out.startswith(f"source        {capitals} (a converted folder)")
+        assert result.out.startswith(f"source        {capitals} (a folder)")
 
     @pytest.mark.parametrize(
         "arguments, said",

@@ -84,7 +84,6 @@ class TestCommand:
         "arguments, said",
         [
             (("--score", ""), "--score: must not be empty"),
-            (("--json", "--prompt", "a"), "--json: goes with --score"),
             (("--score", "a", "--prompts_file", str(CAPITALS / "README.md")), "not allowed with argument --score"),
             (("--score", "a", "--input_text", "b"), "needs the --prompt"),
             (("--prompt", "a", "--top_candidates", "-1"), "--top_candidates"),
