@@ -2,7 +2,10 @@
 
 import sys
 
-from hf_model_cli.generate import main
+try:
+    from hf_model_cli.generate import main
+except KeyboardInterrupt:
+    sys.exit(130)
 
 if __name__ == "__main__":
     sys.exit(main())

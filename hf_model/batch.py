@@ -2,9 +2,9 @@
 
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,13 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from hf_model import journal
 from hf_model.disk import disk_errors
 from hf_model.errors import UserError
 from hf_model.generation import Sampling, continue_prompts, encode
+from hf_model.journal import exists_already
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
+from hf_model.strict_json import parse_json
 from hf_model.vocabulary import format_prompt, takes_instructions
 
 Record = dict[str, Any]
@@ -39,9 +42,13 @@ def read_records(path: Path, raw: bool = False) -> list[Record]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             text, input_text = _text(record, raw), record.get("input") or ""
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except json.JSONDecodeError:
+            raise UserError(f"{path}, line {number}: is not a JSON object with {wanted}") from None
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
+        except (TypeError, KeyError, AttributeError):
             raise UserError(f"{path}, line {number}: is not a JSON object with {wanted}") from None
         if not isinstance(text, str) or not isinstance(input_text, str):
             name = "'prompt'" if raw and "prompt" in record else "'instruction'"
@@ -77,50 +84,48 @@ def answer_file(
         The number of records answered now, those of an earlier run left out.
 
     Raises:
-        UserError: the output file exists already or cannot be written, or a record holds a character that the model
-            does not know.
+        UserError: the output file exists already, another run is writing it, a file that is no journal stands where
+            its journal goes, it cannot be written, or a record holds a character that the model does not know.
     """
-    if output_file.exists():
-        raise UserError(f"{output_file}: exists already; choose another --output_file or delete it")
-    journal = output_file.with_name(f"{output_file.name}.partial")
+    with disk_errors(output_file):
+        if os.path.lexists(output_file):
+            raise exists_already(output_file)
+    run = _name_of_run(model, tokenizer, records, sampling, parse_special_tokens)
+    # Before there is a journal: a record that cannot be encoded leaves nothing behind.
+    prompts = [_encoded(tokenizer, record, index, parse_special_tokens) for index, record in enumerate(records)]
+    with journal.opened(output_file, run, len(records)) as answered:
+        by_length = sorted(  # memory runs out early or never
+            (index for index in range(len(records)) if index not in answered.responses),
+            key=lambda index: prompts[index].shape[1],
+            reverse=True,
+        )
+        with tqdm(total=len(records), initial=len(answered.responses), unit="record", disable=None) as progress:
+            for batch in _chunks(by_length, batch_size):
+                answers = continue_prompts(model, tokenizer, [prompts[index] for index in batch], sampling)
+                answered.append(dict(zip(batch, answers, strict=True)))
+                progress.update(len(batch))
+        lines = (
+            json.dumps({**record, "response": answered.responses[index]}, ensure_ascii=False) + "\n"
+            for index, record in enumerate(records)
+        )
+        # "backslashreplace" makes of an unpaired surrogate its JSON escape.
+        answered.finish("".join(lines).encode("utf-8", "backslashreplace"))
+    return len(by_length)
+
+
+def _name_of_run(
+    model: CustomGPTForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    records: list[Record],
+    sampling: Sampling,
+    parse_special_tokens: bool,
+) -> str:
+    """A hash of all that the answers depend on."""
     identity = [
         *(records, asdict(sampling), parse_special_tokens, model.config.to_dict(), tokenizer.get_vocab()),
         *(_checksums(model), takes_instructions(tokenizer)),
     ]
-    run = hashlib.sha256(json.dumps(identity, default=str, sort_keys=True).encode()).hexdigest()
-    responses = _read_journal(journal, run)
-    prompts = {
-        index: _encoded(tokenizer, record, index, parse_special_tokens)
-        for index, record in enumerate(records)
-        if index not in responses
-    }
-    by_length = sorted(
-        prompts, key=lambda index: prompts[index].shape[1], reverse=True
-    )  # memory runs out early or never
-    with disk_errors(output_file), journal.open("a" if responses else "w", encoding="utf-8") as file:
-        if not responses:  # a journal of another run starts anew
-            file.write(json.dumps({"run": run}))
-    with tqdm(total=len(records), initial=len(responses), unit="record", disable=None) as progress:
-        for batch in _chunks(by_length, batch_size):
-            answers = continue_prompts(model, tokenizer, [prompts[index] for index in batch], sampling)
-            with disk_errors(output_file), journal.open("a", encoding="utf-8") as file:
-                for index, answer in zip(batch, answers, strict=True):
-                    responses[index] = answer
-                    file.write("\n" + json.dumps({"index": index, "response": answer}))
-            progress.update(len(batch))
-    with disk_errors(output_file):
-        complete = journal.with_name(f"{output_file.name}.complete")
-        complete.write_text(
-            "".join(
-                json.dumps({**record, "response": responses[index]}, ensure_ascii=False) + "\n"
-                for index, record in enumerate(records)
-            ),
-            encoding="utf-8",
-            errors="backslashreplace",  # of an unpaired surrogate, that is its JSON escape
-        )
-        complete.rename(output_file)
-        journal.unlink()
-    return len(prompts)
+    return hashlib.sha256(json.dumps(identity, default=str, sort_keys=True).encode()).hexdigest()
 
 
 def _encoded(
@@ -137,22 +142,6 @@ def _encoded(
 def _checksums(model: CustomGPTForCausalLM) -> list[int]:
     """Of the weights as they are used: a model keeps its identity in another folder, and in no other dtype."""
     return [zlib.crc32(tensor.cpu().reshape(-1).view(torch.uint8).numpy()) for tensor in model.state_dict().values()]
-
-
-def _read_journal(journal: Path, run: str) -> dict[int, str]:
-    """Index to response of what an earlier run of the same call has answered."""
-    try:
-        lines = journal.read_text(encoding="utf-8").splitlines()
-        if json.loads(lines[0]) != {"run": run}:
-            return {}
-    except (OSError, ValueError, IndexError):
-        return {}
-    responses = {}
-    for line in lines[1:]:
-        with suppress(ValueError):  # a line that was half-written when the run was killed
-            entry = json.loads(line)
-            responses[entry["index"]] = entry["response"]
-    return responses
 
 
 def _chunks(items: list[int], size: int) -> Iterator[list[int]]:

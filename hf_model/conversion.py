@@ -8,7 +8,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from hf_model.description import describe_architecture, describe_parameters, file_size, rounding, widest
-from hf_model.disk import check_target, sign, whole_folder
+from hf_model.disk import check_target, whole_folder
 from hf_model.errors import UserError, memory_for, one_line
 from hf_model.formats import Options, find_target
 from hf_model.formats.target import MissingEngineError
@@ -85,11 +85,9 @@ def convert(
         quantization=quantization,
         like=like,
     )
-    with whole_folder(output_dir, overwrite) as folder:
+    with whole_folder(output_dir, overwrite, warn=lambda line: report(f"warning: {line}")) as folder:
         for line in target.write(loaded, folder, options):
             report(line)
-        if format != "transformers":
-            sign(folder)
         # What is mapped goes before the folder is read back, so that the weights are not in memory twice.
         del loaded
         gc.collect()
@@ -98,13 +96,14 @@ def convert(
             report(f"              {file.name:<32} {file_size(file.stat().st_size):>10}")
         if verify:
             try:
-                report(f"verified      {target.verify(folder, source, options)}")
+                verified = f"verified      {target.verify(folder, source, options)}"
             except MissingEngineError as error:
-                report(f"not verified  {error}")
+                verified = f"not verified  {error}"
             except UserError as error:  # the folder that it speaks of is the one to be
                 raise UserError(str(error).replace(str(folder), str(output_dir))) from None
             except Exception as error:  # whatever the library trips over in a folder that is not what was written
                 raise UserError(f"{output_dir}: cannot be read back ({one_line(error, 200)})") from None
+            report(verified)
     return output_dir
 
 

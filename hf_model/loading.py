@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from hf_model.checkpoint import Checkpoint, read_checkpoint
 from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError, memory_for, one_line
+from hf_model.folder_check import check_folder, read_config, read_generation_config
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.vocabulary import Model, Vocabulary, check_vocabulary, take_vocabulary, takes_instructions
 from hf_model.vocabulary.prompt import PROMPT_FORMAT, RAW
@@ -112,24 +113,25 @@ def load_folder(
     needs_tokenizer: bool = True,
 ) -> tuple[CustomGPTForCausalLM, PreTrainedTokenizerFast]:
     """`load` of a folder, on the CPU. If `needs_tokenizer` is False, the tokenizer of a folder without one is None."""
-    if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise UserError(f"{folder}: is a PEFT adapter; save merge_and_unload() of it and give that folder")
-        raise UserError(f"{folder}: holds no model (no config.json)")
-    is_given = tokenizer_path is not None or characters_of is not None
-    has_tokenizer = is_given or (folder / "tokenizer.json").is_file()
     try:
-        # A stranger's folder may name code of its own; the library would ask on the terminal whether to run it.
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if not isinstance(config, CustomGPTConfig):
-            raise UserError(
-                f"{folder}: holds a model of type {config.model_type!r}, not {CustomGPTConfig.model_type!r}"
-            )
+        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").exists():
+            raise UserError(f"{folder}: is a PEFT adapter; save merge_and_unload() of it and give that folder")
+        config = read_config(folder)
+        check_folder(folder)
+        is_given = tokenizer_path is not None or characters_of is not None
+        has_tokenizer = is_given or (folder / "tokenizer.json").is_file()
         _check_sizes(folder, config)
         if needs_tokenizer and not has_tokenizer:
             raise UserError(f"{folder}: holds no tokenizer (no tokenizer.json); give one with --tokenizer_path")
+        # A stranger's folder may name code of its own; the library would ask on the terminal whether to run it.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            folder,
+            config=config,
+            generation_config=read_generation_config(folder, config),
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
         model, loading = loaded
         if astray := sorted(loading["missing_keys"] | loading["unexpected_keys"]):  # the library would go on without
@@ -137,7 +139,7 @@ def load_folder(
         if not has_tokenizer:
             return model, None
         if tokenizer_path is None and characters_of is None:
-            tokenizer = load_tokenizer(folder)
+            tokenizer = load_tokenizer(folder, config)
             check_vocabulary(tokenizer, config.vocab_size, folder, folder)
             report("tokenizer", str(folder))
         else:
@@ -177,9 +179,13 @@ def _check_sizes(folder: Path, config: CustomGPTConfig) -> None:
         )
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a converted folder, whose own code is never run."""
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+def load_tokenizer(folder: Path, config: CustomGPTConfig | None = None) -> PreTrainedTokenizerFast:
+    """The tokenizer of a converted folder, whose own code is never run.
+
+    Args:
+        config: the folder's, where it has been read already.
+    """
+    return AutoTokenizer.from_pretrained(folder, config=config or read_config(folder), trust_remote_code=False)
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hf_model.checkpoint import Checkpoint, read_checkpoint
 from hf_model.description import describe_source
 from hf_model.errors import UserError
+from hf_model.folder_check import read_config
 from hf_model.loading import AUTO_MAP, load_folder, load_tokenizer, read_original
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.vocabulary import Model, Vocabulary, take_vocabulary
@@ -91,7 +92,7 @@ class Source:
             tokenizer = load_tokenizer(self.path)
             return Vocabulary(tokenizer, str(self.path), lambda text: tokenizer(text, verbose=False).input_ids)
         if self.is_folder:
-            config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
+            config = read_config(self.path)
             model = Model(self.path, config.vocab_size, config.block_size)
         else:
             checkpoint = read_checkpoint(self.path, check_bytes=False)
@@ -102,7 +103,10 @@ class Source:
     def weights(self) -> dict[str, torch.Tensor]:
         """The tensors as they stand in the source, mapped anew; a tied head among them."""
         if self.is_folder:
-            return AutoModelForCausalLM.from_pretrained(self.path, trust_remote_code=False).state_dict()
+            config = read_config(self.path)
+            return AutoModelForCausalLM.from_pretrained(
+                self.path, config=config, use_safetensors=True, trust_remote_code=False
+            ).state_dict()
         weights = read_checkpoint(self.path, check_bytes=False).state_dict
         weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])
         return weights

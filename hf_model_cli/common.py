@@ -7,9 +7,13 @@ import importlib.metadata
 import io
 import os
 import re
+import signal
+import stat
 import sys
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -54,7 +58,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One line, without the usage of twenty arguments in front."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)}\n")
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -103,9 +107,28 @@ def number(
     return parse
 
 
+def printable(text: object, max_length: int = 600) -> str:
+    """A text on one line; hf_model.errors has another one, but takes seconds to import."""
+    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text)[: 4 * max_length])
+    return line if len(line) <= max_length else f"{line[: max_length // 2]}…{line[-max_length // 2 :]}"
+
+
 @contextmanager
 def no_garbage_search() -> Iterator[None]:
-    """For imports: of their time, a quarter goes into looking through what they make, which all stays; more at exit."""
+    """For imports: of their time, a quarter goes into looking through what they make, which all stays; more at exit.
+
+    Ctrl-C and SIGTERM end the program at once: some of what is imported would make something else of an exception.
+    """
+    with (
+        _handling(signal.SIGINT, signal.default_int_handler, lambda *_: os._exit(130)),
+        _handling(signal.SIGTERM, _terminate, lambda *_: os._exit(143)),
+        _no_garbage_search(),
+    ):
+        yield
+
+
+@contextmanager
+def _no_garbage_search() -> Iterator[None]:
     is_first, was_enabled = "torch" not in sys.modules, gc.isenabled()
     gc.disable()
     try:
@@ -117,19 +140,67 @@ def no_garbage_search() -> Iterator[None]:
             gc.enable()
 
 
-def run_command(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    """Run a command with its parsed arguments, and turn however it ends into a line and an exit status.
+class Terminated(BaseException):
+    """SIGTERM, as an exception: so that what is half-written is cleared away."""
 
-    0: done, or whoever read the output has seen enough. 2: an error that the user can mend. 130: Ctrl-C. Anything else
-    is a bug, and its traceback is shown.
+
+def _terminate(*_: object) -> NoReturn:
+    raise Terminated
+
+
+@contextmanager
+def _handling(number: int, instead_of: Any, handler: Callable[..., object]) -> Iterator[None]:
+    """Handle a signal while the block runs, if nobody else does: a shell's background program may ignore Ctrl-C."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(number) != instead_of:
+        yield
+        return
+    signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, instead_of)
+
+
+@contextmanager
+def _warnings_on_one_line() -> Iterator[None]:
+    python_s = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(message)}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = python_s
+
+
+def run_command(run: Callable[[argparse.Namespace], None], parse: Callable[[], argparse.Namespace]) -> int:
+    """Parse the arguments and run a command, and turn however it ends into a line and an exit status.
+
+    0: done, or whoever read the output has seen enough. 2: an error that the user can mend. 130: Ctrl-C. 143: SIGTERM.
+    Anything else is a bug, and its traceback is shown.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows a "?" rather than a traceback
     try:
-        run(args)
+        with _handling(signal.SIGTERM, signal.SIG_DFL, _terminate), _warnings_on_one_line():
+            return _run(run, parse)
     except KeyboardInterrupt:
         return 130
+    except Terminated:
+        return 143
+
+
+def _run(run: Callable[[argparse.Namespace], None], parse: Callable[[], argparse.Namespace]) -> int:
+    try:
+        os.getcwd()  # noqa: PTH109 (the libraries ask for it, and fail in ways of their own)
+    except OSError:
+        return _failed("the current folder is gone: go to another one")
+    try:
+        try:
+            run(parse())
+        finally:
+            if sys.stdout is not None:
+                show("", end="")  # what argparse has written
     except ModuleNotFoundError as error:
         return _failed(f"{error.name} is not installed for {sys.executable}: see the README")
     except OutputError as error:
@@ -138,29 +209,44 @@ def run_command(run: Callable[[argparse.Namespace], None], args: argparse.Namesp
             return 0
         reason = getattr(error.__cause__, "strerror", None) or error.__cause__
         return _failed(f"the output cannot be written ({reason})")
-    except Exception as error:
-        from hf_model.errors import UserError, one_line
+    except OSError as error:
+        return _failed(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error)
+    except ValueError as error:
+        from hf_model.errors import UserError
 
-        if not isinstance(error, UserError | OSError):
+        if not isinstance(error, UserError):
             raise
-        return _failed(one_line(error))
+        return _failed(error)
     return 0
 
 
-def _failed(message: str) -> int:
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+def _failed(message: object) -> int:
+    with suppress(OSError):  # of a standard error that is full
+        print(f"{Path(sys.argv[0]).name}: error: {printable(message)}", file=sys.stderr, flush=True)
     return 2
 
 
 def check_file(parser: Parser, name: str, path: str | Path) -> None:
     """End in the parser's error if an argument's file is not there."""
-    if not Path(path).is_file():
+    mode = mode_of(parser, name, path)
+    if mode is None or stat.S_ISDIR(mode):  # what else it may be instead of a file, its reader tells
         parser.error(f"argument --{name}: there is no file {path}")
+
+
+def mode_of(parser: Parser, name: str, path: str | Path) -> int | None:
+    """What an argument's path leads to, as in `st_mode`; None for nothing. An error if that cannot be found out."""
+    try:
+        return Path(path).stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        parser.error(f"argument --{name}: {path} cannot be reached ({error.strerror})")
 
 
 def check_checkpoint(parser: Parser, path: str, what: str) -> None:
     """End in the parser's error if a checkpoint is not there, and name those that are."""
-    if (Path(path).exists() and not what) or Path(path).is_file():
+    mode = mode_of(parser, "checkpoint_path", path)
+    if mode is not None and not (what and stat.S_ISDIR(mode)):
         return
     message = f"argument --checkpoint_path: there is no {what}{path}"
     found = [file for pattern in CHECKPOINTS for file in Path().glob(pattern)] if path == DEFAULT_CHECKPOINT else []
@@ -194,6 +280,7 @@ def vocabulary_of(parser: Parser, args: argparse.Namespace) -> str | None:
     path = args.tokenizer_path
     if path is None:
         return "auto"
-    if not path or (not Path(path).exists() and (not HUB_NAME.fullmatch(path) or Path(path).suffix in FILES)):
+    is_there = path and mode_of(parser, "tokenizer_path", path) is not None
+    if not is_there and (not HUB_NAME.fullmatch(path) or Path(path).suffix in FILES):
         parser.error(f"argument --tokenizer_path: there is no file {path}")
     return path

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import stat
 import sys
 from pathlib import Path
 
@@ -16,10 +17,12 @@ from hf_model_cli.common import (
     GGUF_TYPES,
     QUANTIZATIONS,
     TRAINERS,
+    OutputError,
     Parser,
     add_vocabulary,
     check_checkpoint,
     check_file,
+    mode_of,
     no_garbage_search,
     number,
     run_command,
@@ -39,7 +42,7 @@ TRY_IT = {
 
 
 def shard_size(text: str) -> str:
-    if not re.fullmatch(r"[1-9]\d*(\.\d+)?([KMGT]B)?", text, re.IGNORECASE):
+    if not re.fullmatch(r"[1-9]\d{0,5}(\.\d{1,6})?[KMGT]B", text, re.ASCII | re.IGNORECASE):
         raise argparse.ArgumentTypeError(f"must be a size such as 500MB or 5GB, got {text}")
     return text.upper()
 
@@ -107,7 +110,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def check_source(parser: Parser, args: argparse.Namespace) -> None:
     """Check that the source's files are there, and find what names its vocabulary; None is a folder's own."""
     path = Path(args.checkpoint_path)
-    if path.is_dir():
+    is_folder = stat.S_ISDIR(mode_of(parser, "checkpoint_path", path) or 0)
+    if is_folder:
         if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
             parser.error(
                 f"argument --checkpoint_path: there is no file {path}, and the folder holds no model (no config.json)"
@@ -116,7 +120,7 @@ def check_source(parser: Parser, args: argparse.Namespace) -> None:
             parser.error("arguments --n_head and --activation: are for a .pt file; a folder's config.json tells")
     else:
         check_checkpoint(parser, args.checkpoint_path, "file ")
-    args.vocabulary = None if path.is_dir() and args.tokenizer_path is None else vocabulary_of(parser, args)
+    args.vocabulary = None if is_folder and args.tokenizer_path is None else vocabulary_of(parser, args)
 
 
 def default_output(source: Path, format: str) -> Path:
@@ -223,13 +227,16 @@ def look(args: argparse.Namespace) -> None:
 
 def say(line: str) -> None:
     try:
-        print(line, flush=True)
-    except BrokenPipeError:  # `| head`: that nobody reads on is no reason to stop converting
+        show(line)
+    except OutputError as error:
+        if not isinstance(error.__cause__, BrokenPipeError):
+            raise
+        # `| head`: that nobody reads on is no reason to stop converting
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main() -> int:
-    status = run_command(run, parse_arguments())
+    status = run_command(run, parse_arguments)
     if status == 130:
         print("interrupted", file=sys.stderr)
     return status

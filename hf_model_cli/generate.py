@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from hf_model_cli.common import (
     add_vocabulary,
     check_checkpoint,
     check_file,
+    mode_of,
     no_garbage_search,
     number,
     run_command,
@@ -253,7 +255,7 @@ def check_batch(parser: Parser, args: argparse.Namespace) -> None:
     if args.top_candidates:
         parser.error("argument --top_candidates: is for a --prompt, not for --prompts_file")
     check_file(parser, "prompts_file", args.prompts_file)
-    if args.output_file.exists():
+    if mode_of(parser, "output_file", args.output_file) is not None:
         parser.error(f"argument --output_file: {args.output_file} exists already")
     if not args.output_file.parent.is_dir():
         parser.error(f"argument --output_file: there is no folder {args.output_file.parent}")
@@ -268,7 +270,7 @@ def check_batch(parser: Parser, args: argparse.Namespace) -> None:
 def check_model(parser: Parser, args: argparse.Namespace) -> None:
     """Check that the model's files are there, and find what names its vocabulary; None is a folder's own."""
     check_checkpoint(parser, args.checkpoint_path, "")
-    is_folder = Path(args.checkpoint_path).is_dir()
+    is_folder = stat.S_ISDIR(mode_of(parser, "checkpoint_path", args.checkpoint_path) or 0)
     if is_folder and (args.n_head or args.activation):
         parser.error("arguments --n_head and --activation: are for a .pt file; a folder's config.json tells")
     args.vocabulary = None if is_folder and args.tokenizer_path is None else vocabulary_of(parser, args)
@@ -324,4 +326,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    return run_command(run, parse_arguments())
+    return run_command(run, parse_arguments)

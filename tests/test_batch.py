@@ -219,6 +219,9 @@ class TestErrors:
             ("", "is not a JSON object with an 'instruction'"),
             ('{"instruction": ["hello"]}', "must be strings"),
             ('{"instruction": "hello", "input": 3}', "must be strings"),
+            ('{"instruction": "hello", "id": 1e999}', "holds the number 1e999, which is too large"),
+            ('{"instruction": "hello", "id": NaN}', "holds NaN, which is not JSON"),
+            ('{"instruction": "hello", "id": ' + "[" * 10**5, "is nested more than 100 deep"),
         ],
     )
     def test_a_line_that_is_no_record_is_named(self, tmp_path: Path, line: str, problem: str) -> None:

@@ -1,10 +1,14 @@
 """A folder appears whole or not at all, and only where nothing of the user's is in its place."""
 
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from hf_model.disk import check_target, whole_folder
+from hf_model import disk
+from hf_model.disk import MANIFEST, check_target, whole_folder
 from hf_model.errors import UserError
 
 
@@ -15,8 +19,15 @@ def write(folder: Path, *names: str) -> Path:
     return folder
 
 
+def written(folder: Path, *names: str) -> Path:
+    """A folder that this program wrote."""
+    with whole_folder(folder) as work:
+        write(work, *names)
+    return folder
+
+
 def names_in(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+    return {path.name for path in folder.iterdir()} - {MANIFEST}
 
 
 def test_the_folder_appears_at_the_end_of_the_block(tmp_path: Path) -> None:
@@ -36,7 +47,7 @@ def test_a_block_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_an_older_model_is_replaced_when_told(tmp_path: Path) -> None:
-    target = write(tmp_path / "hf", "config.json", "model-00001-of-00002.safetensors")
+    target = written(tmp_path / "hf", "config.json", "model-00001-of-00002.safetensors")
     with whole_folder(target, overwrite=True) as work:
         write(work, "config.json", "model.safetensors")
     assert names_in(target) == {"config.json", "model.safetensors"}
@@ -44,7 +55,7 @@ def test_an_older_model_is_replaced_when_told(tmp_path: Path) -> None:
 
 
 def test_an_older_model_survives_a_block_that_fails(tmp_path: Path) -> None:
-    target = write(tmp_path / "hf", "config.json", "model.safetensors")
+    target = written(tmp_path / "hf", "config.json", "model.safetensors")
     with pytest.raises(ZeroDivisionError), whole_folder(target, overwrite=True) as work:
         write(work, "config.json")
         raise ZeroDivisionError
@@ -66,7 +77,7 @@ def test_an_empty_folder_is_as_good_as_none(overwrite: bool, tmp_path: Path) -> 
         (("config.json",), False, "exists already; choose another --output_dir or add --overwrite"),
         (("thesis.tex",), False, "exists already"),
         (("thesis.tex",), True, r"holds no model \(no config\.json\), so --overwrite does not replace it"),
-        (("config.json", "thesis.tex"), True, "holds 'thesis.tex', which --overwrite would delete: move it away first"),
+        (("config.json", "README.md", "train.py"), True, "holds no list of files that this program wrote"),
     ],
 )
 def test_a_folder_that_is_there_is_refused(
@@ -91,3 +102,128 @@ def test_a_symbolic_link_is_refused_wherever_it_leads(name: str, overwrite: bool
     (tmp_path / "hf").symlink_to(tmp_path / name)
     with pytest.raises(UserError, match="hf: is a symbolic link; name the folder itself"):
         check_target(tmp_path / "hf", overwrite)
+
+
+class TestOnlyWhatThisProgramWroteIsReplaced:
+    """A hash for every file tells: whatever has been added or changed is somebody's work."""
+
+    @pytest.mark.parametrize("name", ["train.py", "README.md", "config.json.orig", "runs/1.log", ".git/HEAD", "empty/"])
+    def test_not_with_a_file_that_was_added(self, name: str, tmp_path: Path) -> None:
+        target = written(tmp_path / "hf", "config.json")
+        added = target / name
+        if name.endswith("/"):
+            added.mkdir()
+        else:
+            added.parent.mkdir(exist_ok=True)
+            added.write_text("mine")
+        with pytest.raises(UserError, match=f"holds '{name.rstrip('/')}', which --overwrite would delete: move"):
+            check_target(target, overwrite=True)
+
+    def test_not_with_a_file_that_was_changed(self, tmp_path: Path) -> None:
+        target = written(tmp_path / "hf", "config.json", "README.md")
+        (target / "README.md").write_text("README.MD")  # of the same size
+        with pytest.raises(UserError, match=r"'README\.md' is not what this program wrote"):
+            check_target(target, overwrite=True)
+
+    def test_not_with_a_link_to_the_same_content(self, tmp_path: Path) -> None:
+        target = written(tmp_path / "hf", "config.json")
+        (target / "config.json").rename(tmp_path / "mine")
+        (target / "config.json").symlink_to(tmp_path / "mine")
+        with pytest.raises(UserError, match=r"'config\.json' is not what this program wrote"):
+            check_target(target, overwrite=True)
+
+    @pytest.mark.parametrize("content", ["", "[]", "{}", '{"written_by": 1, "sha256": []}', "[" * 10**5, "\xff"])
+    def test_not_with_a_damaged_list(self, content: str, tmp_path: Path) -> None:
+        target = written(tmp_path / "hf", "config.json")
+        (target / MANIFEST).write_text(content, encoding="latin-1")
+        with pytest.raises(UserError, match="holds no list of files that this program wrote"):
+            check_target(target, overwrite=True)
+
+    def test_what_somebody_writes_in_the_last_moment_is_kept_beside_it(self, tmp_path: Path) -> None:
+        target = written(tmp_path / "hf", "config.json", "model.safetensors")
+        put_in_place, said = disk._put_in_place, []
+
+        def write_before(*paths: Path) -> None:
+            (target / "thesis.tex").write_text("mine")
+            put_in_place(*paths)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(disk, "_put_in_place", write_before)
+            with whole_folder(target, overwrite=True, warn=said.append) as work:
+                write(work, "config.json")
+        assert names_in(target) == {"config.json"}
+        (kept,) = names_in(tmp_path) - {"hf"}
+        assert names_in(tmp_path / kept) == {"thesis.tex"}
+        assert said == [f"{tmp_path / kept}: holds 'thesis.tex', which stood in the folder that was replaced"]
+
+
+class TestNamesThatLookLikeOurs:
+    """Folders beside the target are cleared only if this program's mark is in them."""
+
+    @pytest.mark.parametrize("name", [".hf.partial", ".hf.replaced", ".hf.lock", ".hf.0123456789abcdef.partial"])
+    @pytest.mark.parametrize("kind", ["folder", "file", "link"])
+    def test_what_is_the_user_s_stays(self, name: str, kind: str, tmp_path: Path) -> None:
+        mine, outside = tmp_path / name, write(tmp_path / "outside", "thesis.tex")
+        if kind == "folder":
+            write(mine, "thesis.tex")
+        elif kind == "file":
+            mine.write_text("mine")
+        else:
+            mine.symlink_to(outside)
+        for _ in range(2):
+            with whole_folder(tmp_path / "hf", overwrite=True) as work:
+                write(work, "config.json")
+        assert names_in(tmp_path) == {"hf", "outside", name}
+        assert names_in(outside) == {"thesis.tex"}
+        assert mine.read_text() == "mine" if kind == "file" else names_in(mine) == {"thesis.tex"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_parents_that_a_failed_run_made_go_again(overwrite: bool, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "there" / "a" / "b" / "hf", overwrite):
+        raise ZeroDivisionError
+    assert names_in(tmp_path) == {"there"}
+    assert names_in(tmp_path / "there") == set()
+
+
+def test_a_folder_that_cannot_be_tidied_up_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, said = written(tmp_path / "hf", "config.json"), []
+
+    def refuse(*args: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(disk, "_discard", refuse)
+    with whole_folder(target, overwrite=True, warn=said.append) as work:
+        write(work, "model.safetensors")
+    assert names_in(target) == {"model.safetensors"}
+    (line,) = said
+    assert line.endswith(".partial: is left over and cannot be deleted (Permission denied)")
+    monkeypatch.undo()
+    with whole_folder(target, overwrite=True) as work:
+        write(work, "model.safetensors")
+    assert names_in(tmp_path) == {"hf"}
+
+
+@pytest.mark.skipif(os.name == "nt" or not hasattr(os, "fork"), reason="changes its user")
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_folder_of_somebody_else_s_is_left_as_it_is(tmp_path_factory: pytest.TempPathFactory) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to become somebody else")
+    parent = Path(tempfile.mkdtemp())
+    target = written(parent / "hf", "config.json")
+    parent.chmod(0o777)
+    target.chmod(0o755)
+    process = os.fork()
+    if process == 0:
+        os.setuid(12345)
+        try:
+            with whole_folder(target, overwrite=True) as work:
+                write(work, "config.json")
+        except UserError as error:
+            os._exit(7 if "cannot be written" in str(error) else 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 7
+    assert names_in(parent) == {"hf"}
+    assert names_in(target) == {"config.json"}
+    shutil.rmtree(parent)

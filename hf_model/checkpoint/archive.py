@@ -1,22 +1,20 @@
-"""A `torch.save` file to the values in it, without running anything: kinds of files, archives, pickles, checksums."""
+"""A `torch.save` file to the values in it and the places of its storages, without running anything.
+
+Nothing but this module reads the file: what is checked is what is used. The zip format is read as `torch.save` writes
+it, and as any tool that stores without compressing: one central directory, at the end, to entries that do not overlap.
+"""
 
 import io
-import re
+import mmap
 import struct
-import sys
-import threading
-import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.serialization import safe_globals
-
-from hf_model.checkpoint.scan import MAX_PICKLE_BYTES, scan_pickle
+from hf_model.checkpoint.scan import MAX_PICKLE_BYTES, StoredBytes, read_pickle
 from hf_model.errors import UserError, memory_for, one_line
 
 ZIP = b"PK\x03\x04"
@@ -28,19 +26,40 @@ OTHER_FORMATS = {
     b"\x1f\x8b": "is gzip-compressed: unpack it first",
     b"{": "is a JSON file, not a checkpoint",
 }
+MAX_ENTRIES = 100_000
+# The bytes of a value of each storage class; of the others there are no weights.
+ITEM_BYTES = {
+    **dict.fromkeys(("DoubleStorage", "LongStorage", "ComplexFloatStorage"), 8),
+    **dict.fromkeys(("FloatStorage", "IntStorage"), 4),
+    **dict.fromkeys(("HalfStorage", "BFloat16Storage", "ShortStorage"), 2),
+    **dict.fromkeys(("ByteStorage", "CharStorage", "BoolStorage", "UntypedStorage"), 1),
+    "ComplexDoubleStorage": 16,
+}
 
-# What torch needs to make tensors and bytes, and no more of what its own safe loading lets pass.
-TORCH_GLOBALS = re.compile(
-    r"collections\.(OrderedDict|Counter)|_codecs\.encode|builtins\.(set|complex)"
-    r"|torch\.(\w+Storage|storage\.\w+Storage|Size|device|b?float\w+|u?int\d+|bool|complex\d+)"
-    r"|torch\._utils\._rebuild_(tensor(_v2|_v3)?|parameter)|torch\.nn\.parameter\.Parameter"
-)
-# Plain records of the standard library and of NumPy that trainers of this family pickle.
-HARMLESS = re.compile(
-    r"argparse\.Namespace|types\.SimpleNamespace|pathlib\.(_local\.)?(Pure)?(Posix|Windows)?Path"
-    r"|numpy\.(dtype|ndarray)|numpy\._?core\.multiarray\.(scalar|_reconstruct)"
-)
-LOADING = threading.Lock()  # torch keeps the globals that it lets pass in one place for all threads
+
+@dataclass(frozen=True)
+class Record:
+    """A stretch of the file."""
+
+    start: int
+    length: int
+    crc: int = 0
+    """Its CRC32; 0 where none was written."""
+
+
+@dataclass(frozen=True)
+class Archive:
+    """An open file: its bytes, mapped, and what they say."""
+
+    content: mmap.mmap
+    value: Any
+    """What was pickled, as `read_pickle` gives it."""
+    storages: dict[str, Record]
+    """Key of a storage to its bytes."""
+    is_big_endian: bool = False
+
+    def bytes_of(self, record: Record) -> memoryview:
+        return memoryview(self.content)[record.start : record.start + record.length]
 
 
 def is_zip(path: Path) -> bool:
@@ -70,113 +89,20 @@ def is_zip(path: Path) -> bool:
     raise UserError("is not a torch.save checkpoint")
 
 
-def load(path: Path, is_zip: bool) -> Any:
-    """The unpickled content, with stand-ins for the harmless classes that it names."""
-    with distrust():
-        stand_ins = []
-        for name in sorted(_globals_in_zip(path) if is_zip else _globals_in_legacy_file(path)):
-            if _is_harmless(name):
-                stand_ins.append((type(name.rpartition(".")[2], (StandIn,), {}), name))
-            elif not TORCH_GLOBALS.fullmatch(name):
-                raise UserError(
-                    f"names {name}, which is not data: it was not loaded, since that could run code. Save only the "
-                    "state dict and plain values: torch.save({'model': model.state_dict(), 'model_args': {...}}, path)"
-                )
-        with memory_for("to load it"), LOADING, safe_globals(stand_ins):  # type: ignore[arg-type]
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-
-
-def _globals_in_zip(path: Path) -> set[str]:
-    """The globals that the archive's pickle names, after a check of the archive itself."""
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        names = [entry.filename for entry in entries]
-        if len(set(names)) < len(names):
-            raise UserError("holds two entries of one name")
-        if any(name.startswith("/") or ".." in name.split("/") for name in names):
-            raise UserError("holds entries with paths outside of the archive")
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise UserError("is a compressed archive, which torch.save does not write: unpack it first")
-        if sum(entry.file_size for entry in entries) > path.stat().st_size:
-            raise UserError("claims to hold more than its size")
-        if any(name.split("/")[-1] == "constants.pkl" for name in names):
-            raise UserError("is a TorchScript archive, not a checkpoint: save the model's state_dict() with torch.save")
-        pickles = [entry for entry in entries if entry.filename.split("/")[-1] == "data.pkl"]
-        if len(pickles) != 1:
-            raise UserError("is a zip file, but not one written by torch.save (no data.pkl)")
-        if pickles[0].file_size > MAX_PICKLE_BYTES:
-            raise UserError(f"holds {pickles[0].file_size} bytes of values beside its tensors: more than a model's")
-        return scan_pickle(io.BytesIO(_read_entry(archive, pickles[0])))
-
-
-def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
-    """An entry's bytes, compared with its CRC32 where there is one: `set_crc32_options(False)` writes 0 for all."""
-    if entry.CRC == 0:
-        entry.CRC = None  # type: ignore[assignment]
-    return archive.read(entry)
-
-
-def _globals_in_legacy_file(path: Path) -> set[str]:
-    """The globals of the pickles at the start of an older file: magic number, version, system, content, storages."""
-    with path.open("rb") as file:
-        head = io.BytesIO(file.read(MAX_PICKLE_BYTES))
-    head.seek(len(LEGACY))
-    return set().union(*(scan_pickle(head) for _ in range(4)))
-
-
-def _is_harmless(name: str) -> bool:
-    """Whether a stand-in may take the place of this global: plain records that trainers of this family pickle.
-
-    Besides the listed ones these are classes (capitalised names) of the user's own code or of a third-party package.
-    """
-    module, _, attribute = name.rpartition(".")
-    package = module.split(".")[0]
-    is_foreign = package not in sys.stdlib_module_names and package not in ("torch", "numpy")
-    return HARMLESS.fullmatch(name) is not None or (is_foreign and attribute[:1].isupper())
-
-
-class StandIn:
-    """Takes the place of an object in the file: keeps what was pickled of it, and has none of its class's code."""
-
-    def __new__(cls, *args: Any) -> "StandIn":
-        stand_in = super().__new__(cls)
-        stand_in.args, stand_in.state = args, None
-        return stand_in
-
-    args: tuple[Any, ...]
-    state: Any
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-def check_bytes(path: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
-    """Find every weight's storage among the archive's records by its size and CRC32: mapping a file compares neither.
+def load(path: Path, is_zip: bool) -> Archive:
+    """Map a file and read what it says. Nothing of its tensors is read.
 
     Raises:
-        UserError: a weight is not what was written.
+        UserError: the file is damaged, holds code, or is not one of `torch.save`'s.
     """
-    with distrust(), zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        orders = [_read_entry(archive, entry) for entry in entries if entry.filename.endswith("/byteorder")]
-    if any(order != sys.byteorder.encode() for order in orders):
-        return  # written on the other kind of machine: the bytes were swapped in loading
-    records = {(entry.file_size, entry.CRC or 0) for entry in entries}
-    storages: dict[int, tuple[str, torch.UntypedStorage]] = {}
-    for name, tensor in state_dict.items():
-        storage = tensor.untyped_storage()
-        storages.setdefault(storage.data_ptr(), (name, storage))
+    with distrust(), memory_for("to load it"), path.open("rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # a private copy of whatever is written to
+        return _load_zip(content) if is_zip else _load_legacy(content)
 
-    def is_intact(named: tuple[str, torch.UntypedStorage]) -> bool:
-        content = torch.empty(0, dtype=torch.uint8).set_(named[1]).numpy().data
-        return not records.isdisjoint({(len(content), 0), (len(content), zlib.crc32(content))})
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for (name, _), intact in zip(storages.values(), pool.map(is_intact, storages.values()), strict=True):
-            if not intact:
-                raise UserError(
-                    f"is damaged: the bytes of {name!r} are not those that were written (their CRC32 differs)"
-                )
+def is_intact(archive: Archive, record: Record) -> bool:
+    """Whether a record's bytes have its CRC32, where there is one: `set_crc32_options(False)` writes 0 for all."""
+    return record.crc == 0 or zlib.crc32(archive.bytes_of(record)) == record.crc
 
 
 @contextmanager
@@ -188,3 +114,171 @@ def distrust() -> Iterator[None]:
         raise
     except Exception as error:
         raise UserError(f"is damaged or was not written to its end ({one_line(error, 120)})") from None
+
+
+# The zip format: an entry for the pickle, one for each storage, and some small ones.
+
+
+def _load_zip(content: mmap.mmap) -> Archive:
+    entries = _entries(content)
+    pickles = [name for name in entries if name.split("/")[-1] == "data.pkl"]
+    if len(pickles) != 1:
+        raise UserError("is a zip file, but not one written by torch.save (no data.pkl)")
+    prefix = pickles[0].removesuffix("data.pkl")
+    record = entries[pickles[0]]
+    if record.length > MAX_PICKLE_BYTES:
+        raise UserError(f"holds {record.length} bytes of values beside its tensors: more than a model's")
+    order = _bytes(content, entries[prefix + "byteorder"]) if prefix + "byteorder" in entries else b"little"
+    if order not in (b"little", b"big"):
+        raise ValueError("an unknown byte order")
+    value, _ = read_pickle(io.BytesIO(_bytes(content, record)))
+    data = prefix + "data/"
+    storages = {name.removeprefix(data): entry for name, entry in entries.items() if name.startswith(data)}
+    return Archive(content, value, storages, is_big_endian=order == b"big")
+
+
+def _bytes(content: mmap.mmap, record: Record) -> bytes:
+    """A small entry's bytes, compared with its CRC32."""
+    raw = content[record.start : record.start + record.length]
+    if record.crc and zlib.crc32(raw) != record.crc:
+        raise ValueError("the CRC32 of its values differs")
+    return raw
+
+
+def _entries(content: mmap.mmap) -> dict[str, Record]:
+    """Name to place of each entry of the archive, in the order of the central directory."""
+    start, end, n_entries = _central_directory(content)
+    if n_entries > MAX_ENTRIES:
+        raise UserError(f"holds {n_entries} entries: more than a model's")
+    entries: dict[str, Record] = {}
+    places: list[tuple[int, int]] = []
+    place = start
+    for _ in range(n_entries):
+        fields = struct.unpack_from("<4s6H3I5H2I", content, place)
+        signature, _, _, flags, method, _, _, crc, packed, size, name_length, extra_length, comment_length = fields[:13]
+        if signature != b"PK\x01\x02":
+            raise ValueError("its directory is cut short")
+        place += 46
+        raw = content[place : place + name_length]
+        extra = content[place + name_length : place + name_length + extra_length]
+        place += name_length + extra_length + comment_length
+        name = raw.decode("utf-8")
+        size, packed, header = _wide(extra, size, packed, fields[16])
+        _check_entry(name, flags, method, size, packed, entries)
+        data = _data_of(content, header, raw)
+        if max(size, packed) > start - data:
+            raise UserError("claims to hold more than its size")
+        entries[name] = Record(data, size, crc)
+        places.append((header, data + size))
+    if place != end:
+        raise ValueError("its directory is longer than it says")
+    _check_layout(sorted(places), start)
+    if len({name.lower() for name in entries}) < len(entries):
+        raise UserError("holds two entries of one name")
+    return entries
+
+
+def _central_directory(content: mmap.mmap) -> tuple[int, int, int]:
+    """Start, end and number of entries of the directory, as the record at the file's very end tells."""
+    end = len(content) - 22
+    signature, _, _, _, n_entries, size, start, comment = struct.unpack_from("<4s4H2IH", content, max(end, 0))
+    if signature != b"PK\x05\x06" or comment:
+        raise ValueError("no end of an archive at its end")
+    if content[max(end - 20, 0) : end][:4] == b"PK\x06\x07":
+        _, _, wide, _ = struct.unpack_from("<4sIQI", content, end - 20)
+        signature, length, _, _, _, _, n_here, n_wide, size, start = struct.unpack_from("<4sQ2H2I4Q", content, wide)
+        if (
+            signature != b"PK\x06\x06"
+            or n_here != n_wide
+            or wide + 12 + length != end - 20
+            or n_wide & 0xFFFF != n_entries
+        ):
+            raise ValueError("two ends of an archive that differ")
+        n_entries, end = n_wide, wide
+    if start + size != end:
+        raise ValueError("its directory is not where it should be")
+    return start, end, n_entries
+
+
+def _wide(extra: bytes, size: int, packed: int, header: int) -> tuple[int, int, int]:
+    """Sizes and place of an entry, those of more than 32 bits from its extra field."""
+    full = 0xFFFFFFFF
+    if full not in (size, packed, header):
+        return size, packed, header
+    while len(extra) >= 4:
+        kind, length = struct.unpack_from("<2H", extra)
+        if kind == 1:
+            wide = iter(struct.unpack_from(f"<{length // 8}Q", extra, 4))
+            return tuple(next(wide) if value == full else value for value in (size, packed, header))  # type: ignore
+        extra = extra[4 + length :]
+    raise ValueError("an entry without its sizes")
+
+
+def _check_entry(name: str, flags: int, method: int, size: int, packed: int, entries: dict[str, Record]) -> None:
+    parts = name.split("/")
+    if name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
+        raise UserError("holds entries with paths outside of the archive")
+    if name in entries:
+        raise UserError("holds two entries of one name")
+    if method or flags & 1 or size != packed:
+        raise UserError("is a compressed archive, which torch.save does not write: unpack it first")
+    if parts[-1] == "constants.pkl":
+        raise UserError("is a TorchScript archive, not a checkpoint: save the model's state_dict() with torch.save")
+
+
+def _data_of(content: mmap.mmap, header: int, name: bytes) -> int:
+    """Where an entry's bytes begin: behind a header of its own, which must be of the same name."""
+    fields = struct.unpack_from("<4s5H3I2H", content, header)
+    if (
+        fields[0] != ZIP
+        or fields[3]
+        or content[header + 30 : header + 30 + len(name)] != name
+        or fields[9] != len(name)
+    ):
+        raise ValueError("an entry is not what its directory says")
+    return header + 30 + fields[9] + fields[10]
+
+
+def _check_layout(places: list[tuple[int, int]], end: int) -> None:
+    """Entries begin with the file, follow each other, and end with the directory; between two, a CRC32 may stand."""
+    reached = 0
+    for start, stop in places:
+        if not reached <= start <= reached + 24:
+            raise UserError("holds entries that overlap, or bytes that belong to none")
+        reached = stop
+    if not reached <= end <= reached + 24:
+        raise UserError("holds entries that overlap, or bytes that belong to none")
+
+
+# The older format: pickles of the magic number, a version, the system, the content and the keys of the storages; then
+# for each key the number of values, and the values, always of the small-endian kind.
+
+
+def _load_legacy(content: mmap.mmap) -> Archive:
+    head = io.BytesIO(content[:MAX_PICKLE_BYTES])
+    head.seek(len(LEGACY))
+    read_pickle(head)
+    read_pickle(head)
+    value, stored = read_pickle(head)
+    keys, _ = read_pickle(head)
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise ValueError("no list of storages")
+    return Archive(content, value, _legacy_storages(content, head.tell(), keys, stored))
+
+
+def _legacy_storages(content: mmap.mmap, place: int, keys: list[Any], stored: list[StoredBytes]) -> dict[str, Record]:
+    by_key = {storage.key: storage for storage in stored}
+    if len({(storage.key, storage.dtype, storage.length) for storage in stored}) > len(by_key):
+        raise ValueError("a storage of two kinds")
+    storages: dict[str, Record] = {}
+    for key in keys:
+        storage = by_key.pop(key)
+        (length,) = struct.unpack_from("<q", content, place)
+        size = length * ITEM_BYTES[storage.dtype]
+        if length != storage.length or place + 8 + size > len(content):
+            raise ValueError(f"the storage {key!r} is cut short")
+        storages[key] = Record(place + 8, size)
+        place += 8 + size
+    if by_key or place != len(content):
+        raise ValueError("it holds other storages than it says")
+    return storages

@@ -11,12 +11,13 @@ import torch
 
 from hf_model.checkpoint import archive
 from hf_model.checkpoint.architecture import Architecture, clean_names, infer_architecture, is_tied
-from hf_model.checkpoint.archive import StandIn
-from hf_model.checkpoint.tensors import check_places, checked, find_weights, plain_dict
+from hf_model.checkpoint.scan import StandIn, StoredTensor, kind_of
+from hf_model.checkpoint.tensors import find_weights, number_of, weights_of
 from hf_model.checkpoint.trainers import Trainer, find_trainer, heads_beside
-from hf_model.errors import UserError
+from hf_model.errors import UserError, one_line
 
 MODEL_ARGS_KEYS = ("model_args", "config")
+MAX_NAME = 200  # of a folder of data
 
 
 @dataclass
@@ -84,19 +85,16 @@ def read_checkpoint(path: str | Path, check_bytes: bool = True) -> Checkpoint:
     """
     path = Path(path)
     with _naming(path):
-        is_zip = archive.is_zip(path)
-        loaded = archive.load(path, is_zip)
-        content = plain_dict(loaded)
-        if content is None:
-            raise UserError(f"holds a {type(loaded).__name__}, not a dict: save model.state_dict() with torch.save")
+        file = archive.load(path, archive.is_zip(path))
+        content = file.value
+        if not isinstance(content, dict):
+            raise UserError(f"holds a {kind_of(content)}, not a dict: save model.state_dict() with torch.save")
         weights_key, weights = find_weights(content)
-        state_dict = checked(clean_names(weights))
-        if is_zip and check_bytes:
-            archive.check_bytes(path, state_dict)
-        check_places(state_dict)
+        state_dict = weights_of(file, clean_names(weights), check_bytes)
     wrapper = content if weights_key is not None else {}
-    model_args = _find_model_args(wrapper)
-    config = plain_dict(wrapper.get("config")) or {}
+    model_args = _find_model_args(wrapper, file)
+    config = wrapper.get("config")
+    dataset = config.get("dataset") if isinstance(config, dict) else None
     return Checkpoint(
         path=path,
         state_dict=state_dict,
@@ -105,20 +103,24 @@ def read_checkpoint(path: str | Path, check_bytes: bool = True) -> Checkpoint:
         progress={
             key: number
             for key in ("iter_num", "step", "loss", "best_val_loss", "val_loss")
-            if (number := _number(wrapper.get(key))) is not None
+            if (number := _number(wrapper.get(key), file)) is not None
         },
         trainer=find_trainer(
             weights_key,
-            {str(key) for key in wrapper},
+            {key for key in wrapper if isinstance(key, str)},
             model_args,
-            has_config_object=isinstance(wrapper.get("config"), StandIn),
+            has_config_object=isinstance(config, StandIn),
             has_masks=len(state_dict) < len(weights),
             has_biases=any(name.endswith(".bias") for name in state_dict),
             is_tied="transformer.wte.weight" in state_dict and is_tied(state_dict),
         ),
-        dataset=dataset if isinstance(dataset := config.get("dataset"), str) else None,
+        dataset=dataset if isinstance(dataset, str) and len(dataset) <= MAX_NAME else None,
         is_pretrained=weights_key == "model_state_dict" and "loss" in wrapper and "config" not in wrapper,
-        other_keys=tuple(str(key) for key, value in wrapper.items() if key != weights_key and _holds_something(value)),
+        other_keys=tuple(
+            one_line(key, MAX_NAME)
+            for key, value in wrapper.items()
+            if isinstance(key, str) and key != weights_key and _holds_something(value)
+        ),
     )
 
 
@@ -135,14 +137,14 @@ def _naming(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: {error}") from None
 
 
-def _find_model_args(content: Mapping[str, Any]) -> dict[str, Any]:
+def _find_model_args(content: Mapping[str, Any], file: archive.Archive) -> dict[str, Any]:
     """The stated sizes, from a dict or from the attributes of a configuration object."""
     for key in MODEL_ARGS_KEYS:
         stated = content.get(key)
-        if (plain := plain_dict(stated.state if isinstance(stated, StandIn) else stated)) is not None:
+        if isinstance(plain := stated.state if isinstance(stated, StandIn) else stated, dict):
             wanted = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout")
             return {
-                name: _number(value, f"a {type(value).__name__}")
+                name: _number(value, file, f"a {kind_of(value)}")
                 for name in wanted
                 if (value := plain.get(name)) is not None
             }
@@ -152,15 +154,15 @@ def _find_model_args(content: Mapping[str, Any]) -> dict[str, Any]:
 NUMPY_FORMATS = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "u8": "Q", "u4": "I", "b1": "?"}
 
 
-def _number(value: Any, default: Any = None) -> int | float | Any:
+def _number(value: Any, file: archive.Archive, default: Any = None) -> int | float | Any:
     """A plain number from a number, a tensor of one element or a pickled NumPy scalar; else the default."""
     if isinstance(value, float) or (isinstance(value, int) and value.bit_length() < 64):
         return value
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        return _number(value.item(), default)
+    if isinstance(value, StoredTensor):
+        return default if (number := number_of(file, value)) is None else number
     if isinstance(value, StandIn) and len(value.args) == 2 and isinstance(value.args[0], StandIn):
         dtype, raw = value.args
-        code = NUMPY_FORMATS.get(str(dtype.args[0])) if dtype.args else None
+        code = NUMPY_FORMATS.get(dtype.args[0]) if dtype.args and isinstance(dtype.args[0], str) else None
         if code and isinstance(raw, bytes) and struct.calcsize(code) == len(raw):
             return struct.unpack("<" + code, raw)[0]
     return default

@@ -77,6 +77,8 @@ def heads_beside(path: Path, n_layer: int, n_embd: int) -> tuple[int, str] | Non
         UserError: it tells a model of other sizes.
     """
     config = path.with_name("config.json")
+    if not config.is_file():
+        return None
     try:
         with config.open("rb") as file:
             model = json.loads(file.read(MAX_CONFIG_BYTES))["model"]

@@ -20,13 +20,13 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
     """Write a model, its tokenizer and its card into an empty folder.
 
     Raises:
-        UserError: the disk is full.
+        OSError: the disk is full.
     """
     model = loaded.model
     try:
         model.save_pretrained(folder, max_shard_size=options.max_shard_size)
     except SafetensorError as error:  # its own form of a full disk
-        raise UserError(f"{folder}: cannot be written ({error})") from None
+        raise OSError(str(error)) from None
     for weights in folder.glob("*.safetensors"):  # which safetensors lets nobody read but their owner
         shutil.copymode(folder / "config.json", weights)
     save_tokenizer(loaded.tokenizer, folder)

@@ -32,13 +32,19 @@ def read_meta(path: Path) -> dict[str, int]:
         if not isinstance(character, str) or len(character) != 1:
             raise UserError(f"{path}: {character!r} in its 'stoi' is not one character")
         if not isinstance(number, int) or isinstance(number, bool):
-            raise UserError(f"{path}: the id of {character!r} is {number!r}, not an integer")
+            raise UserError(f"{path}: the id of {character!r} is {_shown(number)}, not an integer")
     _check_ids(path, stoi)
     if "itos" in meta and not _is_inverse(meta["itos"], stoi):
         raise UserError(f"{path}: its 'itos' is not the inverse of its 'stoi'")
-    if meta.get("vocab_size", len(stoi)) != len(stoi):
-        raise UserError(f"{path}: says vocab_size={meta['vocab_size']!r}, but has {len(stoi)} characters")
+    size = meta.get("vocab_size", len(stoi))
+    if size != len(stoi):
+        raise UserError(f"{path}: says vocab_size={_shown(size)}, but has {len(stoi)} characters")
     return stoi
+
+
+def _shown(value: Any) -> str:
+    """A value, or its kind where it holds others: printed, a few lists in each other could be longer than memory."""
+    return repr(value) if isinstance(value, str | int | float) else f"a {type(value).__name__}"
 
 
 def _check_ids(path: Path, stoi: Mapping[str, int]) -> None:

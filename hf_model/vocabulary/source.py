@@ -1,5 +1,6 @@
 """What `--tokenizer_path` names, or where a trainer put its vocabulary if nothing is named: a table of the kinds."""
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +10,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_model.errors import UserError, one_line
+from hf_model.folder_check import check_tokenizer_in
+from hf_model.tokenizer_check import check_tokenizer
 from hf_model.vocabulary.characters import (
     CHARACTERS,
     UNKNOWN,
@@ -19,7 +22,7 @@ from hf_model.vocabulary.characters import (
 )
 from hf_model.vocabulary.gpt2 import END_OF_TEXT, find_pair, other_half, read_pair, tiktoken_pair
 from hf_model.vocabulary.prompt import BOS, EOS, PAD, UNK, takes_instructions
-from hf_model.vocabulary.tokenizer import added_ids, check_vocabulary, read_tokenizer, wrap
+from hf_model.vocabulary.tokenizer import added_ids, check_vocabulary, no_panic_on_stderr, read_tokenizer, wrap
 
 AUTO = "auto"  # in place of a path: look where the trainer put it
 GPT2 = "gpt2"
@@ -185,13 +188,22 @@ def _of_name(name: str, model: Model, raw: bool) -> Vocabulary:
 
 
 def _of_auto_tokenizer(name: str, taken: str, model: Model, raw: bool, is_local: bool = False) -> Vocabulary:
+    if Path(name).is_dir():
+        check_tokenizer_in(Path(name))
     try:
         # A stranger's folder may name code of its own; the library would ask on the terminal whether to run it.
-        loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=is_local)
-    except Exception as error:  # whatever its files trip in the library
+        with no_panic_on_stderr():
+            loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=is_local)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # whatever its files trip in the library, whose panics are not even an Exception
         raise UserError(f"{name}: AutoTokenizer cannot load it ({one_line(error, 150)})") from None
     if not isinstance(loaded, PreTrainedTokenizerFast):
         raise UserError(f"{name}: is a {type(loaded).__name__}, which has no fast form (a tokenizer.json)")
+    try:
+        check_tokenizer(json.loads(loaded.backend_tokenizer.to_str()))
+    except ValueError as error:
+        raise UserError(f"{name}: is not a tokenizer for this model family ({error})") from None
     if is_of_characters(loaded):
         return _of_characters(loaded.get_vocab(), taken, model)
     known = {role: getattr(loaded, role) for role in ("eos_token", "pad_token", "unk_token")}

@@ -1,7 +1,9 @@
 """A `tokenizers` JSON file, as a `PreTrainedTokenizerFast` with the special tokens that its vocabulary has."""
 
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from hf_model.errors import UserError
+from hf_model.strict_json import parse_json
+from hf_model.tokenizer_check import check_tokenizer
 from hf_model.vocabulary.characters import UNKNOWN
 from hf_model.vocabulary.prompt import BOS, CHAT_TEMPLATE, EOS, INSTRUCTION, PAD, PROMPT_FORMAT, RAW, UNK
 
@@ -147,6 +151,19 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
         (folder / "special_tokens_map.json").write_text(json.dumps({"add_bos_token": True}) + "\n", encoding="utf-8")
 
 
+@contextmanager
+def no_panic_on_stderr() -> Iterator[None]:
+    """For a block that calls into Rust: a panic there prints dozens of lines before it becomes an exception here."""
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+        stderr = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
 def read_tokenizer(path: str | Path) -> Tokenizer:
     """The `tokenizers` object in a JSON file, after a check that it is one of this family's kind.
 
@@ -166,8 +183,9 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     try:
         text = raw.decode("utf-8")
-        kind = json.loads(text)["model"]["type"]
-    except (ValueError, TypeError, KeyError, RecursionError):
+        content = parse_json(text)
+        kind = content["model"]["type"]
+    except (ValueError, TypeError, KeyError):
         raise UserError(f"{path}: is not the JSON of a `tokenizers` tokenizer (Tokenizer.save writes one)") from None
     if kind != "BPE":
         raise UserError(
@@ -175,9 +193,11 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
             "give the folder that it is in, for AutoTokenizer)"
         )
     try:
-        backend = Tokenizer.from_str(text)
-        if getattr(backend.model, "unk_token", None) != UNKNOWN:  # which would refuse these characters
-            backend.decode(backend.encode("Response: a").ids)  # some damage shows only in use
+        check_tokenizer(content)
+        with no_panic_on_stderr():
+            backend = Tokenizer.from_str(text)
+            if getattr(backend.model, "unk_token", None) != UNKNOWN:  # which would refuse these characters
+                backend.decode(backend.encode("Response: a").ids)  # some damage shows only in use
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # tokenizers raises nothing narrower, and its panics are not even an Exception

@@ -152,7 +152,7 @@ class TestOverwrite:
         folder = convert(*files, tmp_path / "back", format="checkpoint")
         content = load(folder) | {"optimizer_state_dict": {"step": 1}}
         torch.save(content, folder / "ckpt.pt")
-        with pytest.raises(UserError, match=r"holds 'ckpt\.pt', which --overwrite would delete"):
+        with pytest.raises(UserError, match=r"'ckpt\.pt' is not what this program wrote, and --overwrite would delete"):
             convert(*files, folder, format="checkpoint", overwrite=True)
         assert load(folder).keys() == content.keys()
 

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_model.conversion import convert
+from hf_model.disk import MANIFEST
 from hf_model.errors import UserError
 from hf_model.formats.gguf_vocabulary import express
 from tests.formats.conftest import Exported
@@ -32,7 +33,7 @@ def run(path: Path, ids: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("gguf_type", ALLOWED)
 def test_gives_the_log_probabilities_of_the_plain_reference(shape: dict, gguf_type: str, export: Exported) -> None:
     folder, lines = export("gguf", shape, gguf_type=gguf_type)
-    assert {path.name for path in folder.iterdir()} == {f"model-{gguf_type}.gguf", "README.md"}
+    assert {path.name for path in folder.iterdir()} == {f"model-{gguf_type}.gguf", "README.md", MANIFEST}
     ids = torch.randint(shape.get("vocab_size", 300), (1, SIZES["block_size"]))
     torch.manual_seed(0)
     expected = gpt(**shape)(ids)[0][0].log_softmax(-1)

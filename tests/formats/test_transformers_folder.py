@@ -29,6 +29,7 @@ def read_json(path: Path) -> dict:
 class TestTheExampleFolder:
     def test_holds_these_files(self, capitals: Path) -> None:
         assert {file.name for file in capitals.iterdir()} == {
+            ".manifest.json",
             "README.md",
             "chat_template.jinja",
             "config.json",

@@ -328,7 +328,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         edit_json("tokenizer_config.json", tokenizer_class="Evil", auto_map={"AutoTokenizer": ["evil.Evil", None]}),
         "cannot be loaded .* custom code to be run",
     ),
-    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "cannot be loaded"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "holds no tokenizer"),
     "tokenizer.json cut short": (cut("tokenizer.json", 20_000), "cannot be loaded"),
     "a tokenizer of another model": (
         lambda folder: edited(folder / "tokenizer.json", lambda c: c["model"]["vocab"].update(more=1024)),

@@ -6,6 +6,7 @@ import os
 import pickle
 import struct
 import subprocess
+import tarfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -321,3 +322,147 @@ def test_a_very_long_name_makes_a_short_message(tmp_path: Path) -> None:
         read_checkpoint(path).architecture()
     assert len(str(raised.value)) <= MAX_MESSAGE
     assert str(raised.value).isprintable()
+
+
+class TestTheZipLayout:
+    """One directory, and entries that it alone tells of: what is scanned is what is loaded."""
+
+    def test_a_second_directory_is_not_taken(self, tmp_path: Path) -> None:
+        honest = save(tmp_path / "a.pt", {"model": weights()}).read_bytes()
+        other = save(tmp_path / "b.pt", {"model": weights(n_layer=1)}).read_bytes()
+        for content in (
+            honest + other,
+            honest + bytes(30),
+            other[: other.index(b"PK\x01\x02")] + honest,
+            honest + b"PK",
+        ):
+            path = tmp_path / "ckpt.pt"
+            path.write_bytes(content)
+            with pytest.raises(UserError, match=r"ckpt\.pt: (is damaged|holds entries)"):
+                read_checkpoint(path)
+
+    def test_names_that_differ_in_case_are_two_of_one_name(self, tmp_path: Path) -> None:
+        path = entries(save(tmp_path / "ckpt.pt", {"model": weights()}), ("ckpt/DATA.pkl", b"x"))
+        with pytest.raises(UserError, match="holds two entries of one name"):
+            read_checkpoint(path)
+
+    @pytest.mark.parametrize("old, new", [(b"ckpt/data/0FB", b"ckpt/data/1FB"), (b"PK\x03\x04", b"PK\x03\x05")])
+    def test_an_entry_s_own_header_must_agree(self, old: bytes, new: bytes, tmp_path: Path) -> None:
+        path = save(tmp_path / "ckpt.pt", {"model": weights()})
+        content = path.read_bytes()
+        at = content.rindex(old) if old in content else content.rindex(b"PK\x03\x04")
+        path.write_bytes(content[:at] + new + content[at + len(new) :])
+        with pytest.raises(UserError, match=r"ckpt\.pt: "):
+            read_checkpoint(path)
+
+
+MEGABYTE = b"X" + struct.pack("<I", 10**6) + bytes(10**6)
+ONES = b"K\x01" * 10**5
+
+
+def again(callable_name: bytes, value: bytes, argument: bytes = b"h\x02\x85") -> bytes:
+    """A call of one thing with one value a hundred thousand times over, which stand in the memo as 1 and 2."""
+    return b"c" + callable_name + b"\nq\x01" + value + b"q\x02" + (b"h\x01" + argument + b"R") * 10**5
+
+
+REPEATED = {
+    "a text encoded": again(b"_codecs\nencode", MEGABYTE, b"h\x02X\x06\x00\x00\x00latin1\x86"),
+    "a text in another codec": again(b"_codecs\nencode", MEGABYTE, b"h\x02X\x04\x00\x00\x00idna\x86"),
+    "a list made a size": again(b"torch\nSize", b"(" + ONES + b"l"),
+    "a list made a dict": again(b"collections\nOrderedDict", b"](" + b"K\x01K\x01\x86" * 10**5 + b"e"),
+    "a list made a set": again(b"__builtin__\nset", b"](" + ONES + b"e"),
+    "counters of counters": again(b"collections\nCounter", b"}", b"h\x02\x85Rq\x02h\x01h\x02\x85"),
+    "a size as a key": b"}ctorch\nSize\n(" + ONES + b"t\x85RK\x01s",
+}
+
+
+DOUBLED = doubling(60)
+CLASS = b"cm\nA\n"
+REPEATED |= {
+    "a class's arguments in a key": EMPTY_DICT + CLASS + DOUBLED + b"\x85RK\x01s",
+    "a NumPy number of such a type": EMPTY_DICT + b"X\x04\x00\x00\x00loss"
+    + b"cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\n" + DOUBLED + b"\x85RX\x01\x00\x00\x00a\x86Rs",
+    "a storage with a long tail": CLASS + b"q\x03(X\x07\x00\x00\x00storageh\x03X\x01\x00\x00\x000NK\x01"
+    + b"N" * 10**5 + b"tq\x02" + b"h\x02Q" * 10**5,
+    "a long name": b"cm\nA" + b"a" * 10**6 + b"\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("opcodes", REPEATED.values(), ids=REPEATED)
+def test_a_call_again_and_again_takes_no_more_than_its_bytes(opcodes: bytes, tmp_path: Path) -> None:
+    path = save_pickle(tmp_path / "ckpt.pt", PROTO + opcodes + STOP)
+    with bounded(), pytest.raises(UserError, match=r"ckpt\.pt: (is |holds )"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "older format"])
+@pytest.mark.parametrize("check_bytes", [True, False], ids=["checked", "not checked"])
+class TestStorages:
+    """What the file does not hold is in no weight, whether or not checksums are compared."""
+
+    def test_that_are_missing(self, is_zip: bool, check_bytes: bool, tmp_path: Path) -> None:
+        path = save(tmp_path / "ckpt.pt", {"model": weights()}, _use_new_zipfile_serialization=is_zip)
+        if is_zip:
+            rezip(path, {"data/3": None})
+        else:
+            path.write_bytes(path.read_bytes()[:-1000])
+        with bounded(), pytest.raises(UserError, match=r"ckpt\.pt: is damaged"):
+            read_checkpoint(path, check_bytes=check_bytes)
+
+    def test_that_are_smaller_than_claimed(self, is_zip: bool, check_bytes: bool, tmp_path: Path) -> None:
+        path = save(tmp_path / "ckpt.pt", {"a.weight": torch.ones(1000)}, _use_new_zipfile_serialization=is_zip)
+        small, large = b"M" + struct.pack("<H", 1000), b"J" + struct.pack("<i", 10**8)
+        if is_zip:
+            with zipfile.ZipFile(path) as archive:
+                content = archive.read("ckpt/data.pkl")
+            rezip(path, {"data.pkl": content.replace(small, large)})
+        else:
+            path.write_bytes(path.read_bytes().replace(small, large))
+        with bounded(), pytest.raises(UserError, match=r"ckpt\.pt: is damaged"):
+            read_checkpoint(path, check_bytes=check_bytes)
+
+    def test_of_which_a_weight_is_a_view_with_gaps(self, is_zip: bool, check_bytes: bool, tmp_path: Path) -> None:
+        honest = weights()
+        wide = torch.rand(300, 64)
+        content = {"model": honest | {NAME: wide[:, ::2]}, "model_args": {"n_head": 4}}
+        path = save(tmp_path / "ckpt.pt", content, _use_new_zipfile_serialization=is_zip)
+        read = read_checkpoint(path, check_bytes=check_bytes).state_dict[NAME]
+        assert torch.equal(read, wide[:, ::2]) and read.is_contiguous()
+
+    @pytest.mark.parametrize(
+        "view", [torch._neg_view, lambda w: torch.complex(w, w).conj()], ids=["negative", "conjugate"]
+    )
+    def test_of_which_a_weight_is_another_view(
+        self, view: Callable, is_zip: bool, check_bytes: bool, tmp_path: Path
+    ) -> None:
+        honest = weights()
+        content = {"model": honest | {NAME: view(honest[NAME])}}
+        path = save(tmp_path / "ckpt.pt", content, _use_new_zipfile_serialization=is_zip)
+        with pytest.raises(UserError, match=rf"ckpt\.pt: '{NAME}' is (the negative or conjugate view|not a dense)"):
+            read_checkpoint(path, check_bytes=check_bytes)
+
+    def test_that_two_weights_share(self, is_zip: bool, check_bytes: bool, tmp_path: Path) -> None:
+        wide = torch.rand(300, 64)
+        content = {"model": weights() | {NAME: wide[:, ::2], "lm_head.weight": wide[:, 1::2]}}
+        path = save(tmp_path / "ckpt.pt", content, _use_new_zipfile_serialization=is_zip)
+        with pytest.raises(UserError, match="share their values"):
+            read_checkpoint(path, check_bytes=check_bytes)
+
+
+def test_a_tar_file_of_the_older_names_is_not_opened(tmp_path: Path) -> None:
+    path = tmp_path / "ckpt.pt"
+    with tarfile.open(path, "w") as archive:
+        for name in ("pickle", "storages", "tensors"):
+            archive.addfile(tarfile.TarInfo(name))
+    with pytest.raises(UserError, match=r"is not a torch\.save checkpoint"):
+        read_checkpoint(path)
+
+
+def test_keys_of_storages_are_not_hashed_before_they_are_known_to_be_names(tmp_path: Path) -> None:
+    path = save(tmp_path / "ckpt.pt", {"model": {}}, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    none = PROTO + b"]q\x00" + STOP
+    assert none in content
+    path.write_bytes(content.replace(none, PROTO + b"]" + doubling(60) + b"a" + STOP))
+    with bounded(seconds=20), pytest.raises(UserError, match=r"ckpt\.pt: is damaged"):
+        read_checkpoint(path)

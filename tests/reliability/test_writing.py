@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from hf_model import folder
+from hf_model import disk
 from hf_model.conversion import convert
-from hf_model.disk import whole_folder
+from hf_model.disk import MANIFEST, whole_folder
 from hf_model.errors import UserError
 from tests.tiny import CHECKPOINT, ROOT, TOKENIZER
 
@@ -32,7 +32,7 @@ FILES = ("config.json", *(f"model-{i}.safetensors" for i in range(8)))
 def replaced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How a folder is replaced: where the system can swap two of them, and where it cannot."""
     if request.param == "in two steps":
-        monkeypatch.setattr(folder, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(disk, "_exchange", lambda one, other: False)
     elif sys.platform != "linux":
         pytest.skip("only Linux swaps folders")
     return request.param
@@ -47,8 +47,8 @@ def write(target: Path, content: str) -> None:
 
 def content_of(target: Path) -> str:
     """What a folder says, which must be whole."""
-    assert sorted(file.name for file in target.iterdir()) == sorted(FILES)
-    contents = {file.read_text() for file in target.iterdir()}
+    assert {file.name for file in target.iterdir()} == {*FILES, MANIFEST}
+    contents = {(target / name).read_text() for name in FILES}
     assert len(contents) == 1
     return contents.pop()
 
@@ -187,28 +187,12 @@ class TestLinks:
             convert(CHECKPOINT, TOKENIZER, tmp_path / "hf", overwrite=True)
         assert [file.read_text() for file in outside.iterdir()] == ["mine"]
 
-    @pytest.mark.parametrize("name", [".hf.partial", ".hf.replaced"])
-    def test_a_link_in_the_place_of_a_leftover_goes_but_not_what_it_leads_to(
-        self, name: str, outside: Path, tmp_path: Path
-    ) -> None:
-        write(tmp_path / "hf", "old")
-        (tmp_path / name).symlink_to(outside)
-        write(tmp_path / "hf", "new")
-        assert content_of(tmp_path / "hf") == "new"
-        assert list(tmp_path.iterdir()) == [tmp_path / "hf"]
-        assert [file.read_text() for file in outside.iterdir()] == ["mine"]
-
-    def test_links_in_a_replaced_folder_go_but_not_what_they_lead_to(self, outside: Path, tmp_path: Path) -> None:
+    def test_a_folder_with_a_link_in_it_is_not_replaced(self, outside: Path, tmp_path: Path) -> None:
         write(tmp_path / "hf", "old")
         (tmp_path / "hf" / "model.safetensors").symlink_to(outside / "config.json")
-        write(tmp_path / "hf", "new")
+        with pytest.raises(UserError, match=r"hf: holds 'model\.safetensors', which --overwrite would delete"):
+            write(tmp_path / "hf", "new")
         assert [file.read_text() for file in outside.iterdir()] == ["mine"]
-
-    def test_a_link_in_the_place_of_the_lock_is_refused(self, outside: Path, tmp_path: Path) -> None:
-        (tmp_path / ".hf.lock").symlink_to(outside / "new")
-        with pytest.raises(UserError, match="hf: cannot be written"), whole_folder(tmp_path / "hf"):
-            pass
-        assert [file.name for file in outside.iterdir()] == ["config.json"]
 
 
 class TestPlacesThatCannotBeWritten:

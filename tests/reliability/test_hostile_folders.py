@@ -1,0 +1,291 @@
+"""A folder or a tokenizer from a stranger asks for nothing but its own model, and leads nowhere else."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from hf_model import loading
+from hf_model.errors import UserError
+from hf_model.tokenizer_check import check_tokenizer
+from hf_model.vocabulary import read_tokenizer
+from tests.reliability.files import bounded
+from tests.tiny import TOKENIZER, save_tokenizer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(capitals: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(capitals, tmp_path / "hf")
+
+
+def say(folder: Path, name: str, **changes: object) -> None:
+    path = folder / name
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(content | changes))
+
+
+def load(folder: Path) -> tuple:
+    with bounded(seconds=30):
+        return loading.load(folder, None, device=CPU)
+
+
+class TestConfiguration:
+    @pytest.mark.parametrize(
+        "said",
+        [
+            {"is_encoder_decoder": True},
+            {"num_labels": 10**8},
+            {"transformers_weights": "../elsewhere.safetensors"},
+            {"pruned_heads": {"0": [0]}, "is_decoder": False, "chunk_size_feed_forward": 10**9},
+            {"temperature": "hot", "max_length": -1},
+            {"_name_or_path": "/etc", "torchscript": True, "output_attentions": True},
+        ],
+        ids=lambda said: next(iter(said)),
+    )
+    def test_what_the_model_has_no_use_for_is_named_and_ignored(self, said: dict, folder: Path) -> None:
+        say(folder, "config.json", **said)
+        with pytest.warns(UserWarning, match=rf'config\.json says .*"{next(iter(said))}".*: ignored'):
+            model, tokenizer = load(folder)
+        assert model.generate(tokenizer("the", return_tensors="pt").input_ids, max_new_tokens=2).shape[1] == 4
+
+    @pytest.mark.parametrize(
+        "said",
+        [
+            {"id2label": {str(i): "x" for i in range(20_000)}},
+            {"id2label": 10**8},
+            {"n_layer": "three"},
+            {"n_head": None},
+            {"n_embd": 1e30},
+            {"dtype": "eval"},
+            {"dtype": "float8_e4m3fn"},
+            {"vocab_size": 10**18},
+            {"layer_norm_epsilon": "x"},
+            {"activation_function": "exec"},
+            {"model_type": ["custom_gpt"]},
+        ],
+        ids=str,
+    )
+    def test_a_value_that_cannot_be_is_refused(self, said: dict, folder: Path) -> None:
+        say(folder, "config.json", **said)
+        with pytest.raises(UserError, match=f"^{folder}: "):
+            load(folder)
+
+    @pytest.mark.parametrize(
+        "name", ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"]
+    )
+    @pytest.mark.parametrize(
+        "content", ["[" * 10**5, "[]", "null", '{"a": 1e999}', '{"a": NaN}', "\xff", '{"n_layer": ']
+    )
+    def test_what_is_no_object_is_refused(self, name: str, content: str, folder: Path) -> None:
+        (folder / name).write_text(content, encoding="latin-1")
+        with pytest.raises(UserError, match=rf"cannot be loaded \({name}: "):
+            load(folder)
+
+
+class TestGeneration:
+    @pytest.mark.parametrize(
+        "said",
+        [
+            {"temperature": "hot"},
+            {"temperature": -1},
+            {"temperature": True},
+            {"top_k": -5},
+            {"top_k": 1.5},
+            {"top_p": 2},
+            {"repetition_penalty": 0},
+            {"max_new_tokens": 0},
+            {"max_new_tokens": "many"},
+            {"eos_token_id": "[EOS]"},
+            {"eos_token_id": [3, None]},
+            {"pad_token_id": -1},
+            {"bos_token_id": {}},
+            {"suppress_tokens": [10**7]},
+            {"suppress_tokens": "all"},
+            {"do_sample": "yes"},
+        ],
+        ids=str,
+    )
+    def test_a_value_that_cannot_be_is_named(self, said: dict, folder: Path) -> None:
+        say(folder, "generation_config.json", **said)
+        with pytest.raises(UserError, match=rf"generation_config\.json says {next(iter(said))}"):
+            load(folder)
+
+    @pytest.mark.parametrize(
+        "said",
+        [
+            {"num_beams": 10**6},
+            {"cache_implementation": "offloaded"},
+            {"stop_strings": ["a"]},
+            {"custom_generate": "evil"},
+            {"watermarking_config": {}, "penalty_alpha": 0.6},
+            {"max_length": "x"},
+            {"num_return_sequences": 10**9},
+            {"assistant_early_exit": 1, "bad_words_ids": [[]]},
+        ],
+        ids=lambda said: next(iter(said)),
+    )
+    def test_what_this_project_does_not_write_is_named_and_ignored(self, said: dict, folder: Path) -> None:
+        say(folder, "generation_config.json", **said)
+        with pytest.warns(UserWarning, match=rf'generation_config\.json says .*"{next(iter(said))}".*: ignored'):
+            model, tokenizer = load(folder)
+        assert model.generate(tokenizer("the", return_tensors="pt").input_ids, max_new_tokens=2).shape == (1, 4)
+
+    def test_the_folder_s_defaults_are_kept(self, folder: Path) -> None:
+        say(folder, "generation_config.json", temperature=0.25, top_k=7)
+        model, _ = load(folder)
+        assert (model.generation_config.temperature, model.generation_config.top_k) == (0.25, 7)
+
+    def test_without_a_file_the_ids_are_those_of_the_configuration(self, folder: Path) -> None:
+        (folder / "generation_config.json").unlink()
+        assert load(folder)[0].generation_config.eos_token_id == 3
+
+
+class TestPlaces:
+    @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "chat_template.jinja"])
+    def test_a_link_out_of_the_folder_is_not_followed(self, name: str, folder: Path, tmp_path: Path) -> None:
+        (folder / name).rename(tmp_path / name)
+        (folder / name).symlink_to(tmp_path / name)
+        with pytest.raises(UserError, match=f"'{name}' is a link that leads out of the folder"):
+            load(folder)
+
+    def test_a_snapshot_of_the_hub_s_cache_is_read(self, folder: Path, tmp_path: Path) -> None:
+        snapshot = tmp_path / "models--me--hf" / "snapshots" / "0"
+        blobs = tmp_path / "models--me--hf" / "blobs"
+        snapshot.mkdir(parents=True)
+        blobs.mkdir()
+        for file in folder.iterdir():
+            file.rename(blobs / file.name)
+            (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+        load(snapshot)
+
+    @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "model.safetensors"])
+    def test_a_pipe_does_not_keep_it_waiting(self, name: str, folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        with pytest.raises(UserError, match=f"{name}.* is not a regular file"):
+            load(folder)
+
+    @pytest.mark.parametrize("key", ["tokenizer_file", "vocab_file", "added_tokens_file", "cache_dir"])
+    def test_special_tokens_name_no_file(self, key: str, folder: Path) -> None:
+        say(folder, "special_tokens_map.json", **{key: "/etc/passwd"})
+        with pytest.raises(UserError, match=rf"special_tokens_map\.json says '{key}'"):
+            load(folder)
+
+    @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "evil.bin", 7, ""])
+    def test_the_weights_index_names_files_of_the_folder(self, name: object, folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        save_file(weights, folder / "model-00001-of-00001.safetensors", {"format": "pt"})
+        say(folder, "model.safetensors.index.json", weight_map=dict.fromkeys(weights, name))
+        with pytest.raises(
+            UserError, match=r"model\.safetensors\.index\.json names .*, which is no part of the folder"
+        ):
+            load(folder)
+
+    def test_an_adapter_s_other_model_is_not_loaded(self, folder: Path) -> None:
+        say(folder, "adapter_config.json", base_model_name_or_path="/elsewhere", peft_type="LORA")
+        with pytest.raises(UserError, match="holds an adapter, which names another model"):
+            load(folder)
+
+
+MILLION = "a" * 10**6
+TOKENIZERS: dict[str, Callable[[dict], object]] = {
+    "a normalizer that multiplies": lambda t: t.update(normalizer=replace("a", MILLION)),
+    "a chain that doubles": lambda t: t.update(
+        normalizer={"type": "Sequence", "normalizers": [replace("a", "aa")] * 12}
+    ),
+    "a long chain": lambda t: t.update(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}] * 1000}),
+    "chains in chains": lambda t: t.update(normalizer=chain(50)),
+    "a normalizer that puts a text in front": lambda t: t.update(normalizer={"type": "Prepend", "prepend": MILLION}),
+    "a pattern that backtracks": lambda t: t.update(pre_tokenizer=split("(a+)+$")),
+    "a pattern that backtracks, in a normalizer": lambda t: t.update(normalizer=replace_regex(r"(\w*)*x", "")),
+    "a pattern of repetitions": lambda t: t.update(pre_tokenizer=split("a{1,1000}{1,1000}")),
+    "a chain of pre-tokenizers that backtrack": lambda t: t.update(
+        pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "ByteLevel"}, split("(.*)*")]}
+    ),
+    "an empty pattern": lambda t: t.update(normalizer=replace("", "x")),
+    "a template that repeats the text": lambda t: t["post_processor"].update(
+        single=[{"Sequence": {"id": "A", "type_id": 0}}] * 10**5
+    ),
+    "a template of many tokens": lambda t: t["post_processor"]["special_tokens"]["[BOS]"].update(ids=[2] * 10**6),
+    "a decoder that multiplies": lambda t: t.update(decoder=replace("a", MILLION)),
+    "padding to a billion": lambda t: t.update(
+        padding={"strategy": {"Fixed": 10**9}, "direction": "Left", "pad_id": 1, "pad_type_id": 0, "pad_token": "x"}
+    ),
+    "a token of a megabyte": lambda t: t["added_tokens"][0].update(content=MILLION),
+    "an id of billions": lambda t: t["added_tokens"][0].update(id=2**32 - 1),
+    "a part of SentencePiece": lambda t: t.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+    "no part": lambda t: t.update(normalizer=[1]),
+    "a model that is none": lambda t: t.update(model={"type": "BPE"}),
+}
+
+
+def replace(text: str, content: str) -> dict:
+    return {"type": "Replace", "pattern": {"String": text}, "content": content}
+
+
+def replace_regex(expression: str, content: str) -> dict:
+    return {"type": "Replace", "pattern": {"Regex": expression}, "content": content}
+
+
+def split(expression: str) -> dict:
+    return {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
+
+
+def chain(depth: int) -> dict:
+    return {"type": "Sequence", "normalizers": [chain(depth - 1)]} if depth else {"type": "NFC"}
+
+
+@pytest.mark.parametrize("spoil", TOKENIZERS.values(), ids=TOKENIZERS)
+@pytest.mark.parametrize("is_folder", [False, True], ids=["file", "folder"])
+def test_a_tokenizer_that_would_take_time_or_memory_is_refused(
+    spoil: Callable, is_folder: bool, folder: Path, tmp_path: Path
+) -> None:
+    content = json.loads(TOKENIZER.read_text(encoding="utf-8"))
+    spoil(content)
+    path = (folder if is_folder else tmp_path) / "tokenizer.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with bounded(seconds=10), pytest.raises(UserError, match="tokenizer"):
+        load(folder) if is_folder else read_tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"normalizer": normalizers.NFC()},
+        {"normalizer": normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip()])},
+        {"normalizer": normalizers.Replace(" ", "▁")},
+        {"pre_tokenizer": None, "decoder": decoders.Fuse()},
+        {"pre_tokenizer": pre_tokenizers.Split(Regex("."), "isolated")},
+        {"pre_tokenizer": pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), "isolated")},
+        {
+            "pre_tokenizer": pre_tokenizers.Sequence(
+                [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            )
+        },
+    ],
+    ids=str,
+)
+def test_tokenizers_in_use_are_read(parts: dict, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(save_tokenizer(tmp_path / "tokenizer.json")))
+    for name, part in parts.items():
+        setattr(tokenizer, name, part)
+    check_tokenizer(json.loads(tokenizer.to_str()))
+
+
+@pytest.mark.parametrize("model", [models.Unigram([("a", 0.0)], 0), models.WordPiece({"a": 0}, unk_token="a")], ids=str)
+def test_other_models_are_looked_through_too(model: models.Model) -> None:
+    check_tokenizer(json.loads(Tokenizer(model).to_str()))
+
+
+def test_a_folder_of_this_project_says_nothing_new(capitals: Path, recwarn: pytest.WarningsRecorder) -> None:
+    load(capitals)
+    assert not [warning for warning in recwarn if "ignored" in str(warning.message)]
