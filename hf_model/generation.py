@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 from tokenizers.decoders import DecodeStream
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from hf_model.configuration_custom_gpt import CustomGPTConfig
@@ -41,14 +47,13 @@ class Sampling:
     """Whether the generator is left as the trainers' scripts leave it, which seed before they build the model."""
 
     def kwargs(self) -> dict[str, Any]:
-        """Arguments of `model.generate`, which wants the tokenizer too where there are stop strings."""
+        """Arguments of `model.generate`."""
         how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
         if self.temperature > 0:
             how = {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
         asked = {
             "min_p": self.min_p if self.temperature > 0 else 0.0,
             "num_beams": self.num_beams if self.num_beams > 1 else None,
-            "stop_strings": list(self.stop),
         }
         return {
             **how,
@@ -69,6 +74,28 @@ class Sampling:
             (n for stop in self.stop for n in range(1, len(stop)) if response.endswith(stop[:n])),
             default=0,
         )
+
+
+class StopTexts(StoppingCriteria):
+    """Ends a row whose new text holds a stop string.
+
+    The library's own criterion reads the prompt too, and cannot encode its test text with a vocabulary of characters.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: tuple[str, ...], start: int):
+        self.tokenizer, self.stop, self.start = tokenizer, stop, start
+        self.tail = (
+            max(len(text.encode()) for text in stop) + 4
+        )  # a token has a byte at least, a character four at most
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+        new = input_ids[:, max(self.start, input_ids.shape[1] - self.tail) :]  # (B, N)
+        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return torch.tensor([any(stop in text for stop in self.stop) for text in texts], device=input_ids.device)
+
+
+def stopping(tokenizer: PreTrainedTokenizerFast, sampling: Sampling, start: int) -> StoppingCriteriaList:
+    return StoppingCriteriaList([StopTexts(tokenizer, sampling.stop, start)] if sampling.stop else [])
 
 
 class TokenStream(BaseStreamer):
@@ -282,14 +309,14 @@ def generate(
                 streamer=stream if sampling.num_beams == 1 else None,  # which of the beams stays is known at the end
                 logits_processor=LogitsProcessorList([OnlyNumbers()]),
                 **sampling.kwargs(),
-                tokenizer=tokenizer,
+                stopping_criteria=stopping(tokenizer, sampling, len(prompt)),
             )  # (num_return_sequences, T + new)
             seconds = time.perf_counter() - start
     except KeyboardInterrupt:
         stream.end()
-        on_text("\n".join(text(_up_to(tokenizer.eos_token_id, row)) for row in stream.rows))
+        on_text("\n".join(text(_up_to(tokenizer, row, sampling)) for row in stream.rows))
         raise
-    rows = [_up_to(tokenizer.eos_token_id, row) for row in sequences[:, len(prompt) :].tolist()]
+    rows = [_up_to(tokenizer, row, sampling) for row in sequences[:, len(prompt) :].tolist()]
     return Generation(
         texts=[text(ids) for ids in rows],
         responses=[response(ids) for ids in rows],
@@ -322,9 +349,9 @@ def continue_prompts(
             attention_mask=attention_mask.to(model.device),
             logits_processor=LogitsProcessorList([OnlyNumbers()]),
             **sampling.kwargs(),
-            tokenizer=tokenizer,
+            stopping_criteria=stopping(tokenizer, sampling, width),
         )  # (B, T + new)
-    rows = [_up_to(tokenizer.eos_token_id, row) for row in sequences[:, width:].tolist()]
+    rows = [_up_to(tokenizer, row, sampling) for row in sequences[:, width:].tolist()]
     return [sampling.cut(bare_response(tokenizer, ids))[0] for ids in rows]
 
 
@@ -334,9 +361,18 @@ def bare_response(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
     return text.lstrip() if takes_instructions(tokenizer) else text
 
 
-def _up_to(eos_token_id: int | None, ids: list[int]) -> list[int]:
-    """The ids up to and including the first [EOS]; a sequence that ends before its neighbours is padded after it."""
-    return ids[: ids.index(eos_token_id) + 1] if eos_token_id in ids else ids
+def _up_to(tokenizer: PreTrainedTokenizerFast, ids: list[int], sampling: Sampling) -> list[int]:
+    """The ids up to the first end token or stop string; a sequence that ends before its neighbours is padded after it.
+
+    The library pads with -1 where there is no padding token.
+    """
+    if tokenizer.eos_token_id in ids:
+        ids = ids[: ids.index(tokenizer.eos_token_id) + 1]
+    ids = [token for token in ids if token >= 0]
+    if sampling.stop and sampling.cut(tokenizer.decode(ids, skip_special_tokens=True))[1]:
+        lengths = range(1, len(ids) + 1)
+        return ids[: next(n for n in lengths if sampling.cut(tokenizer.decode(ids[:n], skip_special_tokens=True))[1])]
+    return ids
 
 
 def _is_unfinished(tokenizer: PreTrainedTokenizerFast, ids: list[int], sampling: Sampling) -> bool:

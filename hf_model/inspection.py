@@ -22,7 +22,7 @@ from hf_model.training_data import Measurement, measure
 from hf_model.vocabulary import PAD, takes_instructions
 
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "tie_word_embeddings", "dropout")
-READ_KEYS = ("iter_num", "loss", "best_val_loss", "model_args")
+READ_KEYS = ("iter_num", "step", "loss", "best_val_loss", "val_loss", "model_args")
 
 
 @dataclass(frozen=True)

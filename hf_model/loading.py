@@ -150,6 +150,7 @@ def load_folder(
             report("tokenizer", _describe_vocabulary(vocabulary))
         if raw:
             tokenizer.init_kwargs[PROMPT_FORMAT] = RAW
+            tokenizer.chat_template = None
         if not takes_instructions(tokenizer):
             report("prompt", _describe_raw_prompt(tokenizer))
         return model, tokenizer

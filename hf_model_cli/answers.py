@@ -42,12 +42,21 @@ def content_of(tokenizer: PreTrainedTokenizerFast, prompt: str, input_text: str)
         return format_prompt(prompt, input_text)
     if input_text:
         raise UserError("argument --input_text: this model's prompts are raw text, which has no place for it")
+    return raw_text(prompt)
+
+
+def raw_text(prompt: str) -> str:
+    """Raw text as it was typed, or as it stands in the file that `FILE:path` names.
+
+    Raises:
+        UserError: the file cannot be read, or is empty.
+    """
     if not prompt.startswith(FROM_FILE):
         return prompt
     path = Path(prompt.removeprefix(FROM_FILE))
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # a NUL in the name, bytes that are no UTF-8
         raise UserError(f"argument --prompt: {path} cannot be read ({error})") from None
     if not text:
         raise UserError(f"argument --prompt: {path} is empty")
@@ -139,11 +148,12 @@ def token_table(tokens: Sequence[ScoredToken]) -> str:
 
 
 def score_text(args: argparse.Namespace, model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    is_raw = args.prompt is not None and not takes_instructions(tokenizer)
     score = scoring.score_text(
         model,
         tokenizer,
         args.score,
-        prompt=args.prompt,
+        prompt=raw_text(args.prompt) if is_raw else args.prompt,
         input_text=args.input_text,
         parse_special_tokens=args.parse_special_tokens,
         n_candidates=args.top_candidates,

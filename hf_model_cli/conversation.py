@@ -1,6 +1,7 @@
 """A prompt line: the model is loaded once, and each question answered on its own, as these models were fine-tuned."""
 
 import argparse
+import io
 import sys
 
 from transformers import PreTrainedTokenizerFast
@@ -49,11 +50,13 @@ class Conversation:
         """Carry out a command, and return what is to be said."""
         if name in SAMPLING or name == "seed":
             return self.set(name, value)
+        if name == "input" and value and not takes_instructions(self.tokenizer):
+            return "This model's prompts are raw text, which has no place for an input."
         if name == "input":
             self.args.input_text = value
             return f"input: {value or 'none'}"
         if name == "again" and self.question:
-            self.args.seed += 1
+            self.args.seed = (self.args.seed + 1) % 2**64
             self.answer()
             return f"(seed {self.args.seed})"
         if name == "again":
@@ -95,6 +98,8 @@ class Conversation:
 def converse(args: argparse.Namespace, model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     """Read questions and commands from standard input until it ends. Ctrl-C ends an answer or a line, nothing else."""
     is_terminal = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # as Python decodes an argument
     if readline is not None and is_terminal:
         prepare_readline()
     if not args.quiet:

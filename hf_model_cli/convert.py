@@ -133,6 +133,8 @@ def check_inspection(parser: Parser, args: argparse.Namespace) -> None:
     """Check the arguments on what the model has learnt, and that nothing is asked to be written that would not be."""
     if args.json and not args.inspect:
         parser.error("argument --json: goes with --inspect")
+    if args.inspect and args.format != "transformers":
+        parser.error("argument --format: not allowed with argument --inspect, which writes no folder")
     if args.inspect:
         for name in ("output_dir", "overwrite", "push_to_hub", "no_verify", "gguf_type", "quantization", "like"):
             if getattr(args, name):

@@ -187,6 +187,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("argument --num_return_sequences: must be at most --num_beams")
     if args.score is not None:
         check_score(parser, args)
+        args.prompt = read_standard_input(parser) if args.prompt == "-" else args.prompt
     elif args.prompts_file is not None:
         check_batch(parser, args)
     elif not args.interactive and args.prompt is None and is_terminal(sys.stdin):
@@ -228,6 +229,12 @@ def read_standard_input(parser: Parser) -> str:
 
 
 def check_interactive(parser: Parser, args: argparse.Namespace) -> None:
+    if sys.stdin is None or sys.stdin.closed:
+        parser.error("argument --interactive: standard input is closed")
+    if args.raw and args.input_text:
+        parser.error("argument --input_text: a raw prompt has no place for it")
+    if args.top_candidates:
+        parser.error("argument --top_candidates: not allowed with argument --interactive")
     for name in ("prompt", "prompts_file", "output_file", "score"):
         if getattr(args, name) is not None:
             parser.error(f"argument --{name}: not allowed with argument --interactive")

@@ -1,12 +1,15 @@
 """What generate.py stands on: sampling options and text that appears as it is generated."""
 
+import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from examples.plain_gpt import save_checkpoint
 from hf_model.errors import UserError
 from hf_model.generation import Generation, Sampling, TokenStream, encode, generate
 from hf_model.loading import load
@@ -39,8 +42,8 @@ class TestSampling:
         assert (how["do_sample"], how["temperature"], how["top_k"], how["top_p"]) == (False, None, None, None)
 
     def test_the_library_s_own_processors_are_asked_for_by_their_names(self) -> None:
-        how = Sampling(min_p=0.1, num_beams=3, stop=("x", "y")).kwargs()
-        assert (how["min_p"], how["num_beams"], how["stop_strings"]) == (0.1, 3, ["x", "y"])
+        how = Sampling(min_p=0.1, num_beams=3).kwargs()
+        assert (how["min_p"], how["num_beams"]) == (0.1, 3)
 
 
 class TestEncode:
@@ -124,6 +127,31 @@ class TestStop:
             stream._respond(piece)
         stream._respond("", is_last=True)
         assert given == shown
+
+
+class TestStopCriterion:
+    def test_a_stop_string_of_characters_ends_an_answer(self, tmp_path: Path) -> None:
+        stoi = {character: i for i, character in enumerate("\nab")}
+        (tmp_path / "meta.pkl").write_bytes(
+            pickle.dumps({"vocab_size": 3, "stoi": stoi, "itos": dict(enumerate("\nab"))})
+        )
+        save_checkpoint(tmp_path / "ckpt.pt", gpt(vocab_size=3, tied=True), iter_num=1)
+        model, of_characters = load(tmp_path / "ckpt.pt", tmp_path / "meta.pkl", device="cpu")
+        sampling = Sampling(temperature=1, max_new_tokens=200, num_return_sequences=4, stop=("ab", "ba"))
+        for how in (sampling, replace(sampling, num_beams=4)):
+            output = generate(model, of_characters, encode(of_characters, "a"), how, response_only=True)
+            assert all("ab" not in text and "ba" not in text for text in output.texts)
+            for ids, reason in zip(output.ids, output.finish_reasons, strict=True):
+                ended = of_characters.decode(ids).endswith(("ab", "ba"))
+                assert (reason == "stop") == ended and (ended or len(ids) == 200)
+
+    def test_a_stop_string_that_begins_in_the_prompt_ends_nothing(self, capitals: Path) -> None:
+        model, tokenizer = load(capitals, device="cpu")
+        prompt = encode(tokenizer, "Instruction: What is the capital of France? Response: Par")
+        how = Sampling(temperature=0, max_new_tokens=5, stop=("ris",))
+        output = generate(model, tokenizer, prompt, how, response_only=True)
+        assert output.responses == ["is"]
+        assert tokenizer.decode(output.ids[0]) == "is[EOS]"
 
 
 class TestGenerate:

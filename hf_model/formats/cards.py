@@ -5,6 +5,7 @@ from pathlib import Path
 from hf_model.description import describe_architecture
 from hf_model.formats.target import Options
 from hf_model.source import Loaded
+from hf_model.vocabulary import example_prompt, format_prompt, takes_instructions
 
 CARD = """\
 ---
@@ -28,7 +29,7 @@ def write_card(
 ) -> None:
     """Write the card of a model: `use` is how it is run, `notes` what its engine does otherwise than transformers."""
     config = loaded.model.config
-    fields = {"name": options.name, "block_size": config.block_size}
+    fields = {"name": options.name, "block_size": config.block_size, "prompt": repr(_example(loaded))}
     (folder / "README.md").write_text(
         CARD.format(
             library=library,
@@ -41,3 +42,11 @@ def write_card(
         ),
         encoding="utf-8",
     )
+
+
+def _example(loaded: Loaded) -> str:
+    """The text of a prompt that this model understands; "" where no tokenizer tells."""
+    if loaded.tokenizer is None:
+        return ""
+    prompt = example_prompt(loaded.tokenizer)
+    return format_prompt(prompt) if takes_instructions(loaded.tokenizer) else prompt

@@ -1,5 +1,6 @@
 """A CTranslate2 folder, made by its own converter from the stock GPT-2 folder."""
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -44,7 +45,7 @@ from transformers import AutoTokenizer
 generator = ctranslate2.Generator("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 
-prompt = tokenizer("Instruction: What is the capital of France? Response:").tokens()
+prompt = tokenizer({prompt}).tokens()
 result = generator.generate_batch([prompt], max_length={block_size} - len(prompt), include_prompt_in_result=False)[0]
 print(tokenizer.decode(result.sequences_ids[0], skip_special_tokens=True))
 ```"""
@@ -71,6 +72,7 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
         pad_vocabulary(stock, loaded.model.config.vocab_size)
         with blamed_on("CTranslate2 does not take the model"):
             run_converter(stock, made, options.quantization)
+        name_special_tokens(made / "config.json")
         for file in sorted(made.iterdir()):
             file.rename(folder / file.name)
     save_tokenizer(loaded.tokenizer, folder)
@@ -99,6 +101,14 @@ def pad_vocabulary(folder: Path, vocab_size: int) -> None:
     if names:
         tokenizer.add_tokens(names)
         tokenizer.save_pretrained(folder)
+
+
+def name_special_tokens(config: Path) -> None:
+    """Give the special tokens that a vocabulary lacks a name: CTranslate2 does not load a configuration without one."""
+    content = json.loads(config.read_text(encoding="utf-8"))
+    for role, name in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>")):
+        content[role] = content.get(role) or name
+    config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def run_converter(stock: Path, output: Path, quantization: str | None) -> None:

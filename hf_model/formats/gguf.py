@@ -100,6 +100,13 @@ llama = Llama("{file}", n_ctx={block_size})
 messages = [{{"role": "user", "content": "What is the capital of France?"}}]
 print(llama.create_chat_completion(messages)["choices"][0]["message"]["content"])
 ```"""
+USE_RAW = """\
+```python
+from llama_cpp import Llama  # pip install llama-cpp-python
+
+llama = Llama("{file}", n_ctx={block_size})
+print(llama({prompt}, max_tokens={block_size} // 2)["choices"][0]["text"])
+```"""
 PAST_CONTEXT = (
     "A prompt and its answer must fit in {block_size} tokens: the learned positions end there. llama.cpp does not go "
     "on with the last tokens, as the folder for transformers does. It ends its process past the positions, and it "
@@ -124,7 +131,7 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
     write_file(folder / file_name(options), model, options.gguf_type, vocabulary, options.name)
     notes = [*vocabulary.notes, gelu_note(model)]
     bos = TWICE.replace("{bos}", tokenizer.bos_token) if vocabulary.adds_bos else ""
-    use = USE.replace("{file}", file_name(options))
+    use = (USE if vocabulary.chat_template else USE_RAW).replace("{file}", file_name(options))
     library = "gguf"
     write_card(folder, loaded, options, f"GGUF ({options.gguf_type})", use, PAST_CONTEXT, bos, *notes, library=library)
     return [f"note: {note}" for note in notes if note]

@@ -43,7 +43,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 
-inputs = tokenizer("Instruction: What is the capital of France? Response:", return_tensors="pt")
+inputs = tokenizer({prompt}, return_tensors="pt")
 output = model.generate(**inputs)
 print(tokenizer.decode(output[0, inputs.input_ids.shape[1]:], skip_special_tokens=True))
 ```"""

@@ -53,7 +53,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 
 shapes = {{i.name: [int(s) if str(s).isdigit() else None for s in i.shape] for i in session.get_inputs()}}
 cache = {{name: np.zeros((1, shape[1], 0, shape[3]), np.float32) for name, shape in shapes.items() if len(shape) == 4}}
-ids = tokenizer("Instruction: What is the capital of France? Response:").input_ids
+ids = tokenizer({prompt}).input_ids
 new = ids
 while len(ids) < {block_size} and ids[-1] != tokenizer.eos_token_id:
     feed = {{"input_ids": np.array([new]), "attention_mask": np.ones((1, len(ids)), np.int64), **cache}}

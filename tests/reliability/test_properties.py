@@ -49,7 +49,10 @@ class Written:
             path = Path(folder) / "ckpt.pt"
             torch.save(self.content, path, _use_new_zipfile_serialization=self.is_zip)
             is_stated = "n_head" in self.content.get("model_args", {})
-            return load_original(path, tokenizer, n_head=None if is_stated else self.model.config.n_head)[0]
+            heads = None if is_stated else self.model.config.n_head
+            return load_original(path, tokenizer, n_head=heads, activation="gelu")[
+                0
+            ]  # a bare file with masks says tanh
 
 
 @st.composite
