@@ -72,7 +72,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
 
 def test_the_saved_folder_loads_as_a_converted_one_does(trained: tuple, capitals: Path) -> None:
     run, saved = trained
-    assert {file.name for file in capitals.iterdir()} - {"README.md", "special_tokens_map.json"} <= {
+    assert {file.name for file in capitals.iterdir()} - {"README.md", "special_tokens_map.json", ".manifest.json"} <= {
         file.name for file in saved.iterdir()
     }
     configs = [json.loads((folder / "config.json").read_text()) for folder in (capitals, saved)]
