@@ -9,14 +9,13 @@ import torch
 from hf_model.checkpoint import read_checkpoint
 from hf_model.errors import UserError
 from hf_model.formats.cards import write_card
-from hf_model.formats.target import Options, same_bits
+from hf_model.formats.target import TANH_GELU, Options, same_bits
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.source import Loaded, Source
 
 FILE = "ckpt.pt"
 ARGUMENTS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
 EXACT_GELU = ("gelu", "gelu_python")
-TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate")
 
 USE = {
     "original": """\

@@ -16,6 +16,7 @@ from hf_model.errors import UserError, one_line
 from hf_model.formats.cards import write_card
 from hf_model.formats.gguf_vocabulary import Vocabulary, express
 from hf_model.formats.target import (
+    TANH_GELU,
     MissingEngineError,
     Options,
     check,
@@ -49,7 +50,6 @@ NAMES = {
     "mlp.c_proj": "ffn_down",
 }
 # llama.cpp's GPT-2 computes the tanh form of GELU, whatever a file says.
-TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate")
 GELU = ("gelu", "gelu_python", *TANH_GELU)
 # What is allowed, of the spread. llama.cpp rounds activations too: to half precision in its GELU, to the matrices' type
 # in products. Measured: 0.002, 0.004 and 0.1; with half of the heads, 0.2 to 2.

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_model.errors import UserError, one_line
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 
+TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate")
 MAX_LOGITS = 2**27  # how many are compared: half a gigabyte on either side
 
 
