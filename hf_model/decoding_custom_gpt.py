@@ -1,28 +1,29 @@
 """What makes `generate` fast: a cache with room to grow and, on a CPU, a lean step that the cache carries.
 
-At each token the plain model spends much of its time on Python, masks and copies of its cache, and not every library
-reads a matrix for a single row as fast as the memory gives it. So `generate` hands a `GrowingCache` to every forward.
-For a model with nothing unusual about it (`is_plain`) it holds a `LeanStep`, the same computation with fewer operators,
-made once for each call of `generate`: between calls the weights may be exchanged, within one they must not be.
+`generate` hands a `GrowingCache` to every forward, so that no step copies the keys and values of those before. For a
+model with nothing unusual about it (`is_plain`) the cache holds a `LeanStep`, the same computation with fewer
+operators, made once for each call of `generate`: between calls the weights may be exchanged, within one they must not.
 CUSTOM_GPT_PLAIN_DECODE=1 in the environment leaves everything to the plain model.
 
 Which library multiplies was measured, on two cores of an AMD EPYC and of an Intel Xeon:
 
-| weights        | one row                     | a batch of steps, a window | other rows                            |
-|----------------|-----------------------------|----------------------------|---------------------------------------|
-| float32        | MKL, a part for each thread | oneDNN                     | MKL, up to 256 rows in parts          |
-| float32, Intel | MKL, to 3 rows or if SMALL  | oneDNN                     | MKL                                   |
-| half precision | PyTorch's own               | a float32 copy, kept       | a float32 copy of one matrix at a time |
-| PyTorch's own everywhere: other dtypes, no AVX, bfloat16 where the processor has instructions for it         |
+| weights        | one row                     | a batch of steps, a window | other rows              |
+|----------------|-----------------------------|----------------------------|-------------------------|
+| float32        | MKL, a part for each thread | oneDNN                     | MKL, up to 256 in parts |
+| float32, Intel | MKL, to 3 rows or if SMALL  | oneDNN                     | MKL                     |
+| half precision | FBGEMM                      | FBGEMM                     | FBGEMM                  |
+| PyTorch's own: other dtypes, no AVX; bfloat16 from 8 rows on where the processor has instructions for it |
 
 oneDNN keeps about a megabyte for each number of rows that it has met, so it gets those that come again and again.
 Parts and oneDNN add up in another order than the plain model: logits differ by rounding, in float32 by some 1e-6 of
-their spread. With weights in half precision, everything between the products is in float32.
+their spread. FBGEMM reads a packed float16 copy and computes in float32, as does all that stands between the products.
 """
 
 import os
 from collections.abc import Callable
-from typing import TypeGuard
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeGuard
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -34,52 +35,48 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 HALF = (torch.float16, torch.bfloat16)
 GELU = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}
 SMALL = 2**20  # weights; a matrix of fewer is MKL's on Intel's processors
-COPY_HEAD_AT = 24  # tokens of one sequence: from here on a second copy of the head's matrix pays
 
 
 class GrowingLayer(DynamicLayer):
-    """A layer whose keys and values are the beginning of larger tensors: new ones are written behind them."""
+    """A layer whose keys and values are the beginning of a larger tensor: new ones are written behind them."""
 
-    key_room: Tensor | None = None  # (B, nh, more than S, hs); the next token makes it where there is none
-    value_room: Tensor | None = None
+    room: Tensor | None = None  # keys and values (2, B, nh, more than S, hs); the next token makes it where it is None
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():  # there, nothing may be written over
             return super().update(key_states, value_states)
+        return self.add(torch.stack((key_states, value_states)))
+
+    def add(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values (B, nh, S, hs), the new ones of T tokens (2, B, nh, T, hs) behind the others."""
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        new, past = key_states.shape[2], self.get_seq_length()
-        self.key_room = with_room(self.key_room, self.keys, key_states, past)
-        self.value_room = with_room(self.value_room, self.values, value_states, past)
-        self.key_room.narrow(2, past, new).copy_(key_states)
-        self.value_room.narrow(2, past, new).copy_(value_states)
-        self.keys, self.values = (room.narrow(2, 0, past + new) for room in (self.key_room, self.value_room))
-        if self.keys.dtype == key_states.dtype:
-            return self.keys, self.values
-        return self.keys.to(key_states.dtype), self.values.to(key_states.dtype)
+            self.lazy_initialization(*states)
+        new, past = states.shape[3], self.get_seq_length()
+        if not self.has_room(states.dtype, past + new):
+            # In the wider of two dtypes: the lean step's keys are in float32 where a model's are not.
+            dtype = torch.promote_types(self.keys.dtype, states.dtype) if past else states.dtype
+            self.room = states.new_empty(*states.shape[:3], (past + new) * 5 // 4 + 32, states.shape[4], dtype=dtype)
+            if past:
+                self.room[0, :, :, :past], self.room[1, :, :, :past] = self.keys, self.values
+        self.room.narrow(3, past, new).copy_(states)
+        self.keys, self.values = self.room.narrow(3, 0, past + new).unbind()
+        return self.keys.to(states.dtype), self.values.to(states.dtype)
+
+    def has_room(self, dtype: torch.dtype, total: int) -> bool:
+        """Whether keys and values are still the beginning of the room, and there is room for new ones behind them."""
+        room = self.room
+        if room is None or room.shape[3] < total or room.dtype != torch.promote_types(room.dtype, dtype):
+            return False
+        if room.is_inference() != torch.is_inference_mode_enabled():  # or it could not be written to
+            return False
+        # `crop` leaves the states where they are. All other changes make new tensors of them.
+        starts = self.keys.data_ptr() == room[0].data_ptr() and self.values.data_ptr() == room[1].data_ptr()
+        return starts and (len(self.keys), self.keys.stride()) == (room.shape[1], room.stride()[1:])
 
     def __getstate__(self) -> dict[str, object]:
         """For copies: with a room in common, one would write over the other's tokens."""
         own = {name: getattr(self, name).clone() for name in ("keys", "values") if self.is_initialized}
-        return self.__dict__ | {"key_room": None, "value_room": None} | own
-
-
-def with_room(room: Tensor | None, states: Tensor, new: Tensor, past: int) -> Tensor:
-    """The room, if the states are its beginning and the new ones fit in behind them, or else a larger one."""
-    total, dtype = past + new.shape[2], torch.promote_types(states.dtype, new.dtype) if past else new.dtype
-    if (
-        room is not None
-        and room.shape[2] >= total
-        and room.dtype == dtype
-        and room.is_inference() == torch.is_inference_mode_enabled()  # or it could not be written to
-        # `crop` leaves the states where they are. All other changes make new tensors of them.
-        and (room.data_ptr(), room.stride(), len(room)) == (states.data_ptr(), states.stride(), len(states))
-    ):
-        return room
-    room = new.new_empty(*new.shape[:2], total + total // 4 + 32, new.shape[3], dtype=dtype)
-    if past:
-        room.narrow(2, 0, past).copy_(states)
-    return room
+        return self.__dict__ | {"room": None} | own
 
 
 class GrowingCache(DynamicCache):
@@ -94,25 +91,19 @@ class GrowingCache(DynamicCache):
             self.layers[i : i + 1] = [growing]
         self.step = LeanStep(model) if is_plain(model) else None
 
-    def logits(
-        self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        positions: Tensor,
-        keep: int | Tensor,
-        **others: object,
-    ) -> Tensor | None:
+    def logits(self, ids: Tensor | None, mask: Tensor | None, positions: Tensor, keep: Any, **others: Any) -> Any:
         """What the model's forward gives, by the lean step; None if it is not for that."""
-        if self.step is None or input_ids is None or not input_ids.is_cpu or torch.is_grad_enabled():
+        if self.step is None or ids is None or not ids.is_cpu or torch.is_grad_enabled():
             return None
         if type(keep) is not int or any(value is not None and value is not False for value in others.values()):
             return None  # something that only the plain model does
-        B, T = input_ids.shape
-        if attention_mask is not None and attention_mask.shape != (B, self.get_seq_length() + T):
+        B, T = ids.shape
+        if mask is not None and mask.shape != (B, self.get_seq_length() + T):
             return None
         if int(positions.max()) >= self.step.block_size:
             return None  # the plain model says what is wrong
-        return self.step(input_ids, attention_mask, positions, self, min(keep or T, T))
+        with torch.inference_mode():  # a little less to do for each operator
+            return self.step(ids, mask, positions, self, min(keep or T, T))
 
 
 def can_grow(cache: object) -> TypeGuard[DynamicCache]:
@@ -123,51 +114,78 @@ def can_grow(cache: object) -> TypeGuard[DynamicCache]:
 
 
 def settle(cache: object, dtype: torch.dtype) -> None:
-    """At the end of `generate`: a cache without a step, and in the dtype of the model, where the step has float32."""
+    """At the end of `generate`: no step, ordinary tensors, and the model's dtype, where the step has float32."""
     if isinstance(cache, GrowingCache):
         cache.step = None
     for layer in cache.layers if isinstance(cache, DynamicCache) else ():
-        if isinstance(layer, GrowingLayer) and layer.is_initialized and layer.keys.dtype != dtype:
-            layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
-            layer.key_room = layer.value_room = None
+        if isinstance(layer, GrowingLayer) and layer.is_initialized:
+            layer.keys, layer.values = (x.to(dtype, copy=x.is_inference()) for x in (layer.keys, layer.values))
+            layer.room = None
 
 
 Product = Callable[[Tensor], Tensor]  # (rows, in) -> (rows, out)
 
 
-def product(weight: Tensor, bias: Tensor | None, rows: int, regular: bool, copied: bool) -> Product:
-    """The product with a matrix (out, in), by the table above."""
+def has_avx() -> bool:
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+
+def product(layer: nn.Linear, matrix: Any, rows: int, regular: bool) -> Product:
+    """The product with a layer's weight (out, in), by the table above; `matrix` is FBGEMM's copy of it, if any."""
+    weight, bias = layer.weight, layer.bias
     # An older PyTorch, under which a converted folder may run, does not tell what the processor can do.
     processor: dict = getattr(torch.cpu, "get_capabilities", dict)()
-    has_avx = torch.backends.cpu.get_cpu_capability().startswith("AVX")
     has_mkl = torch.backends.mkl.is_available()
     has_onednn = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
     if weight.dtype in HALF:
-        if rows == 1 or not has_avx or (weight.dtype == torch.bfloat16 and processor.get("avx512_bf16", False)):
+        if matrix is None or (weight.dtype == torch.bfloat16 and rows >= 8 and processor.get("avx512_bf16", False)):
             return lambda x: F.linear(x.to(weight.dtype), weight, bias).float()
-        wide_bias = None if bias is None else bias.float()
-        if regular and rows <= 256:
-            return product(weight.float(), wide_bias, rows, regular, copied)
-        return lambda x: F.linear(x, weight.float(), wide_bias)
-    if weight.dtype == torch.float32 and has_avx:
+        multiply = torch.ops.quantized.linear_dynamic_fp16
+        return lambda x: multiply(x, matrix) if bias is None else multiply(x, matrix) + bias
+    if weight.dtype == torch.float32 and has_avx():
         is_intel = "Intel" in processor.get("cpu_name", "")
         divides = weight.is_contiguous() and len(weight) % torch.get_num_threads() == 0
         if has_mkl and not is_intel and divides and (rows == 1 or (rows <= 256 and not regular)):
-            return in_parts(weight, bias, copied)
+            return in_parts(weight, bias)
         if has_onednn and regular and not (has_mkl and is_intel and (rows <= 3 or weight.numel() < SMALL)):
             return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return lambda x: F.linear(x, weight, bias)
 
 
-def in_parts(weight: Tensor, bias: Tensor | None, copied: bool) -> Product:
-    """MKL by itself multiplies a matrix and a single row on one thread. `copied`: stored in the order of reading."""
+PACKED: WeakKeyDictionary[nn.Linear, tuple[Tensor, Any]] = WeakKeyDictionary()  # sums of a weight, FBGEMM's copy of it
+
+
+def packed(layers: list[nn.Linear]) -> dict[nn.Linear, Any]:
+    """FBGEMM's copies, each kept while its layer lives and its weight has the same sums, by rows and by columns.
+
+    To pack takes 1 s for 110M weights, to add them up 30 ms. None stands for what float16 does not hold.
+    """
+
+    weights = {layer: layer.weight.detach() for layer in layers}
+    usable = has_avx() and torch.backends.quantized.engine in ("x86", "fbgemm") and layers[0].weight.dtype in HALF
+    usable = usable and hasattr(torch.ops.quantized, "linear_prepack_fp16")
+    if not usable or any(w.shape[1] % 4 or w.storage_offset() % 4 or not w.is_contiguous() for w in weights.values()):
+        return {}
+
+    def pack(layer: nn.Linear) -> None:
+        wide = weights[layer].float()
+        fits = (wide - wide.half().float()).abs().max() <= wide.abs().max() * 2**-11
+        PACKED[layer] = sums[layer], torch.ops.quantized.linear_prepack_fp16(wide, None) if fits else None
+
+    fours = {layer: weight.view(torch.int64) for layer, weight in weights.items()}
+    sums = {layer: torch.cat([four.sum(0), four.sum(1)]) for layer, four in fours.items()}
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # FBGEMM packs on one thread
+        list(pool.map(pack, [x for x in layers if x not in PACKED or not torch.equal(PACKED[x][0], sums[x])]))
+    return {layer: PACKED[layer][1] for layer in layers}
+
+
+def in_parts(weight: Tensor, bias: Tensor | None) -> Product:
+    """MKL by itself multiplies a matrix and a single row on one thread."""
     n, (n_out, n_in) = torch.get_num_threads(), weight.shape
     parts = weight.view(n, n_out // n, n_in).transpose(1, 2)
-    parts = parts.contiguous() if copied else parts
 
     def multiply(x: Tensor) -> Tensor:
-        y = torch.bmm(x.expand(n, *x.shape), parts)  # (n, rows, out / n)
-        y = y.view(1, n_out) if len(x) == 1 else y.transpose(0, 1).reshape(-1, n_out)
+        y = torch.bmm(x.expand(n, *x.shape), parts).transpose(0, 1).reshape(-1, n_out)
         return y if bias is None else y + bias
 
     return multiply
@@ -184,37 +202,38 @@ class LeanStep:
         self.norms = [(self.norm(block.ln_1), self.norm(block.ln_2)) for block in decoder.h]
         self.ln_f = self.norm(decoder.ln_f)
         self.linears = [(h.attn.c_attn, h.attn.c_proj, h.mlp.c_fc, h.mlp.c_proj) for h in decoder.h]
-        self.known: dict[tuple[nn.Linear, int, bool, bool], list[Product]] = {}
-        self.tokens = 0  # of a single sequence
+        layers = [self.head, *(layer for linears in self.linears for layer in linears)]
+        self.packed = packed(layers)
+        self.known: dict[tuple[int, int, bool], tuple[list[list[Product]], Product]] = {}
 
     def norm(self, layer: nn.LayerNorm) -> Product:
+        shape, eps = layer.normalized_shape, layer.eps
         weight, bias = (None if p is None else p.to(self.dtype) for p in (layer.weight, layer.bias))
-        return lambda x: torch.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
+        return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
 
-    def products(self, linears: tuple[nn.Linear, ...], rows: int, regular: bool, copied: bool = False) -> list[Product]:
-        key = (linears[0], rows, regular, copied)
+    def products(self, rows: int, last: int, regular: bool) -> tuple[list[list[Product]], Product]:
+        """Of the layers, for so many rows, and of the head for its own."""
+        key = (rows, last, regular)
         if key not in self.known:
-            self.known[key] = [product(layer.weight, layer.bias, rows, regular, copied) for layer in linears]
+            blocks = [[product(x, self.packed.get(x), rows, regular) for x in linears] for linears in self.linears]
+            self.known[key] = blocks, product(self.head, self.packed.get(self.head), last, regular)
         return self.known[key]
 
-    def __call__(
-        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor, cache: GrowingCache, last: int
-    ) -> Tensor:
+    def __call__(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: GrowingCache, last: int) -> Tensor:
         """Logits (B, last, V) of the T given tokens, whose keys and values are added to the cache."""
-        (B, T), past = input_ids.shape, cache.get_seq_length()
+        (B, T), past = ids.shape, cache.get_seq_length()
         regular = T == 1 or T == self.block_size
-        mask = visible(attention_mask, T, past)
-        x = F.embedding(input_ids, self.wte).to(self.dtype) + F.embedding(position_ids, self.wpe).to(self.dtype)
+        blocks, head = self.products(B * T, B * last, regular)
+        seen = visible(mask, T, past)
+        x = F.embedding(ids, self.wte).to(self.dtype) + F.embedding(positions, self.wpe).to(self.dtype)
         x = x.view(B * T, -1)  # (B T, C)
-        for layer, linears, (ln_1, ln_2) in zip(cache.layers, self.linears, self.norms, strict=True):
-            c_attn, attn_proj, c_fc, mlp_proj = self.products(linears, B * T, regular)
-            query, key, value = c_attn(ln_1(x)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4).unbind()
-            key, value = layer.update(key, value)  # (B, nh, S, hs)
-            y = F.scaled_dot_product_attention(query, key, value, mask, 0.0, T > 1 and mask is None)
+        for layer, products, (ln_1, ln_2) in zip(cache.layers, blocks, self.norms, strict=True):
+            c_attn, attn_proj, c_fc, mlp_proj = products
+            qkv = c_attn(ln_1(x)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
+            key, value = layer.add(qkv[1:])  # (B, nh, S, hs)
+            y = F.scaled_dot_product_attention(qkv[0], key, value, seen, 0.0, T > 1 and seen is None)
             x = x + attn_proj(y.transpose(1, 2).reshape(B * T, -1))
             x = x + mlp_proj(F.gelu(c_fc(ln_2(x)), approximate=self.gelu))
-        self.tokens += B * T == 1
-        (head,) = self.products((self.head,), B * last, regular, B * T == 1 and self.tokens >= COPY_HEAD_AT)
         x = x.view(B, T, -1)[:, T - last :].reshape(B * last, -1)
         return head(self.ln_f(x)).view(B, last, -1)
 
@@ -246,12 +265,9 @@ def is_plain(model: PreTrainedModel) -> bool:
         and not {"forward", "prepare_inputs_for_generation"} & module.__dict__.keys()
         and not (module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl or module._buffers)
         and all(
-            name in ("weight", "bias")
-            and type(weight) is nn.Parameter
-            and weight.is_cpu
-            and weight.dtype == model.dtype
-            for name, weight in module._parameters.items()
-            if weight is not None
+            name in ("weight", "bias") and type(p) is nn.Parameter and p.is_cpu and p.dtype == model.dtype
+            for name, p in module._parameters.items()
+            if p is not None
         )
         for module in model.modules()
     )

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import pickle
 import threading
 import weakref
@@ -14,10 +15,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, LogitsProcessor
 
 from hf_model import CustomGPTConfig, CustomGPTForCausalLM, decoding_custom_gpt
-from hf_model.decoding_custom_gpt import COPY_HEAD_AT, GrowingCache, GrowingLayer, LeanStep, is_plain
+from hf_model.decoding_custom_gpt import PACKED, GrowingCache, GrowingLayer, LeanStep, is_plain, packed
 
 CONTEXT = 64
-ROUNDED = 4  # epsilons: the products of a single row in half precision round what they take and give
 
 
 def model_of(**config: Any) -> CustomGPTForCausalLM:
@@ -159,18 +159,6 @@ class TestFloat32:
         more = calls(lambda: one_way(model_of(), prompts(2), plain=False, max_new_tokens=3))
         assert more["mkldnn::_linear_pointwise"] == 2 * (3 * 4 + 1)
 
-    def test_on_amd_the_head_is_copied_once_it_pays(self, both_ways, lean, amd):
-        made = []
-        original = decoding_custom_gpt.in_parts
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                decoding_custom_gpt, "in_parts", lambda w, b, copied: (made.append(copied), original(w, b, copied))[1]
-            )
-            both_ways(model_of(), prompts(), max_new_tokens=COPY_HEAD_AT, do_sample=False)
-            assert True not in made
-            assert_rounding_apart(*both_ways(model_of(), prompts(), max_new_tokens=40, do_sample=False))
-            assert made.count(True) == 1
-
     @pytest.mark.parametrize("bias", [True, False])
     def test_by_onednn_alone(self, both_ways, lean, needs_the_products, no_mkl, bias):
         one, other = both_ways(model_of(bias=bias), prompts(), max_new_tokens=40, do_sample=False)
@@ -245,7 +233,7 @@ def test_float64_is_float64_throughout(both_ways, lean):
     assert lean == [9] + 9 * [1]
 
 
-def compare_with_float32(model: CustomGPTForCausalLM, ids: torch.Tensor, *, epsilons: float = 2, **options: Any) -> Any:
+def compare_with_float32(model: CustomGPTForCausalLM, ids: torch.Tensor, *, epsilons: int = 2, **options: Any) -> Any:
     """Generate, and compare with full forward passes of the plain float32 model with the same weights."""
     options = {"attention_mask": torch.ones_like(ids), "do_sample": False, **options}
     output = model.generate(ids, return_dict_in_generate=True, output_logits=True, pad_token_id=1, **options)
@@ -261,6 +249,14 @@ def compare_with_float32(model: CustomGPTForCausalLM, ids: torch.Tensor, *, epsi
     return output
 
 
+needs_fbgemm = pytest.mark.skipif(
+    not torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    or torch.backends.quantized.engine not in ("x86", "fbgemm"),
+    reason="FBGEMM needs AVX2",
+)
+
+
+@needs_fbgemm
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 class TestHalfPrecision:
     @pytest.fixture(autouse=True)
@@ -274,14 +270,13 @@ class TestHalfPrecision:
             model_of(bias=bias, activation_function=activation).to(dtype),
             prompts(),
             max_new_tokens=40,
-            epsilons=ROUNDED,
         )
         assert lean == [9] + 39 * [1]
         assert {layer.keys.dtype for layer in output.past_key_values.layers} == {dtype}
         assert output.past_key_values.get_seq_length() == 9 + 39
 
     def test_past_the_context_the_window_is_lean_too(self, lean, dtype):
-        compare_with_float32(model_of().to(dtype), prompts(), max_new_tokens=CONTEXT, epsilons=ROUNDED)
+        compare_with_float32(model_of().to(dtype), prompts(), max_new_tokens=CONTEXT)
         assert lean == [9] + (CONTEXT - 9) * [1] + 8 * [CONTEXT]
 
     def test_several_answers(self, lean, dtype):
@@ -293,11 +288,60 @@ class TestHalfPrecision:
         compare_with_float32(model_of().to(dtype), prompts(3), max_new_tokens=40, **padded())
         assert lean == [9] + 39 * [1]
 
-    def test_more_rows_round_nothing_but_the_weights(self, one_way, dtype):
+    @pytest.mark.parametrize("rows", [1, 2])
+    def test_nothing_is_rounded_but_the_weights(self, one_way, dtype, rows):
         model = model_of().to(dtype)
-        logits = one_way(model, prompts(2), plain=False, max_new_tokens=1).logits[0]
-        exact = one_way(model.float(), prompts(2), plain=True, max_new_tokens=1).logits[0]
-        torch.testing.assert_close(logits, exact, rtol=0, atol=1e-5 * float(exact.std()))
+        tokens = {"max_new_tokens": 2, "do_sample": False}
+        logits = one_way(model, prompts(rows), plain=False, **tokens).logits
+        exact = one_way(model.float(), prompts(rows), plain=True, **tokens).logits
+        for one, expected in zip(logits, exact, strict=True):
+            torch.testing.assert_close(one, expected, rtol=0, atol=1e-5 * float(expected.std()))
+
+    @pytest.mark.parametrize("change", [torch.neg, lambda weight: weight.flip(0), lambda weight: weight.flip(1)])
+    def test_changed_weights_are_seen_by_the_next_call(self, dtype, change):
+        model = model_of().to(dtype)
+        before = model.generate(prompts(), max_new_tokens=10, do_sample=False, pad_token_id=1)
+        model.lm_head.weight.data.copy_(change(model.lm_head.weight.data).clone())
+        after = compare_with_float32(model, prompts(), max_new_tokens=10)
+        assert not torch.equal(after.sequences, before)
+
+    def test_the_packed_weights_are_made_once_and_go_with_the_model(self, dtype):
+        model = model_of().to(dtype)
+        (first,) = packed([model.lm_head]).values()
+        assert first is not None
+        assert packed([model.lm_head])[model.lm_head] is first
+        gone = weakref.ref(model.lm_head)
+        del model, first
+        gc.collect()
+        assert gone() is None and not any(layer.out_features == 500 for layer in PACKED)
+
+    def test_embeddings_are_added_in_float32(self, dtype):
+        model = model_of().to(dtype)
+        model.transformer.wte.weight.data[:] = 1024  # which LayerNorm takes away again
+        compare_with_float32(model, prompts(), max_new_tokens=10)
+
+    @pytest.mark.parametrize("missing", ["engine", "operator", "order"])
+    def test_without_fbgemm_the_products_are_pytorchs_own(self, one_way, lean, monkeypatch, dtype, missing):
+        model = model_of().to(dtype)
+        if missing == "engine":
+            monkeypatch.setattr(torch.backends.quantized.__class__, "engine", "qnnpack", raising=False)
+        elif missing == "operator":
+            monkeypatch.setattr(torch.ops, "quantized", object())
+        else:
+            model.lm_head.weight.data = model.lm_head.weight.data.t().contiguous().t()
+        assert packed([model.lm_head]) == {}
+        # PyTorch's own products round what they take and give.
+        compare_with_float32(model, prompts(), max_new_tokens=10, epsilons=8)
+        assert lean == [9] + 9 * [1]
+
+    @pytest.mark.parametrize("change", [65536.0, float("inf"), float("nan")], ids=str)
+    def test_a_matrix_that_float16_does_not_hold_is_left_to_the_plain_product(self, both_ways, dtype, change):
+        model = model_of().to(dtype)
+        model.transformer.h[1].mlp.c_fc.weight.data[5, 5] = change
+        assert packed([model.transformer.h[1].mlp.c_fc]) == {model.transformer.h[1].mlp.c_fc: None}
+        one, other = both_ways(model, prompts(), max_new_tokens=3, do_sample=False)
+        for logits, expected in zip(one.logits, other.logits, strict=True):
+            assert torch.equal(logits.isnan(), expected.isnan())
 
     def test_it_is_nearer_to_float32_than_the_plain_model(self, both_ways, one_way, dtype):
         model = model_of().to(dtype)
@@ -318,6 +362,34 @@ class TestHalfPrecision:
         with torch.no_grad():  # and so does the plain model
             model(rest[:, -1:], past_key_values=half.past_key_values)
         assert half.past_key_values.layers[0].values.dtype == dtype
+
+
+@needs_fbgemm
+@pytest.mark.parametrize(
+    "dtype, largest, fits",
+    [
+        (torch.float16, 0.0, True),
+        (torch.float16, 2**-24, True),
+        (torch.float16, 65504.0, True),
+        (torch.float16, float("inf"), False),
+        (torch.float16, float("nan"), False),
+        (torch.bfloat16, 0.0, True),
+        (torch.bfloat16, 2**-14, True),
+        (torch.bfloat16, 1.0078125 * 2**-18, False),  # between two of float16's steps of 2^-24
+        (torch.bfloat16, 65280.0, True),
+        (torch.bfloat16, 65536.0, False),
+        (torch.bfloat16, float("inf"), False),
+        (torch.bfloat16, float("nan"), False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_float16_holds(dtype, largest, sign, fits):
+    layer = torch.nn.Linear(4, 3, bias=False, dtype=dtype)
+    layer.weight.data[:] = 0
+    layer.weight.data[1, 2] = sign * largest
+    assert math.isnan(largest) or abs(layer.weight[1, 2].item()) == largest
+    assert (packed([layer])[layer] is not None) == fits
 
 
 def test_many_rows_of_bfloat16_are_bfloat16s_own_where_the_processor_has_them(one_way, processor):
@@ -680,7 +752,7 @@ class TestGrowingLayer:
         places = set()
         for _ in range(500):
             self.add(pair, 1, 1)
-            places.add(pair[0].layers[0].key_room)
+            places.add(pair[0].layers[0].room)
         assert len(places) < 12
 
     @pytest.mark.parametrize(
