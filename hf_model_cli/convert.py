@@ -30,15 +30,20 @@ from hf_model_cli.common import (
     vocabulary_of,
 )
 
+# How a format is tried; {ask} is what a server of raw text is asked with, since its chats would have no template.
 TRY_IT = {
     "transformers": """\
   {command} --checkpoint_path {path} --prompt {prompt}
-  pip install "transformers[serving]" && transformers serve {path} --trust-remote-code""",
+  pip install "transformers[serving]" && transformers serve {path} --trust-remote-code{ask}""",
     "gpt2": """\
-  pip install "transformers[serving]" && transformers serve {path}""",
+  pip install "transformers[serving]" && transformers serve {path}{ask}""",
     "gguf": """\
-  llama-server --model {path}/model-{type}.gguf --ctx-size 0 --jinja""",
+  llama-server --model {path}/model-{type}.gguf --ctx-size 0{ask}""",
 }
+N_TOKENS = 20  # asked for; engines but transformers end with the context
+PORTS = {"transformers": 8000, "gpt2": 8000, "gguf": 8080}
+ASK = """
+  curl http://localhost:{port}/v1/completions -H "Content-Type: application/json" -d {body}"""
 
 
 def shard_size(text: str) -> str:
@@ -155,8 +160,6 @@ def run(args: argparse.Namespace) -> None:
         from transformers.utils import logging
 
         from hf_model.conversion import convert, push
-        from hf_model.loading import load_tokenizer
-        from hf_model.vocabulary import example_prompt
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -185,14 +188,32 @@ def run(args: argparse.Namespace) -> None:
         report_page=args.report,
         report=say,
     )
-    if hint := TRY_IT.get(args.format):
-        path, prompt = shlex.quote(str(folder)), ""
-        if args.format == "transformers":
-            prompt = quoted(example_prompt(load_tokenizer(folder)))
-        command = "python generate.py" if Path(sys.argv[0]).suffix == ".py" else "custom-gpt-generate"
-        say("\nTry it:\n" + hint.format(path=path, type=args.gguf_type or "f32", command=command, prompt=prompt))
+    if args.format in TRY_IT:
+        say(f"\nTry it:\n{how_to_try(args, folder)}")
     if args.push_to_hub:
         say(f"\npushed        {push(folder, args.push_to_hub)}")
+
+
+def how_to_try(args: argparse.Namespace, folder: Path) -> str:
+    """Commands for the folder just written, for prompts of the model's own kind."""
+    from hf_model.source import Source
+    from hf_model.vocabulary import example_prompt, takes_instructions
+
+    how = {"n_head": args.n_head, "characters_of": args.characters_of, "raw": args.raw}
+    tokenizer = Source(Path(args.checkpoint_path), args.vocabulary, **how).vocabulary().tokenizer
+    prompt = example_prompt(tokenizer)
+    if takes_instructions(tokenizer):
+        ask = " --jinja" if args.format == "gguf" else ""
+    else:
+        body = json.dumps({"model": str(folder), "prompt": prompt, "max_tokens": N_TOKENS})
+        ask = ASK.format(port=PORTS[args.format], body=shlex.quote(body))
+    return TRY_IT[args.format].format(
+        command="python generate.py" if Path(sys.argv[0]).suffix == ".py" else "custom-gpt-generate",
+        path=shlex.quote(str(folder)),
+        prompt=quoted(prompt),
+        type=args.gguf_type or "f32",
+        ask=ask,
+    )
 
 
 def quoted(prompt: str) -> str:

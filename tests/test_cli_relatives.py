@@ -159,6 +159,24 @@ class TestConvert:
         )
         assert process.stdout == continued(nano[0], "\n", 150)[1:] + "\n"
 
+    @pytest.mark.parametrize("format", ["transformers", "gpt2", "gguf"])
+    def test_it_suggests_to_ask_a_server_for_a_completion_since_there_is_no_chat_template(
+        self, format: str, call: Callable, tmp_path: Path
+    ) -> None:
+        if format == "gguf":
+            pytest.importorskip("gguf")
+        folder = tmp_path / "my model"
+        status, out, _ = call(convert_checkpoint, "--output_dir", str(folder), "--format", format, "--no_verify")
+        assert status == 0
+        command, body = out.strip().splitlines()[-1].split(" -d ")
+        assert command.strip().startswith("curl http://localhost:")
+        assert "/v1/completions " in command
+        assert "--jinja" not in out
+        (sent,) = shlex.split(body)
+        request = json.loads(sent)
+        assert (request["model"], request["max_tokens"]) == (str(folder), 20)
+        assert request["prompt"] and set(request["prompt"]) <= set(CHARACTERS)
+
     @pytest.mark.parametrize("script", [generate, convert_checkpoint])
     def test_a_missing_default_names_the_checkpoints_that_are_there(
         self, script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture

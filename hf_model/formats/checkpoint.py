@@ -24,6 +24,10 @@ Give the file to the fine-tuning script in place of the pre-trained checkpoint: 
     "nanogpt": """\
 Put the file into nanoGPT's `out_dir` and start `train.py` with `--init_from=resume`.""",
 }
+PAST_CONTEXT = (
+    "Past its context the trainer's own `generate` goes on with the last {block_size} tokens, as the folder for "
+    "transformers does."
+)
 NO_TRAINING_STATE = {
     "original": (
         "The state of the optimizer is gone: there is no `optimizer_state_dict`. Start a new optimizer and warm up the "
@@ -46,7 +50,8 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
     notes = [*check_expressible(loaded.model, options.like), NO_TRAINING_STATE[options.like]]
     progress = loaded.checkpoint.progress if loaded.checkpoint is not None else {}
     torch.save(content(loaded.model, progress, options.like), folder / FILE)
-    write_card(folder, loaded, options, "a checkpoint of its trainer", USE[options.like], *notes, library="pytorch")
+    use = USE[options.like]
+    write_card(folder, loaded, options, "a checkpoint of its trainer", use, PAST_CONTEXT, *notes, library="pytorch")
     return [f"note: {note}" for note in notes]
 
 

@@ -1,12 +1,10 @@
 """A stock GPT-2 folder: loads as `GPT2LMHeadModel` wherever GPT-2 does, without custom code."""
 
 import copy
-import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError
@@ -15,20 +13,20 @@ from hf_model.formats.target import (
     Options,
     blamed_on,
     check,
-    check_ids,
+    check_tokenizer,
     difference,
-    encode,
     exact,
     in_float32,
     logits_of,
     n_compared,
     probe_ids,
     same_bits,
+    save_weights,
 )
 from hf_model.loading import default_generation
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.source import Loaded, Source
-from hf_model.vocabulary import probes, save_tokenizer
+from hf_model.vocabulary import save_tokenizer
 
 TRANSPOSED = (
     ".c_attn.weight",
@@ -58,17 +56,12 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
     """Write the folder: configuration, weights, generation settings, tokenizer and card.
 
     Raises:
-        UserError: the disk is full.
+        OSError: the disk is full.
     """
     model, tokenizer, *_ = loaded
     stock = stock_model(model)
     stock.generation_config = stock_generation(model, loaded)
-    try:
-        stock.save_pretrained(folder, max_shard_size=options.max_shard_size)
-    except SafetensorError as error:  # its own form of a full disk
-        raise UserError(f"{folder}: cannot be written ({error})") from None
-    for weights in folder.glob("*.safetensors"):  # which safetensors lets nobody read but their owner
-        shutil.copymode(folder / "config.json", weights)
+    save_weights(stock, folder, options.max_shard_size)
     save_tokenizer(tokenizer, folder)
     write_card(folder, loaded, options, "stock GPT-2, which needs no custom code", USE, PAST_CONTEXT)
     return []
@@ -135,12 +128,9 @@ def verify(folder: Path, source: Source, options: Options) -> str:
     model, tokenizer, *_ = source.load()
     with blamed_on(f"{folder}: cannot be read back"):
         stock = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
-        stock_tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not isinstance(stock, GPT2LMHeadModel) or stock.dtype != model.dtype:
         raise UserError(f"{folder}: came back as {type(stock).__name__} in {stock.dtype}")
-    texts = probes(tokenizer)
-    for text in texts:
-        check_ids(text, encode(tokenizer, text), encode(stock_tokenizer, text))
+    texts_encoded = check_tokenizer(folder, tokenizer)
     written = stock.state_dict()
     expected = stock_weights(model)
     for name, tensor in expected.items():
@@ -150,10 +140,8 @@ def verify(folder: Path, source: Source, options: Options) -> str:
     ids, keep = probe_ids(model), n_compared(model)
     found = difference(logits_of(in_float32(model), ids, keep), logits_of(stock.float(), ids, keep))
     check(found, exact(found), "the logits")
-    return (
-        f"{len(expected)} tensors equal bit for bit{options.to_rounded()}, {found.words('the logits')}, "
-        f"{len(texts)} texts encoded the same"
-    )
+    tensors = f"{len(expected)} tensors equal bit for bit{options.to_rounded()}"
+    return f"{tensors}, {found.words('the logits')}, {texts_encoded}"
 
 
 __all__ = ["stock_config", "stock_model", "verify", "write"]

@@ -2,16 +2,20 @@
 
 import copy
 import importlib.util
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_model.errors import UserError, one_line
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
+from hf_model.vocabulary import probes
 
 TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate")
 MAX_LOGITS = 2**27  # how many are compared: half a gigabyte on either side
@@ -66,6 +70,20 @@ def blamed_on(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise UserError(f"{what} ({one_line(error, 300)})") from None
+
+
+def save_weights(model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:
+    """`save_pretrained`, with its errors and the rights of its files like those of any other writing.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    try:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+    except SafetensorError as error:  # its own form of a full disk
+        raise OSError(str(error)) from None
+    for weights in folder.glob("*.safetensors"):  # which safetensors lets nobody read but their owner
+        shutil.copymode(folder / "config.json", weights)
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -153,6 +171,19 @@ def check_ids(text: str, expected: list[int], got: list[int]) -> None:
     """
     if expected != got:
         raise UserError(f"the tokenizer encodes {text!r} as {got[:20]}, its source as {expected[:20]}")
+
+
+def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Check that the tokenizer in a folder encodes the probes as its source does; how many those are, in words.
+
+    Raises:
+        UserError: it does not.
+    """
+    written = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    texts = probes(tokenizer)
+    for text in texts:
+        check_ids(text, encode(tokenizer, text), encode(written, text))
+    return f"{len(texts)} texts encoded the same"
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

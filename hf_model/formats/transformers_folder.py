@@ -1,15 +1,13 @@
 """The folder that transformers' Auto classes load: its files, and the comparison with the source."""
 
-import shutil
 from pathlib import Path
 
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_model.description import rounding, widest
 from hf_model.errors import UserError
 from hf_model.formats.model_card import model_card
-from hf_model.formats.target import Options, same_bits
+from hf_model.formats.target import Options, same_bits, save_weights
 from hf_model.source import Loaded, Source
 from hf_model.vocabulary import probes, save_tokenizer
 
@@ -23,12 +21,7 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
         OSError: the disk is full.
     """
     model = loaded.model
-    try:
-        model.save_pretrained(folder, max_shard_size=options.max_shard_size)
-    except SafetensorError as error:  # its own form of a full disk
-        raise OSError(str(error)) from None
-    for weights in folder.glob("*.safetensors"):  # which safetensors lets nobody read but their owner
-        shutil.copymode(folder / "config.json", weights)
+    save_weights(model, folder, options.max_shard_size)
     save_tokenizer(loaded.tokenizer, folder)
     card = model_card(model.config, options.name, options.rounded, loaded.tokenizer)
     (folder / "README.md").write_text(card, encoding="utf-8")

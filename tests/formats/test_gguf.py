@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_model.conversion import convert
 from hf_model.disk import MANIFEST
@@ -55,13 +55,27 @@ def example(capitals: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestTheExample:
-    def test_answers_a_chat_by_its_own_template(self, example: Path) -> None:
-        llama = llama_cpp.Llama(str(example), n_ctx=64, verbose=False)
-        messages = [{"role": "user", "content": "What is the capital of France?"}]
-        completion = llama.create_chat_completion(messages, temperature=0)
-        assert completion["choices"][0]["message"]["content"].strip() == "Paris"
-        assert completion["choices"][0]["finish_reason"] == "stop"
-        assert completion["usage"]["prompt_tokens"] == 12  # one [BOS]
+    @pytest.mark.parametrize("n_turns", [1, 3])
+    def test_answers_a_chat_by_its_own_template(self, n_turns: int, example: Path, capitals: Path) -> None:
+        """The ids that it is asked with and the log-probabilities of what it says are those of transformers."""
+        italy = [{"role": "user", "content": "What is the capital of Italy?"}, {"role": "assistant", "content": "Rome"}]
+        messages = [*italy * (n_turns - 1), {"role": "user", "content": "What is the capital of France?"}]
+        llama = llama_cpp.Llama(str(example), n_ctx=64, logits_all=True, verbose=False)
+        completion = llama.create_chat_completion(messages, temperature=0, logprobs=True, top_logprobs=1)
+        (choice,) = completion["choices"]
+        assert (choice["message"]["content"].strip(), choice["finish_reason"]) == ("Paris", "stop")
+
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(capitals), AutoTokenizer.from_pretrained(capitals)
+        inputs = tokenizer.apply_chat_template(messages, return_dict=True, return_tensors="pt")
+        n_prompt = inputs.input_ids.shape[1]
+        assert completion["usage"]["prompt_tokens"] == n_prompt == 12  # one [BOS]
+        assert llama.input_ids[:n_prompt].tolist() == inputs.input_ids[0].tolist()
+        said = choice["logprobs"]["content"]
+        ids = model.generate(**inputs, do_sample=False)[:, : n_prompt + len(said)]
+        assert "".join(token["token"] for token in said) == tokenizer.decode(ids[0, n_prompt:]) == " Paris"
+        log_probs = model(ids).logits[0, n_prompt - 1 : -1].log_softmax(-1).gather(1, ids[0, n_prompt:, None])[:, 0]
+        got = torch.tensor([token["logprob"] for token in said])
+        torch.testing.assert_close(got, log_probs, rtol=0, atol=ALLOWED["f32"])
 
     @pytest.mark.parametrize(
         "text",

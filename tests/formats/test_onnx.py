@@ -36,6 +36,13 @@ def test_gives_the_logits_of_the_plain_reference_token_by_token(shape: dict, exp
         session.run(None, dict(zip(names, too_long, strict=True)))
 
 
+def test_float16_is_kept_and_verified(export: Exported) -> None:
+    folder, lines = export("onnx", ALL, weights=torch.float16)
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
+    assert {put.type for put in session.get_inputs()} == {"tensor(int64)", "tensor(float16)"}
+    assert lines[-1].startswith("verified      by onnxruntime")
+
+
 def test_bfloat16_is_refused(refuses: Callable) -> None:
     assert "--dtype float32" in refuses("onnx", {}, weights=torch.bfloat16)
 
