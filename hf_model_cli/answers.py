@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,11 +11,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from hf_model import scoring
-from hf_model.batch import answer_file, read_records
+from hf_model import journal, scoring
+from hf_model.batch import answer_file
 from hf_model.errors import UserError
 from hf_model.generation import Generation, Sampling, encode, generate
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
+from hf_model.records import check_records
 from hf_model.scoring import ScoredToken
 from hf_model.vocabulary import format_prompt, takes_instructions
 from hf_model_cli.common import show
@@ -199,17 +201,35 @@ def answer_records(
     tokenizer: PreTrainedTokenizerFast,
     note: Callable[[str], None],
 ) -> None:
-    records = read_records(args.prompts_file, raw=not takes_instructions(tokenizer))
+    check_records(args.records, not takes_instructions(tokenizer), args.prompts_file)
+    kept = 0
+
+    def keep(n_answers: int) -> None:
+        nonlocal kept
+        kept = n_answers
+
     start = time.perf_counter()
-    answered = answer_file(
-        model,
-        tokenizer,
-        records,
-        args.output_file,
-        args.batch_size,
-        sampling_of(args, args.seed),
-        parse_special_tokens=args.parse_special_tokens,
-    )
+    try:
+        answered = answer_file(
+            model,
+            tokenizer,
+            args.records,
+            args.output_file,
+            args.batch_size,
+            sampling_of(args, args.seed),
+            parse_special_tokens=args.parse_special_tokens,
+            processes=args.processes,
+            on_kept=keep,
+        )
+    except BaseException:  # Ctrl-C and SIGTERM too
+        if kept:
+            of, place = count(len(args.records), "record"), journal.path_of(args.output_file)
+            show(f"\n{kept} of {of} answered and kept in {place}: the same command goes on from there", file=sys.stderr)
+        raise
     seconds = time.perf_counter() - start
-    note(f"written     {args.output_file} ({len(records)} records, {answered} of them answered now)")
-    note(f"\n{answered} records in {seconds:.2f} s, {answered / seconds:.1f} records/s")
+    note(f"written     {args.output_file} ({count(len(args.records), 'record')}, {answered} of them answered now)")
+    note(f"\n{count(answered, 'record')} in {seconds:.2f} s, {answered / seconds:.1f} records/s")
+
+
+def count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"

@@ -226,6 +226,11 @@ def _failed(message: object) -> int:
     return 2
 
 
+def is_one_of_several() -> bool:
+    """Whether `accelerate launch` or `torchrun` started this process with others beside it."""
+    return "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 def check_file(parser: Parser, name: str, path: str | Path) -> None:
     """End in the parser's error if an argument's file is not there."""
     mode = mode_of(parser, name, path)

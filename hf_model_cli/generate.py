@@ -17,6 +17,7 @@ from hf_model_cli.common import (
     add_vocabulary,
     check_checkpoint,
     check_file,
+    is_one_of_several,
     mode_of,
     no_garbage_search,
     number,
@@ -192,6 +193,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         check_batch(parser, args)
     elif not args.interactive and args.prompt is None and is_terminal(sys.stdin):
         args.interactive = True
+    if args.prompts_file is None and is_one_of_several():
+        parser.error("several processes share the records of a --prompts_file; start one process for anything else")
     check_model(parser, args)
     if args.interactive:
         check_interactive(parser, args)
@@ -292,16 +295,23 @@ def run(args: argparse.Namespace) -> None:
 
         from hf_model import loading
         from hf_model.description import describe_architecture, describe_parameters
+        from hf_model.processes import Processes, join
+        from hf_model.records import read_records
         from hf_model_cli.answers import answer_prompt, answer_records, content_of, score_text
         from hf_model_cli.conversation import converse
     logging.set_verbosity_error()  # the library's reminders about lengths and flags are answered in the README
     logging.disable_progress_bar()
 
+    if args.prompts_file is not None:  # before the model is loaded, which may take long
+        args.records = read_records(args.prompts_file, raw=True if args.raw else None)
+    device = loading.pick_device(args.device)
+    args.processes = join(device) if is_one_of_several() else Processes()
+    device = args.processes.device(device, is_certain=":" in (args.device or ""))
+
     def note(line: str = "") -> None:
-        if not args.quiet:
+        if args.processes.is_main and not args.quiet:
             show(line, file=sys.stderr if args.response_only or args.json else sys.stdout)
 
-    device = loading.pick_device(args.device)
     choices: list[tuple[str, str]] = []
     model, tokenizer = loading.load(
         args.checkpoint_path,
@@ -316,7 +326,7 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.prompt is not None and args.score is None:
         args.content = content_of(tokenizer, args.prompt, args.input_text)
-    note(f"device      {device}")
+    note(f"device      {device}" + (f", {args.processes.count} processes" if args.processes.count > 1 else ""))
     note(f"checkpoint  {args.checkpoint_path}")
     for item, text in choices:
         note(f"{item:<12}{text}")
@@ -328,6 +338,7 @@ def run(args: argparse.Namespace) -> None:
         converse(args, model, tokenizer)
     elif args.prompts_file is not None:
         answer_records(args, model, tokenizer, note)
+        args.processes.close()
     else:
         answer_prompt(args, model, tokenizer, note)
 
