@@ -5,12 +5,13 @@ import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from hf_model.errors import UserError, one_line
+from hf_model.formats.card_facts import CardFacts
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 
 TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate")
@@ -21,8 +22,8 @@ MAX_LOGITS = 2**27  # how many are compared: half a gigabyte on either side
 class Options:
     """How to write; each target reads what is its own."""
 
-    name: str = "model"
-    """What the card calls the model."""
+    card: CardFacts = field(default_factory=CardFacts)
+    """What its card says."""
     rounded: str = ""
     """What became of the weights, for the card (`description.rounding`)."""
     max_shard_size: str = "5GB"

@@ -30,7 +30,7 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
     for weights in folder.glob("*.safetensors"):  # which safetensors lets nobody read but their owner
         shutil.copymode(folder / "config.json", weights)
     save_tokenizer(loaded.tokenizer, folder)
-    card = model_card(model.config, options.name, options.rounded, loaded.tokenizer)
+    card = model_card(model.config, options.card, options.rounded, loaded.tokenizer)
     (folder / "README.md").write_text(card, encoding="utf-8")
     return []
 
