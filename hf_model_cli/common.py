@@ -5,6 +5,7 @@ import difflib
 import gc
 import importlib.metadata
 import io
+import logging
 import os
 import re
 import signal
@@ -119,6 +120,9 @@ def no_garbage_search() -> Iterator[None]:
 
     Ctrl-C and SIGTERM end the program at once: some of what is imported would make something else of an exception.
     """
+    # The libraries import torchao where it is installed, and it tells of its kernels for other machines.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     with (
         _handling(signal.SIGINT, signal.default_int_handler, lambda *_: os._exit(130)),
         _handling(signal.SIGTERM, _terminate, lambda *_: os._exit(143)),
