@@ -4,10 +4,10 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -19,50 +19,10 @@ from hf_model.errors import UserError
 from hf_model.generation import Sampling, continue_prompts, encode
 from hf_model.journal import exists_already
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.strict_json import parse_json
+from hf_model.processes import Processes
+from hf_model.records import Record, check_records
+from hf_model.records import read_records as read_records
 from hf_model.vocabulary import format_prompt, takes_instructions
-
-Record = dict[str, Any]
-
-
-def read_records(path: Path, raw: bool = False) -> list[Record]:
-    """The records of a JSON Lines file: objects with an `instruction`, perhaps an `input`, and fields of their own.
-
-    Records of raw text have a `prompt`; an `instruction` is taken as one too, but there is no place for an `input`.
-
-    Raises:
-        UserError: no such file, or a line that is not such a record.
-    """
-    try:
-        with path.open(encoding="utf-8") as file:
-            lines = file.readlines()  # str.splitlines would end a line at a U+2028 within a string too
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    wanted = "a 'prompt'" if raw else "an 'instruction'"
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = parse_json(line)
-            text, input_text = _text(record, raw), record.get("input") or ""
-        except json.JSONDecodeError:
-            raise UserError(f"{path}, line {number}: is not a JSON object with {wanted}") from None
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: {error}") from None
-        except (TypeError, KeyError, AttributeError):
-            raise UserError(f"{path}, line {number}: is not a JSON object with {wanted}") from None
-        if not isinstance(text, str) or not isinstance(input_text, str):
-            name = "'prompt'" if raw and "prompt" in record else "'instruction'"
-            raise UserError(f"{path}, line {number}: {name} and 'input' must be strings")
-        if raw and input_text:
-            raise UserError(f"{path}, line {number}: a raw prompt has no place for an 'input'")
-        if raw and not text:
-            raise UserError(f"{path}, line {number}: the prompt is empty, and a model of raw text needs a beginning")
-        records.append(record)
-    return records
-
-
-def _text(record: Record, raw: bool) -> Any:
-    return record["prompt"] if raw and "prompt" in record else record["instruction"]
 
 
 def answer_file(
@@ -74,43 +34,69 @@ def answer_file(
     sampling: Sampling,
     *,
     parse_special_tokens: bool = False,
+    processes: Processes | None = None,
+    on_kept: Callable[[int], None] = lambda kept: None,
 ) -> int:
     """Write each record with its `response` to a JSON Lines file, in the records' order.
 
     Batches are made of prompts of like length, left-padded. Each finished batch is appended to a journal beside the
     output file, which takes its place only when it is complete; the same call after a killed run goes on from there.
 
+    Args:
+        batch_size: how many records a process answers at a time.
+        processes: those that share the work, each of which makes the same call; the main one writes. None: no others.
+        on_kept: called in the main process with how many answers the journal holds, at first and after each batch.
+
     Returns:
         The number of records answered now, those of an earlier run left out.
 
     Raises:
         UserError: the output file exists already, another run is writing it, a file that is no journal stands where
-            its journal goes, it cannot be written, or a record holds a character that the model does not know.
+            its journal goes, it cannot be written, a record is not of the model's kind or holds a character that the
+            model does not know, or another process has ended.
     """
+    processes = processes or Processes()
     with disk_errors(output_file):
         if os.path.lexists(output_file):
             raise exists_already(output_file)
-    run = _name_of_run(model, tokenizer, records, sampling, parse_special_tokens)
     # Before there is a journal: a record that cannot be encoded leaves nothing behind.
+    check_records(records, raw=not takes_instructions(tokenizer))
     prompts = [_encoded(tokenizer, record, index, parse_special_tokens) for index, record in enumerate(records)]
-    with journal.opened(output_file, run, len(records)) as answered:
+    with ExitStack() as stack:
+        book = None
+        if processes.is_main:
+            run = _name_of_run(model, tokenizer, records, sampling, parse_special_tokens)
+            book = stack.enter_context(journal.opened(output_file, run, len(records)))
+            on_kept(len(book.responses))
+        done = processes.from_main(set(book.responses) if book else set())
         by_length = sorted(  # memory runs out early or never
-            (index for index in range(len(records)) if index not in answered.responses),
+            (index for index in range(len(records)) if index not in done),
             key=lambda index: prompts[index].shape[1],
             reverse=True,
         )
-        with tqdm(total=len(records), initial=len(answered.responses), unit="record", disable=None) as progress:
-            for batch in _chunks(by_length, batch_size):
-                answers = continue_prompts(model, tokenizer, [prompts[index] for index in batch], sampling)
-                answered.append(dict(zip(batch, answers, strict=True)))
-                progress.update(len(batch))
-        lines = (
-            json.dumps({**record, "response": answered.responses[index]}, ensure_ascii=False) + "\n"
-            for index, record in enumerate(records)
+        progress = stack.enter_context(
+            tqdm(total=len(records), initial=len(done), unit="record", disable=None if book else True)
         )
-        # "backslashreplace" makes of an unpaired surrogate its JSON escape.
-        answered.finish("".join(lines).encode("utf-8", "backslashreplace"))
+        for round in _chunks(by_length, batch_size * processes.count):
+            batch = processes.share(round)
+            answers = continue_prompts(model, tokenizer, [prompts[index] for index in batch], sampling) if batch else []
+            gathered = processes.gather(list(zip(batch, answers, strict=True)))
+            if book:
+                book.append(dict(gathered))
+                on_kept(len(book.responses))
+            progress.update(len(round))
+        if book:
+            book.finish(_content(records, book.responses))
     return len(by_length)
+
+
+def _content(records: list[Record], responses: dict[int, str]) -> bytes:
+    lines = (
+        json.dumps({**record, "response": responses[index]}, ensure_ascii=False) + "\n"
+        for index, record in enumerate(records)
+    )
+    # "backslashreplace" makes of an unpaired surrogate its JSON escape.
+    return "".join(lines).encode("utf-8", "backslashreplace")
 
 
 def _name_of_run(
@@ -131,8 +117,10 @@ def _name_of_run(
 def _encoded(
     tokenizer: PreTrainedTokenizerFast, record: Record, index: int, parse_special_tokens: bool
 ) -> torch.Tensor:
-    raw = not takes_instructions(tokenizer)
-    content = _text(record, raw) if raw else format_prompt(record["instruction"], record.get("input") or "")
+    if takes_instructions(tokenizer):
+        content = format_prompt(record["instruction"], record.get("input") or "")
+    else:
+        content = record["prompt"]
     try:
         return encode(tokenizer, content, parse_special_tokens)
     except UserError as error:

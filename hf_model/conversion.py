@@ -11,8 +11,9 @@ from hf_model.description import describe_architecture, describe_parameters, fil
 from hf_model.disk import check_target, whole_folder
 from hf_model.errors import UserError, memory_for, one_line
 from hf_model.formats import Options, find_target
+from hf_model.formats.card_facts import About, card_facts
 from hf_model.formats.target import MissingEngineError
-from hf_model.inspection import examine
+from hf_model.inspection import Inspection, examine
 from hf_model.report import write_page
 from hf_model.source import Loaded, Source
 
@@ -37,6 +38,7 @@ def convert(
     verify: bool = True,
     training_data: str | Path | None = None,
     report_page: str | Path | None = None,
+    about: About | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Convert a trainer's checkpoint and vocabulary, or a converted folder, to a format's folder.
@@ -58,6 +60,7 @@ def convert(
         verify: compare the folder with its source, by the format's own engine, before it takes its place.
         training_data: the data that the model was trained on, to be measured against, as in `inspection.inspect`.
         report_page: where to write a page that shows what the model has learnt.
+        about: what the folder's model card is to say beside what is known: licence, languages and so on.
         report: called with each line of what there is to say.
 
     Returns:
@@ -74,11 +77,15 @@ def convert(
         raise UserError(f"{output_dir}: is the source itself; choose another --output_dir")
     target = find_target(format)
     loaded = source.load(needs_tokenizer=format != "checkpoint" or training_data is not None or report_page is not None)
-    for line in _say(source, loaded, training_data, report_page):
+    inspection = None if loaded.vocabulary is None else examine(source, loaded, training_data)
+    for line in _say(source, loaded, inspection):
         report(line)
+    if report_page is not None and inspection is not None:
+        write_page(inspection, loaded.model, loaded.tokenizer, Path(report_page))
+        report(f"report        {report_page}")
 
     options = Options(
-        name=output_dir.name,
+        card=card_facts(loaded.checkpoint, inspection, source.path, output_dir, about or About()),
         rounded=_rounding(source, loaded),
         max_shard_size=max_shard_size,
         gguf_type=gguf_type,
@@ -112,21 +119,15 @@ def _rounding(source: Source, loaded: Loaded) -> str:
     return rounding(dtype, loaded.model.dtype)
 
 
-def _say(
-    source: Source, loaded: Loaded, training_data: str | Path | None, report_page: str | Path | None
-) -> Iterator[str]:
+def _say(source: Source, loaded: Loaded, inspection: Inspection | None) -> Iterator[str]:
     """What the model is and what it has learnt; a folder's without a tokenizer cannot be asked."""
-    if loaded.vocabulary is None:
-        yield f"source        {source.describe(loaded.checkpoint)}"
-        yield f"architecture  {describe_architecture(loaded.model.config)}"
-        yield f"parameters    {describe_parameters(loaded.model)}"
-        yield "tokenizer     none, and none is needed"
+    if inspection is not None:
+        yield from inspection.head()
         return
-    inspection = examine(source, loaded, training_data)
-    yield from inspection.head()
-    if report_page is not None:
-        write_page(inspection, loaded.model, loaded.tokenizer, Path(report_page))
-        yield f"report        {report_page}"
+    yield f"source        {source.describe(loaded.checkpoint)}"
+    yield f"architecture  {describe_architecture(loaded.model.config)}"
+    yield f"parameters    {describe_parameters(loaded.model)}"
+    yield "tokenizer     none, and none is needed"
 
 
 def push(folder: Path, repo_id: str) -> str:

@@ -32,11 +32,11 @@ def _shortened(text: str, max_length: int) -> str:
 
 
 @contextmanager
-def memory_for(what: str) -> Iterator[None]:
+def memory_for(what: str, advice: str = "choose a narrower --dtype") -> Iterator[None]:
     """Turn the many ways in which memory runs out into the user's error."""
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
         if isinstance(error, MemoryError) or any(phrase in str(error) for phrase in OUT_OF_MEMORY):
-            raise UserError(f"there is not enough memory {what}: free some, or choose a narrower --dtype") from None
+            raise UserError(f"there is not enough memory {what}: free some, or {advice}") from None
         raise

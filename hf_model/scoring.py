@@ -23,6 +23,15 @@ class ScoredToken:
     log_probability: float
     candidates: tuple[tuple[str, float], ...] = ()
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, in which what is infinite is None."""
+        return {
+            "id": self.id,
+            "text": self.text,
+            "log_probability": _finite(self.log_probability),
+            "candidates": [{"text": text, "log_probability": _finite(p)} for text, p in self.candidates],
+        }
+
 
 @dataclass(frozen=True)
 class Score:
@@ -47,15 +56,7 @@ class Score:
             "text": self.text,
             "log_probability": _finite(self.log_probability),
             "perplexity": _finite(self.perplexity),
-            "tokens": [
-                {
-                    "id": token.id,
-                    "text": token.text,
-                    "log_probability": _finite(token.log_probability),
-                    "candidates": [{"text": text, "log_probability": _finite(p)} for text, p in token.candidates],
-                }
-                for token in self.tokens
-            ],
+            "tokens": [token.as_dict() for token in self.tokens],
         }
 
 

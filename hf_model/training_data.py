@@ -12,10 +12,10 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
-from hf_model.batch import read_records
 from hf_model.errors import UserError
 from hf_model.generation import Sampling, continue_prompts, encode
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
+from hf_model.records import read_records
 from hf_model.vocabulary import format_example, format_prompt, takes_instructions
 
 SEED = 0

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,11 +11,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from hf_model import scoring
-from hf_model.batch import answer_file, read_records
+from hf_model import journal, scoring
+from hf_model.batch import answer_file
 from hf_model.errors import UserError
 from hf_model.generation import Generation, Sampling, encode, generate
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
+from hf_model.records import check_records
 from hf_model.scoring import ScoredToken
 from hf_model.vocabulary import format_prompt, takes_instructions
 from hf_model_cli.common import show
@@ -31,10 +33,10 @@ def sampling_of(args: argparse.Namespace, seed: int) -> Sampling:
 
 
 def content_of(tokenizer: PreTrainedTokenizerFast, prompt: str, input_text: str) -> str:
-    """The text that is encoded: an instruction in its format, or raw text as it was typed or as it stands in a file.
+    """The text that is encoded: an instruction in its format, or raw text as it is.
 
     Raises:
-        UserError: an instruction of nothing but spaces, an input without an instruction, or a file that cannot be read.
+        UserError: an instruction of nothing but spaces, or an input for raw text.
     """
     if takes_instructions(tokenizer):
         if not prompt.strip():
@@ -42,21 +44,24 @@ def content_of(tokenizer: PreTrainedTokenizerFast, prompt: str, input_text: str)
         return format_prompt(prompt, input_text)
     if input_text:
         raise UserError("argument --input_text: this model's prompts are raw text, which has no place for it")
-    return raw_text(prompt)
+    return prompt
 
 
-def raw_text(prompt: str) -> str:
-    """Raw text as it was typed, or as it stands in the file that `FILE:path` names.
+def given_prompt(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> str:
+    """The prompt of the command line, or what was piped in; of raw text, what stands in a file that `FILE:path` names.
 
     Raises:
         UserError: the file cannot be read, or is empty.
     """
-    if not prompt.startswith(FROM_FILE):
+    prompt: str = args.prompt
+    if args.is_piped or takes_instructions(tokenizer) or not prompt.startswith(FROM_FILE):
         return prompt
     path = Path(prompt.removeprefix(FROM_FILE))
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # a NUL in the name, bytes that are no UTF-8
+    except OSError as error:
+        raise UserError(f"argument --prompt: {path} cannot be read ({error.strerror or error})") from None
+    except ValueError as error:  # a NUL in the name, bytes that are no UTF-8
         raise UserError(f"argument --prompt: {path} cannot be read ({error})") from None
     if not text:
         raise UserError(f"argument --prompt: {path} is empty")
@@ -81,16 +86,15 @@ def answer_prompt(
         sampling = sampling_of(args, seed)
         if args.json:
             output = generate(model, tokenizer, input_ids, sampling)
-            for line in json_lines(args, output, seed):
+            scored = [candidates(args, model, tokenizer, input_ids, ids) for ids in output.ids]
+            for line in json_lines(args, output, seed, scored):
                 show(line)
         else:
             output = show_answer(args, model, tokenizer, input_ids, sampling)
-        if args.top_candidates:
-            for ids in output.ids:
-                table = candidates_table(model, tokenizer, input_ids[0].tolist(), ids, args.top_candidates)
-                note(f"\n{table}")
+            for ids in output.ids if args.top_candidates else []:
+                note(f"\n{token_table(candidates(args, model, tokenizer, input_ids, ids))}")
         tokens, seconds = tokens + output.new_tokens, seconds + output.seconds
-    note(f"\n{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s")
+    note(f"\n{count(tokens, 'token')} in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s")
 
 
 def show_answer(
@@ -126,15 +130,18 @@ def show_answer(
     return output
 
 
-def candidates_table(
+def candidates(
+    args: argparse.Namespace,
     model: CustomGPTForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    prompt: list[int],
+    input_ids: torch.Tensor,
     response: list[int],
-    n_candidates: int,
-) -> str:
-    """What else the model could have said at each place, before --temperature and its like."""
-    return token_table(scoring.score(model, tokenizer, prompt + response, len(prompt), n_candidates))
+) -> tuple[ScoredToken, ...]:
+    """What else the model could have said at each place, before --temperature and its like; () if nobody asked."""
+    if not args.top_candidates:
+        return ()
+    prompt = input_ids[0].tolist()
+    return tuple(scoring.score(model, tokenizer, prompt + response, len(prompt), args.top_candidates))
 
 
 def token_table(tokens: Sequence[ScoredToken]) -> str:
@@ -148,12 +155,11 @@ def token_table(tokens: Sequence[ScoredToken]) -> str:
 
 
 def score_text(args: argparse.Namespace, model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    is_raw = args.prompt is not None and not takes_instructions(tokenizer)
     score = scoring.score_text(
         model,
         tokenizer,
         args.score,
-        prompt=raw_text(args.prompt) if is_raw else args.prompt,
+        prompt=None if args.prompt is None else given_prompt(args, tokenizer),
         input_text=args.input_text,
         parse_special_tokens=args.parse_special_tokens,
         n_candidates=args.top_candidates,
@@ -173,11 +179,13 @@ def label(sampling: Sampling, index: int) -> str:
     return f"--- seed {sampling.seed}{of}"
 
 
-def json_lines(args: argparse.Namespace, output: Generation, seed: int) -> list[str]:
-    """A JSON object for each answer."""
+def json_lines(
+    args: argparse.Namespace, output: Generation, seed: int, scored: Sequence[Sequence[ScoredToken]]
+) -> list[str]:
+    """A JSON object for each answer; with what else could have come at each place, if that was asked for."""
     lines = []
-    answers = zip(output.texts, output.responses, output.ids, output.finish_reasons, strict=True)
-    for text, response, ids, finish_reason in answers:
+    answers = zip(output.texts, output.responses, output.ids, output.finish_reasons, scored, strict=True)
+    for text, response, ids, finish_reason, tokens in answers:
         fields = {
             "prompt": args.prompt,
             **({"input": args.input_text} if args.input_text else {}),
@@ -187,6 +195,7 @@ def json_lines(args: argparse.Namespace, output: Generation, seed: int) -> list[
             "seconds": round(output.seconds, 3),
             "finish_reason": finish_reason,
             "seed": seed,
+            **({"top_candidates": [token.as_dict() for token in tokens]} if args.top_candidates else {}),
         }
         # An unpaired surrogate, which is what a byte that is no UTF-8 arrives as, has no other form than its escape.
         lines.append(json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8"))
@@ -199,17 +208,35 @@ def answer_records(
     tokenizer: PreTrainedTokenizerFast,
     note: Callable[[str], None],
 ) -> None:
-    records = read_records(args.prompts_file, raw=not takes_instructions(tokenizer))
+    check_records(args.records, not takes_instructions(tokenizer), args.prompts_file)
+    kept = 0
+
+    def keep(n_answers: int) -> None:
+        nonlocal kept
+        kept = n_answers
+
     start = time.perf_counter()
-    answered = answer_file(
-        model,
-        tokenizer,
-        records,
-        args.output_file,
-        args.batch_size,
-        sampling_of(args, args.seed),
-        parse_special_tokens=args.parse_special_tokens,
-    )
+    try:
+        answered = answer_file(
+            model,
+            tokenizer,
+            args.records,
+            args.output_file,
+            args.batch_size,
+            sampling_of(args, args.seed),
+            parse_special_tokens=args.parse_special_tokens,
+            processes=args.processes,
+            on_kept=keep,
+        )
+    except BaseException:  # Ctrl-C and SIGTERM too
+        if kept:
+            of, place = count(len(args.records), "record"), journal.path_of(args.output_file)
+            show(f"\n{kept} of {of} answered and kept in {place}: the same command goes on from there", file=sys.stderr)
+        raise
     seconds = time.perf_counter() - start
-    note(f"written     {args.output_file} ({len(records)} records, {answered} of them answered now)")
-    note(f"\n{answered} records in {seconds:.2f} s, {answered / seconds:.1f} records/s")
+    note(f"written     {args.output_file} ({count(len(args.records), 'record')}, {answered} of them answered now)")
+    note(f"\n{count(answered, 'record')} in {seconds:.2f} s, {answered / seconds:.1f} records/s")
+
+
+def count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"

@@ -5,6 +5,7 @@ import difflib
 import gc
 import importlib.metadata
 import io
+import logging
 import os
 import re
 import signal
@@ -119,6 +120,9 @@ def no_garbage_search() -> Iterator[None]:
 
     Ctrl-C and SIGTERM end the program at once: some of what is imported would make something else of an exception.
     """
+    # The libraries import torchao where it is installed, and it tells of its kernels for other machines.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     with (
         _handling(signal.SIGINT, signal.default_int_handler, lambda *_: os._exit(130)),
         _handling(signal.SIGTERM, _terminate, lambda *_: os._exit(143)),
@@ -224,6 +228,11 @@ def _failed(message: object) -> int:
     with suppress(OSError):  # of a standard error that is full
         print(f"{Path(sys.argv[0]).name}: error: {printable(message)}", file=sys.stderr, flush=True)
     return 2
+
+
+def is_one_of_several() -> bool:
+    """Whether `accelerate launch` or `torchrun` started this process with others beside it."""
+    return "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def check_file(parser: Parser, name: str, path: str | Path) -> None:

@@ -7,7 +7,9 @@ import re
 import shlex
 import stat
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from hf_model_cli.common import (
     ACTIVATIONS,
@@ -15,6 +17,7 @@ from hf_model_cli.common import (
     DTYPES,
     FORMATS,
     GGUF_TYPES,
+    HUB_NAME,
     QUANTIZATIONS,
     TRAINERS,
     OutputError,
@@ -30,6 +33,9 @@ from hf_model_cli.common import (
     vocabulary_of,
 )
 
+LANGUAGE = "[a-z]{2,3}|code|multilingual"  # ISO 639, or what the Hub takes beside it
+WRITING = ("output_dir", "overwrite", "push_to_hub", "no_verify", "gguf_type", "quantization", "like")
+CARD = ("model_name", "license", "language", "datasets", "base_model", "tags", "example_prompt")
 # How a format is tried; {ask} is what a server of raw text is asked with, since its chats would have no template.
 TRY_IT = {
     "transformers": """\
@@ -79,8 +85,36 @@ def make_parser() -> Parser:
     model.add_argument("--quantization", choices=QUANTIZATIONS, help="by CTranslate2 (default: the weights' dtype)")
     model.add_argument("--like", choices=TRAINERS, help="whose checkpoint to write (default: original)")
     model.add_argument("--no_verify", action="store_true", help="do not compare the folder with its source")
+    add_card(parser.add_argument_group("model card", "what the folder's README says; the rest is left to be filled in"))
     add_inspection(parser.add_argument_group("what it has learnt"))
     return parser
+
+
+def add_card(group: argparse._ArgumentGroup) -> None:
+    repo = named(HUB_NAME.pattern, "openai-community/gpt2")
+    several: dict[str, Any] = {"nargs": "+", "default": []}
+    group.add_argument("--model_name", metavar="NAME", help="its title (default: the folder's name, or its project's)")
+    group.add_argument("--license", type=named("[a-z0-9.-]+", "apache-2.0"), metavar="ID", help="such as apache-2.0")
+    group.add_argument("--language", type=named(LANGUAGE, "en"), metavar="CODE", **several, help="such as en de")
+    group.add_argument("--datasets", type=repo, metavar="REPO", **several, help="names on the Hub")
+    group.add_argument("--base_model", type=repo, metavar="REPO", help="what it was fine-tuned from, a name on the Hub")
+    group.add_argument(
+        "--tags", type=named(r"[\w.:/-]+", "instruct"), metavar="TAG", **several, help="more to find it by"
+    )
+    group.add_argument(
+        "--example_prompt", action="append", default=[], metavar="TEXT", help="one to try; may be given several times"
+    )
+
+
+def named(pattern: str, example: str) -> Callable[[str], str]:
+    """An argparse type: a name of a certain form, as the Hub asks for it."""
+
+    def parse(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(f"must be a name such as {example}, got {text!r}")
+        return text
+
+    return parse
 
 
 def add_inspection(group: argparse._ArgumentGroup) -> None:
@@ -141,7 +175,7 @@ def check_inspection(parser: Parser, args: argparse.Namespace) -> None:
     if args.inspect and args.format != "transformers":
         parser.error("argument --format: not allowed with argument --inspect, which writes no folder")
     if args.inspect:
-        for name in ("output_dir", "overwrite", "push_to_hub", "no_verify", "gguf_type", "quantization", "like"):
+        for name in (*WRITING, *CARD):
             if getattr(args, name):
                 parser.error(f"argument --{name}: not allowed with argument --inspect, which writes no folder")
     if args.training_data is not None:
@@ -160,6 +194,7 @@ def run(args: argparse.Namespace) -> None:
         from transformers.utils import logging
 
         from hf_model.conversion import convert, push
+        from hf_model.formats.card_facts import About
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -186,6 +221,16 @@ def run(args: argparse.Namespace) -> None:
         verify=not args.no_verify,
         training_data=args.training_data,
         report_page=args.report,
+        about=About(
+            model_name=args.model_name,
+            license=args.license,
+            language=tuple(args.language),
+            datasets=tuple(args.datasets),
+            base_model=args.base_model,
+            tags=tuple(args.tags),
+            example_prompts=tuple(args.example_prompt),
+            repo=args.push_to_hub,
+        ),
         report=say,
     )
     if args.format in TRY_IT:

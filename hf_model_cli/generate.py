@@ -17,6 +17,7 @@ from hf_model_cli.common import (
     add_vocabulary,
     check_checkpoint,
     check_file,
+    is_one_of_several,
     mode_of,
     no_garbage_search,
     number,
@@ -183,6 +184,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args(argv)
     args.seeds, args.seed = args.seed, args.seed[0]
+    args.is_piped = args.prompt == "-" or (args.prompt is None and args.score is None)
+    asked = args.interactive
     if args.num_return_sequences > args.num_beams > 1:
         parser.error("argument --num_return_sequences: must be at most --num_beams")
     if args.score is not None:
@@ -192,9 +195,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         check_batch(parser, args)
     elif not args.interactive and args.prompt is None and is_terminal(sys.stdin):
         args.interactive = True
+    if args.prompts_file is None and is_one_of_several():
+        parser.error("several processes share the records of a --prompts_file; start one process for anything else")
     check_model(parser, args)
     if args.interactive:
-        check_interactive(parser, args)
+        check_interactive(parser, args, asked)
     elif args.prompts_file is None and args.score is None:
         check_prompt(parser, args)
     return args
@@ -213,10 +218,16 @@ def check_prompt(parser: Parser, args: argparse.Namespace) -> None:
     if args.prompt is None or args.prompt == "-":
         piped = read_standard_input(parser)
         if args.prompt is None and not piped:
-            parser.error("one of the arguments --prompt, --prompts_file and --interactive is required")
+            parser.error(
+                "one of the arguments --prompt, --prompts_file and --interactive is required (nothing was piped in)"
+            )
+        if not piped:
+            parser.error("argument --prompt: must not be empty, but standard input is")
         args.prompt = piped
     if not args.prompt:
         parser.error("argument --prompt: must not be empty")
+    if args.top_candidates and args.quiet and not args.json:
+        parser.error("argument --top_candidates: --quiet would hide what it shows; --json --quiet has it")
 
 
 def read_standard_input(parser: Parser) -> str:
@@ -228,20 +239,28 @@ def read_standard_input(parser: Parser) -> str:
     return content.decode("utf-8", "surrogateescape").removesuffix("\n")  # as Python decodes an argument
 
 
-def check_interactive(parser: Parser, args: argparse.Namespace) -> None:
+def check_interactive(parser: Parser, args: argparse.Namespace, asked: bool) -> None:
+    """Check what cannot go with a prompt line, which the user has asked for, or gets for want of a prompt."""
     if sys.stdin is None or sys.stdin.closed:
         parser.error("argument --interactive: standard input is closed")
     if args.raw and args.input_text:
         parser.error("argument --input_text: a raw prompt has no place for it")
-    if args.top_candidates:
-        parser.error("argument --top_candidates: not allowed with argument --interactive")
+    why = "not allowed with argument --interactive" if asked else "needs a --prompt, or standard input from a pipe"
+    if args.output_file is not None and not asked:
+        parser.error("arguments --prompts_file and --output_file: go together")
     for name in ("prompt", "prompts_file", "output_file", "score"):
         if getattr(args, name) is not None:
-            parser.error(f"argument --{name}: not allowed with argument --interactive")
-    if args.json:
-        parser.error("argument --json: not allowed with argument --interactive")
+            parser.error(f"argument --{name}: {why}")
+    for name in ("top_candidates", "json"):
+        if getattr(args, name):
+            parser.error(f"argument --{name}: {why}")
     if len(args.seeds) > 1 or args.num_return_sequences > 1:
-        parser.error("arguments --seed and --num_return_sequences: a conversation gives one answer at a time")
+        name = "seed" if len(args.seeds) > 1 else "num_return_sequences"
+        parser.error(
+            f"argument --{name}: a conversation gives one answer at a time"
+            if asked
+            else f"argument --{name}: more than one {why}"
+        )
 
 
 def check_score(parser: Parser, args: argparse.Namespace) -> None:
@@ -281,7 +300,7 @@ def check_model(parser: Parser, args: argparse.Namespace) -> None:
     if is_folder and (args.n_head or args.activation):
         parser.error("arguments --n_head and --activation: are for a .pt file; a folder's config.json tells")
     args.vocabulary = None if is_folder and args.tokenizer_path is None else vocabulary_of(parser, args)
-    if args.tokenizer_path is None and not is_folder:
+    if args.tokenizer_path is None and not is_folder:  # the default of the user's document, which is looked for last
         args.tokenizer_path = DEFAULT_TOKENIZER
 
 
@@ -292,16 +311,23 @@ def run(args: argparse.Namespace) -> None:
 
         from hf_model import loading
         from hf_model.description import describe_architecture, describe_parameters
-        from hf_model_cli.answers import answer_prompt, answer_records, content_of, score_text
+        from hf_model.processes import Processes, join
+        from hf_model.records import read_records
+        from hf_model_cli.answers import answer_prompt, answer_records, content_of, given_prompt, score_text
         from hf_model_cli.conversation import converse
     logging.set_verbosity_error()  # the library's reminders about lengths and flags are answered in the README
     logging.disable_progress_bar()
 
+    if args.prompts_file is not None:  # before the model is loaded, which may take long
+        args.records = read_records(args.prompts_file, raw=True if args.raw else None)
+    device = loading.pick_device(args.device)
+    args.processes = join(device) if is_one_of_several() else Processes()
+    device = args.processes.device(device, is_certain=":" in (args.device or ""))
+
     def note(line: str = "") -> None:
-        if not args.quiet:
+        if args.processes.is_main and not args.quiet:
             show(line, file=sys.stderr if args.response_only or args.json else sys.stdout)
 
-    device = loading.pick_device(args.device)
     choices: list[tuple[str, str]] = []
     model, tokenizer = loading.load(
         args.checkpoint_path,
@@ -315,8 +341,8 @@ def run(args: argparse.Namespace) -> None:
         report=lambda item, text: choices.append((item, text)),
     )
     if args.prompt is not None and args.score is None:
-        args.content = content_of(tokenizer, args.prompt, args.input_text)
-    note(f"device      {device}")
+        args.content = content_of(tokenizer, given_prompt(args, tokenizer), args.input_text)
+    note(f"device      {device}" + (f", {args.processes.count} processes" if args.processes.count > 1 else ""))
     note(f"checkpoint  {args.checkpoint_path}")
     for item, text in choices:
         note(f"{item:<12}{text}")
@@ -328,6 +354,7 @@ def run(args: argparse.Namespace) -> None:
         converse(args, model, tokenizer)
     elif args.prompts_file is not None:
         answer_records(args, model, tokenizer, note)
+        args.processes.close()
     else:
         answer_prompt(args, model, tokenizer, note)
 

@@ -2,16 +2,20 @@
 
 import copy
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from generate import main
-from hf_model import batch
+from hf_model import batch, loading
 from hf_model.batch import answer_file, read_records
 from hf_model.errors import UserError
 from hf_model.generation import Sampling, encode, generate
@@ -45,13 +49,17 @@ def write_records(path: Path, records: list[dict]) -> Path:
     return path
 
 
-def killed_after(n_batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the model answer that many batches, then stop as Ctrl-C would."""
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def killed_after(n_batches: int, monkeypatch: pytest.MonkeyPatch, stop: Callable[[], None] = interrupt) -> None:
+    """Let the model answer that many batches, then stop, as Ctrl-C would or otherwise."""
     answered = []
 
     def continue_prompts(*args) -> list[str]:
         if len(answered) == n_batches:
-            raise KeyboardInterrupt
+            stop()
         answered.append(args)
         return original(*args)
 
@@ -208,6 +216,98 @@ class TestResuming:
         assert answered_now < len(RECORDS) * 100 - 2
         assert [record["response"] for record in written(out)] == ANSWERS * 100
 
+    @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    def test_the_program_says_what_is_kept_when_it_is_stopped(
+        self,
+        capitals: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture,
+        number: int,
+        status: int,
+    ) -> None:
+        arguments = program(capitals, write_records(tmp_path / "in.jsonl", RECORDS), tmp_path / "out.jsonl")
+        monkeypatch.setattr(sys, "argv", [*arguments, "--batch_size", "2"])
+        with monkeypatch.context() as patch:
+            killed_after(1, patch, lambda: os.kill(os.getpid(), number))
+            assert main() == status
+        kept = (
+            f"2 of 5 records answered and kept in {tmp_path / 'out.jsonl.partial'}: the same command goes on from there"
+        )
+        assert kept in capsys.readouterr().err
+        assert main() == 0
+        assert "5 records, 3 of them answered now" in capsys.readouterr().out
+        assert [record["response"] for record in written(tmp_path / "out.jsonl")] == ANSWERS
+
+    def test_the_program_says_what_is_kept_when_it_fails(
+        self, capitals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    ) -> None:
+        def fail() -> None:
+            raise RuntimeError("CUDA out of memory")
+
+        arguments = program(capitals, write_records(tmp_path / "in.jsonl", RECORDS), tmp_path / "out.jsonl")
+        monkeypatch.setattr(sys, "argv", [*arguments, "--batch_size", "2"])
+        killed_after(1, monkeypatch, fail)
+        with pytest.raises(RuntimeError):
+            main()
+        assert "2 of 5 records answered and kept" in capsys.readouterr().err
+
+    def test_nothing_is_said_to_be_kept_of_another_s_run(
+        self, capitals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    ) -> None:
+        (tmp_path / "out.jsonl.partial").write_text("mine")
+        arguments = program(capitals, write_records(tmp_path / "in.jsonl", RECORDS), tmp_path / "out.jsonl")
+        monkeypatch.setattr(sys, "argv", arguments)
+        assert main() == 2
+        assert "kept" not in capsys.readouterr().err
+
+
+def program(model: Path, prompts: Path, output: Path) -> list[str]:
+    files = ("--checkpoint_path", str(model), "--prompts_file", str(prompts), "--output_file", str(output))
+    return ["generate.py", *files, "--device", "cpu", "--temperature", "0", "--max_new_tokens", "12"]
+
+
+class TestProcesses:
+    LAUNCH = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
+
+    def test_two_share_the_records_and_go_on_where_they_were_killed(self, capitals: Path, tmp_path: Path) -> None:
+        prompts, out = write_records(tmp_path / "in.jsonl", RECORDS * 60), tmp_path / "out.jsonl"
+        arguments = [*self.LAUNCH, *program(capitals, prompts, out)]
+        first = subprocess.Popen(
+            [*arguments, "--batch_size", "1"],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        journal = tmp_path / "out.jsonl.partial"
+        while not (journal.exists() and journal.read_text().count("\n") > 5):
+            assert first.poll() is None
+            time.sleep(0.01)
+        launched = psutil.Process(first.pid).children(recursive=True)
+        for process in (first, *launched):  # the launcher's end alone would not be theirs
+            process.kill()
+        psutil.wait_procs(launched)
+        first.wait()
+        assert not out.exists()
+        second = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+        assert second.returncode == 0, second.stderr
+        assert second.stdout.count("device      cpu, 2 processes") == 1  # one of them speaks
+        answered_now = int(second.stdout.split(" of them answered now")[0].split()[-1])
+        assert 0 < answered_now < len(RECORDS) * 60 - 4
+        assert [record["response"] for record in written(out)] == ANSWERS * 60
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+    @pytest.mark.parametrize("also", [("--prompt", "What is the capital of France?"), ("--interactive",)])
+    def test_several_answer_nothing_but_a_file(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, also: tuple[str, ...]
+    ) -> None:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        monkeypatch.setattr(sys, "argv", ["generate.py", *also])
+        with pytest.raises(SystemExit, match="2"):
+            main()
+        assert "several processes share the records of a --prompts_file" in capsys.readouterr().err
+
 
 class TestErrors:
     @pytest.mark.parametrize(
@@ -228,6 +328,51 @@ class TestErrors:
         (tmp_path / "in.jsonl").write_text(f'{{"instruction": "hello"}}\n{line}\n')
         with pytest.raises(UserError, match=f"in.jsonl, line 2: .*{problem}"):
             read_records(tmp_path / "in.jsonl")
+
+    @pytest.mark.parametrize(
+        ("line", "raw", "problem"),
+        [
+            ('{"instruction": "hello"}', True, "has an 'instruction', but this model's prompts are raw text"),
+            ('{"text": "hello"}', None, "is not a JSON object with a 'prompt' or an 'instruction'"),
+            ('["prompt"]', None, "is not a JSON object with a 'prompt' or an 'instruction'"),
+            ('{"prompt": 7}', None, "'prompt' and 'input' must be strings"),
+            ('{"instruction": 7}', None, "'instruction' and 'input' must be strings"),
+            ('{"instruction": 7, "prompt": ""}', None, "must be strings"),
+        ],
+    )
+    def test_a_record_of_the_wrong_kind_is_named(
+        self, tmp_path: Path, line: str, raw: bool | None, problem: str
+    ) -> None:
+        (tmp_path / "in.jsonl").write_text(f'{{"prompt": "hello"}}\n{line}\n')
+        with pytest.raises(UserError, match=f"in.jsonl, line 2: .*{problem}"):
+            read_records(tmp_path / "in.jsonl", raw)
+
+    def test_either_kind_is_taken_while_the_model_is_unknown(self, tmp_path: Path) -> None:
+        records = [{"prompt": "hello"}, {"instruction": "hello", "input": "x"}, {"prompt": 7, "instruction": "hello"}]
+        assert read_records(write_records(tmp_path / "in.jsonl", records), raw=None) == records
+
+    @pytest.mark.parametrize("record", [{"prompt": "hello"}, {"instruction": None}, "hello"])
+    def test_a_record_from_python_is_checked_too(
+        self, model_and_tokenizer: tuple, tmp_path: Path, record: dict
+    ) -> None:
+        with pytest.raises(UserError, match="record 2: "):
+            answer_file(*model_and_tokenizer, [RECORDS[0], record], tmp_path / "out.jsonl", 2, GREEDY)
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("content", ["hello", '{"instruction": 7}', '{"text": "a"}', "\x00"])
+    def test_the_program_finds_a_bad_file_before_it_loads_the_model(
+        self,
+        capitals: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture,
+        content: str,
+    ) -> None:
+        monkeypatch.setattr(loading, "load", lambda *args, **options: pytest.fail("the model was loaded"))
+        (tmp_path / "in.jsonl").write_text(content)
+        monkeypatch.setattr(sys, "argv", program(capitals, tmp_path / "in.jsonl", tmp_path / "out.jsonl"))
+        assert main() == 2
+        assert "in.jsonl, line 1: " in capsys.readouterr().err
 
     @pytest.mark.parametrize("content", [None, b"\xff\xfe"], ids=["no file", "not UTF-8"])
     def test_a_file_that_cannot_be_read_is_named(self, tmp_path: Path, content: bytes | None) -> None:

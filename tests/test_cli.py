@@ -339,6 +339,30 @@ class TestGenerate:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
         assert "--prompt: must not be empty" in call(generate, *EXAMPLE, "--prompt", "-").err
 
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (("--json",), "argument --json: needs a --prompt, or standard input from a pipe"),
+            (("--top_candidates", "2"), "argument --top_candidates: needs a --prompt, or standard input from a pipe"),
+            (("--seed", "1", "2"), "argument --seed: more than one needs a --prompt, or standard input from a pipe"),
+            (("--num_return_sequences", "2"), "argument --num_return_sequences: more than one needs a --prompt"),
+            (("--output_file", "x"), "arguments --prompts_file and --output_file: go together"),
+            (("--interactive", "--json"), "argument --json: not allowed with argument --interactive"),
+            (("--interactive", "--seed", "1", "2"), "argument --seed: a conversation gives one answer at a time"),
+        ],
+    )
+    def test_what_a_prompt_line_has_no_use_for_is_refused_in_the_user_s_own_words(
+        self,
+        arguments: tuple[str, ...],
+        said: str,
+        call: Callable[..., Result],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        terminal = io.TextIOWrapper(io.BytesIO(b""))
+        monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+        monkeypatch.setattr(sys, "stdin", terminal)
+        assert said in call(generate, *EXAMPLE, *arguments).err
+
     @pytest.mark.parametrize("also", [(), ("--no_stream",), ("--num_beams", "2")], ids=["streamed", "whole", "beams"])
     @pytest.mark.parametrize("stop, answer", [("ri", "Pa"), ("P", ""), ("s", "Pari"), ("xyz", "Paris")])
     def test_a_stop_string_ends_the_answer_and_is_no_part_of_it(

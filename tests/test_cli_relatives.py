@@ -1,5 +1,6 @@
 """The command lines with the family's checkpoints: raw prompts, what is found, and one line for what is wrong."""
 
+import io
 import json
 import os
 import shlex
@@ -74,6 +75,17 @@ class TestGenerate:
         arguments = ("--prompt", f"FILE:{tmp_path / 'start.txt'}", "--max_new_tokens", "9", "--response_only")
         _, out, _ = call(generate, *arguments)
         assert out == continued(nano[0], TEXT, 9)[len(TEXT) :] + "\n"
+
+    @pytest.mark.parametrize("arguments", [(), ("--prompt", "-")], ids=["a pipe", "a dash"])
+    def test_piped_text_that_begins_as_the_name_of_a_file_is_text(
+        self, nano: tuple, call: Callable, monkeypatch: pytest.MonkeyPatch, arguments: tuple
+    ) -> None:
+        text = "FILE:start.txt"
+        known = "".join(char for char in text if char in CHARACTERS)
+        monkeypatch.setattr("hf_model_cli.answers.FROM_FILE", known[:2])  # whose own letters this model does not know
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(known.encode())))
+        status, out, _ = call(generate, *arguments, "--max_new_tokens", "9", "--response_only")
+        assert (status, out) == (0, continued(nano[0], known, 9)[len(known) :] + "\n")
 
     @pytest.mark.parametrize("also", [(), ("--no_stream",)])
     def test_nothing_is_stripped_from_the_answer(self, also: tuple, nano: tuple, call: Callable) -> None:

@@ -80,9 +80,21 @@ class TestCommand:
         assert ["' P'" in table[0], "'[EOS]'" in table[3]] == [True, True]
         assert all(line.count("%") == 4 for line in table)
 
+    def test_what_else_could_have_come_is_in_the_json(self, call: Callable[..., Result]) -> None:  # noqa: F811
+        question = ("--prompt", "What is the capital of France?", "--temperature", "0", "--json", "--quiet")
+        result = call(generate_command, *EXAMPLE, *question, "--top_candidates", "3")
+        tokens = json.loads(result.out)["top_candidates"]
+        assert "".join(token["text"] for token in tokens) == " Paris[EOS]"
+        for token in tokens:  # greedy: the token that came is the likeliest
+            assert len(token["candidates"]) == 3
+            assert token["candidates"][0]["text"] == token["text"]
+            assert token["candidates"][0]["log_probability"] == pytest.approx(token["log_probability"])
+        assert "top_candidates" not in json.loads(call(generate_command, *EXAMPLE, *question).out)
+
     @pytest.mark.parametrize(
         "arguments, said",
         [
+            (("--prompt", "a", "--top_candidates", "2", "--quiet"), "--quiet would hide what it shows"),
             (("--score", ""), "--score: must not be empty"),
             (("--score", "a", "--prompts_file", str(CAPITALS / "README.md")), "not allowed with argument --score"),
             (("--score", "a", "--input_text", "b"), "needs the --prompt"),

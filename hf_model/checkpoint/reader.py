@@ -20,6 +20,9 @@ MODEL_ARGS_KEYS = ("model_args", "config")
 MAX_NAME = 200  # of a folder of data
 
 
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+
+
 @dataclass
 class Checkpoint:
     """What a file holds of the model. The tensors are mapped from the file where its format allows."""
@@ -37,6 +40,8 @@ class Checkpoint:
     """What wrote the file, by what stands in it."""
     dataset: str | None = None
     """nanoGPT's name of the data that it was trained on."""
+    started_from: str | None = None
+    """nanoGPT's name of the GPT-2 that it was started from, such as `gpt2-xl`."""
     is_pretrained: bool = False
     """Whether it is the original's pre-training file, whose model knows no instructions."""
     other_keys: tuple[str, ...] = ()
@@ -94,7 +99,7 @@ def read_checkpoint(path: str | Path, check_bytes: bool = True) -> Checkpoint:
     wrapper = content if weights_key is not None else {}
     model_args = _find_model_args(wrapper, file)
     config = wrapper.get("config")
-    dataset = config.get("dataset") if isinstance(config, dict) else None
+    dataset, start = (config.get(key) if isinstance(config, dict) else None for key in ("dataset", "init_from"))
     return Checkpoint(
         path=path,
         state_dict=state_dict,
@@ -115,6 +120,7 @@ def read_checkpoint(path: str | Path, check_bytes: bool = True) -> Checkpoint:
             is_tied="transformer.wte.weight" in state_dict and is_tied(state_dict),
         ),
         dataset=dataset if isinstance(dataset, str) and len(dataset) <= MAX_NAME else None,
+        started_from=start if isinstance(start, str) and start in GPT2_NAMES else None,
         is_pretrained=weights_key == "model_state_dict" and "loss" in wrapper and "config" not in wrapper,
         other_keys=tuple(
             one_line(key, MAX_NAME)

@@ -8,45 +8,45 @@ from hf_model.source import Loaded
 from hf_model.vocabulary import example_prompt, format_prompt, takes_instructions
 
 CARD = """\
----
-library_name: {library}
-pipeline_tag: text-generation
----
-# {name}
+# {{ facts.title }}
 
-A GPT-2 style language model ({architecture}), trained in plain PyTorch and converted to {what}{rounded}.
+A GPT-2 style language model ({{ architecture }}), trained in plain PyTorch and converted to {{ what }}{{ rounded }}.
 
-{use}
+## Use
+
+{{ use }}
 
 ## What to know
 
-{notes}
-"""
+{% for note in notes -%}
+- {{ note }}
+{% endfor %}"""
 
 
 def write_card(
     folder: Path, loaded: Loaded, options: Options, what: str, use: str, *notes: str, library: str = "transformers"
 ) -> None:
     """Write the card of a model: `use` is how it is run, `notes` what its engine does otherwise than transformers."""
-    config = loaded.model.config
-    fields = {"name": options.name, "block_size": config.block_size, "prompt": repr(_example(loaded))}
-    (folder / "README.md").write_text(
-        CARD.format(
-            library=library,
-            name=options.name,
-            architecture=describe_architecture(config),
-            what=what,
-            rounded=f", its weights {options.rounded}" if options.rounded else "",
-            use=use.format(**fields),
-            notes="\n".join(f"- {note.format(**fields)}" for note in notes if note),
-        ),
-        encoding="utf-8",
+    config, facts = loaded.model.config, options.card
+    # Only transformers finds a repository of the Hub by its name.
+    name = facts.hub_name if library == "transformers" else facts.place
+    fields = {"name": name, "block_size": config.block_size, "prompt": repr(_example(loaded, options))}
+    card = facts.render(
+        facts.metadata(library),
+        CARD,
+        block_size=config.block_size,
+        architecture=describe_architecture(config),
+        what=what,
+        rounded=f", its weights {options.rounded}" if options.rounded else "",
+        use=use.format(**fields),
+        notes=[note.format(**fields) for note in notes if note],
     )
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _example(loaded: Loaded) -> str:
+def _example(loaded: Loaded, options: Options) -> str:
     """The text of a prompt that this model understands; "" where no tokenizer tells."""
     if loaded.tokenizer is None:
         return ""
-    prompt = example_prompt(loaded.tokenizer)
+    prompt = next(iter(options.card.about.example_prompts), example_prompt(loaded.tokenizer))
     return format_prompt(prompt) if takes_instructions(loaded.tokenizer) else prompt

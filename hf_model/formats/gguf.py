@@ -128,7 +128,7 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
     model, tokenizer, *_ = loaded
     check_expressible(model, options.gguf_type)
     vocabulary = express(tokenizer, model.config.vocab_size)
-    write_file(folder / file_name(options), model, options.gguf_type, vocabulary, options.name)
+    write_file(folder / file_name(options), model, options.gguf_type, vocabulary, options.card.title)
     notes = [*vocabulary.notes, gelu_note(model)]
     bos = TWICE.replace("{bos}", tokenizer.bos_token) if vocabulary.adds_bos else ""
     use = (USE if vocabulary.chat_template else USE_RAW).replace("{file}", file_name(options))

@@ -1,36 +1,46 @@
 """The README that a converted folder carries."""
 
+import json
+from collections.abc import Sequence
+from typing import Any
+
 from transformers import PreTrainedTokenizerBase
 
 from hf_model.configuration_custom_gpt import CustomGPTConfig
-from hf_model.vocabulary import example_prompt, format_example, format_prompt, is_of_characters, takes_instructions
+from hf_model.formats.card_facts import CardFacts
+from hf_model.vocabulary import (
+    QUESTION,
+    example_prompt,
+    format_example,
+    format_prompt,
+    is_of_characters,
+    takes_instructions,
+)
 
 CARD = """\
----
-library_name: transformers
-pipeline_tag: text-generation
----
-# {name}
+# {{ facts.title }}
 
-A GPT-2 style language model ({n_layer} layers, {n_head} heads, {n_embd} wide, context {block_size}, vocabulary
-{vocab_size}), trained in plain PyTorch and converted for Hugging Face transformers {how}.
+A GPT-2 style language model ({{ n_layer }} layers, {{ n_head }} heads, {{ n_embd }} wide, context {{ block_size }},
+vocabulary {{ vocab_size }}), trained in plain PyTorch and converted for Hugging Face transformers {{ how }}.
+
+## Use
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-# The model's code is in this folder (modeling_custom_gpt.py): read it, then trust it.
-model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+# The folder's path, or its name on the Hub. The model's code is in it (modeling_custom_gpt.py): read it, then trust it.
+model = AutoModelForCausalLM.from_pretrained("{{ facts.hub_name }}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{{ facts.hub_name }}", trust_remote_code=True)
 
-{code}
+{{ code }}
 ```
 
-{prompt}`generate` samples with temperature 0.8 and top_k 50 unless told
-otherwise (`generation_config.json`), and goes on past the context of {block_size} tokens with the last {block_size}.
+{{ prompt }}`generate` samples with temperature 0.8 and top_k 50 unless told otherwise (`generation_config.json`), and
+goes on past the context of {{ block_size }} with the last {{ block_size }} tokens.
 """
 
 INSTRUCTION_CODE = """\
-messages = [{"role": "user", "content": "What is the capital of France?"}]
+messages = [{{"role": "user", "content": {prompt}}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 output = model.generate(**inputs)
 print(tokenizer.decode(output[0, inputs.input_ids.shape[1]:], skip_special_tokens=True))"""
@@ -44,7 +54,10 @@ The prompt that it was fine-tuned on, with and without an input; the tokenizer's
 [BOS]{format_prompt("{instruction}", "{input}")}
 ```
 
-In training an answer and `[EOS]` follow: `{format_example("What is the capital of France?", "Paris")}`. """
+In training an answer and `[EOS]` follow:
+`{format_example("What is the capital of France?", "Paris")}`.
+
+"""
 
 RAW_CODE = """\
 inputs = tokenizer({prompt!r}, return_tensors="pt")
@@ -61,21 +74,37 @@ is left out of the loss, and this one is a character of the text.
 
 
 def model_card(
-    config: CustomGPTConfig, name: str, rounded: str = "", tokenizer: PreTrainedTokenizerBase | None = None
+    config: CustomGPTConfig,
+    facts: CardFacts | str,
+    rounded: str = "",
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> str:
-    """The Markdown text of the card of a model in a folder called `name`.
+    """The Markdown text of the card of a model.
 
     Args:
+        facts: what there is to say beside its sizes; or the name of the folder, if that is all.
         rounded: what became of the weights, if they were rounded.
         tokenizer: the model's; without it, the card is that of the original's instructions.
     """
+    facts = CardFacts(title=facts, place=facts) if isinstance(facts, str) else facts
     sizes = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
-    if tokenizer is None or takes_instructions(tokenizer):
-        code, prompt = INSTRUCTION_CODE, INSTRUCTION_PROMPT
+    takes = tokenizer is None or takes_instructions(tokenizer)
+    examples = facts.about.example_prompts or ((example_prompt(tokenizer) if tokenizer else QUESTION),)
+    if takes:
+        code, prompt = INSTRUCTION_CODE.format(prompt=json.dumps(examples[0], ensure_ascii=False)), INSTRUCTION_PROMPT
     else:
-        code, prompt = RAW_CODE.format(prompt=example_prompt(tokenizer)), _raw_prompt(tokenizer)
+        assert tokenizer is not None
+        code, prompt = RAW_CODE.format(prompt=examples[0]), _raw_prompt(tokenizer)
     how = f"with its weights {rounded}" if rounded else "without changing a weight"
-    return CARD.format(name=name, how=how, code=code, prompt=prompt, **sizes)
+    data = facts.metadata("transformers", widget(examples, takes))
+    return facts.render(data, CARD, how=how, code=code, prompt=prompt, **sizes)
+
+
+def widget(examples: Sequence[str], takes_instructions: bool) -> list[dict[str, Any]]:
+    """Example prompts for the model's page on the Hub."""
+    if takes_instructions:
+        return [{"messages": [{"role": "user", "content": text}]} for text in examples]
+    return [{"text": text} for text in examples]
 
 
 def _raw_prompt(tokenizer: PreTrainedTokenizerBase) -> str:

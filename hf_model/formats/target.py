@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_model.errors import UserError, one_line
+from hf_model.formats.card_facts import CardFacts
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.vocabulary import probes
 
@@ -25,8 +26,8 @@ MAX_LOGITS = 2**27  # how many are compared: half a gigabyte on either side
 class Options:
     """How to write; each target reads what is its own."""
 
-    name: str = "model"
-    """What the card calls the model."""
+    card: CardFacts = field(default_factory=CardFacts)
+    """What its card says."""
     rounded: str = ""
     """What became of the weights, for the card (`description.rounding`)."""
     max_shard_size: str = "5GB"

@@ -1,7 +1,7 @@
 """What a tokenizer was saved as, to a `PreTrainedTokenizerFast` and the prompt format of its model."""
 
 from hf_model.vocabulary.characters import check_characters, is_of_characters
-from hf_model.vocabulary.probes import example_prompt, probes
+from hf_model.vocabulary.probes import QUESTION, example_prompt, probes
 from hf_model.vocabulary.prompt import (
     BOS,
     CHAT_TEMPLATE,
@@ -21,6 +21,7 @@ __all__ = [
     "CHAT_TEMPLATE",
     "EOS",
     "PAD",
+    "QUESTION",
     "UNK",
     "Model",
     "Vocabulary",

@@ -108,5 +108,6 @@ def check_characters(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
         named = [f"{char!r} (U+{ord(char):04X}) in position {position}" for char, position in unknown.items()]
         more = f" and {len(named) - 3} more" if len(named) > 3 else ""
         raise UserError(
-            f"the text holds {', '.join(named[:3])}{more}: not among the {len(known)} characters that the model knows"
+            f"the text holds {', '.join(named[:3])}{more}: not among the {len(known)} characters that the model knows "
+            "(the first position is 0)"
         )

@@ -1,9 +1,24 @@
 """The card of a converted model says what it is and how its prompt looks. (That its code runs: test_remote_code.)"""
 
-import yaml
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+
+import convert_checkpoint
 from hf_model import CustomGPTConfig
+from hf_model.conversion import convert
+from hf_model.formats.card_facts import About, place_of, title_of
 from hf_model.formats.model_card import model_card
+from tests import relatives
+from tests.tiny import CHECKPOINT, TOKENIZER
 
 
 def test_says_what_the_model_is() -> None:
@@ -23,3 +38,160 @@ def test_is_read_by_the_hub_as_a_text_generation_model() -> None:
     _, header, _ = model_card(CustomGPTConfig(), "capitals").split("---\n", 2)
     header = yaml.safe_load(header)
     assert (header["library_name"], header["pipeline_tag"]) == ("transformers", "text-generation")
+
+
+def card_of(folder: Path) -> ModelCard:
+    return ModelCard.load(folder / "README.md")
+
+
+def loads(card: ModelCard) -> set[str]:
+    """What the card's code gives to `from_pretrained`."""
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    return {call.args[0].value for call in calls if getattr(call.func, "attr", "") == "from_pretrained"}  # type: ignore
+
+
+class TestOptions:
+    ABOUT = About(
+        model_name="Capitals of the world",
+        license="mit",
+        language=("en", "fr"),
+        datasets=("someone/capitals", "someone/continents"),
+        base_model="someone/base",
+        tags=("instruct",),
+        example_prompts=('Say "hello".', "On which continent is Peru?"),
+    )
+
+    @pytest.mark.parametrize("format", ["transformers", "gpt2", "checkpoint"])
+    def test_are_in_the_header_as_the_hub_names_them(self, format: str, tmp_path: Path) -> None:
+        data = card_of(convert(CHECKPOINT, TOKENIZER, tmp_path / "hf", format=format, about=self.ABOUT)).data
+        assert (data.license, data.language, data.base_model) == ("mit", ["en", "fr"], "someone/base")
+        assert data.datasets == ["someone/capitals", "someone/continents"]
+        assert data.pipeline_tag == "text-generation"
+        assert {"custom_gpt", "instruct"} <= set(data.tags)
+
+    def test_examples_are_the_widget_s_and_the_code_s(self, tmp_path: Path) -> None:
+        card = card_of(convert(CHECKPOINT, TOKENIZER, tmp_path / "hf", about=self.ABOUT))
+        asked = [entry["messages"][0]["content"] for entry in card.data.widget]
+        assert asked == list(self.ABOUT.example_prompts)
+        assert f'"content": {json.dumps(asked[0])}' in card.text
+        assert "# Capitals of the world" in card.text.splitlines()
+
+    def test_a_model_of_raw_text_has_a_text_for_an_example(self, tmp_path: Path) -> None:
+        path = relatives.save_nanogpt(tmp_path, relatives.nano_character_model())
+        folder = convert(path, relatives.save_meta(tmp_path / "meta.pkl"), tmp_path / "hf")
+        (example,) = card_of(folder).data.widget
+        assert example.keys() == {"text"}
+
+    def test_nothing_is_claimed_that_nobody_said(self, tmp_path: Path) -> None:
+        header = card_of(convert(CHECKPOINT, TOKENIZER, tmp_path / "hf")).data.to_dict()
+        assert not header.keys() & {"license", "language", "datasets", "base_model"}
+
+    def test_reach_the_card_from_the_command_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        files = ("--checkpoint_path", CHECKPOINT, "--tokenizer_path", TOKENIZER, "--output_dir", tmp_path / "hf")
+        card = ("--license", "apache-2.0", "--language", "en", "code", "--datasets", "a/b", "c", "--base_model", "a/d")
+        words = (*card, "--tags", "x", "y", "--model_name")
+        monkeypatch.setattr(
+            sys, "argv", ["convert_checkpoint.py", *map(str, files), *words, "N", "--example_prompt", "P"]
+        )
+        assert convert_checkpoint.main() == 0
+        data = card_of(tmp_path / "hf").data
+        assert (data.license, data.language, data.datasets) == ("apache-2.0", ["en", "code"], ["a/b", "c"])
+        assert (data.base_model, data.tags[1:]) == ("a/d", ["x", "y"])
+        assert data.widget == [{"messages": [{"role": "user", "content": "P"}]}]
+
+    @pytest.mark.parametrize(
+        "words",
+        [("--license", "My License"), ("--language", "English"), ("--datasets", "a/b/c"), ("--base_model", "/x")],
+    )
+    def test_that_the_hub_would_refuse_are_refused(
+        self, words: tuple, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    ) -> None:
+        monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", "--checkpoint_path", str(CHECKPOINT), *words])
+        with pytest.raises(SystemExit, match="2"):
+            convert_checkpoint.main()
+        assert f"argument {words[0]}: must be a name such as" in capsys.readouterr().err
+
+
+class TestWhatTheCheckpointTells:
+    def test_its_data_base_and_progress_are_in_the_card(self, tmp_path: Path) -> None:
+        path = relatives.save_nanogpt(tmp_path, relatives.nano_character_model())
+        content = torch.load(path, weights_only=True)
+        config = content["config"] | {"dataset": "my_poems", "init_from": "gpt2-medium"}
+        torch.save(content | {"config": config, "iter_num": 4321}, path)
+        card = card_of(convert(path, relatives.save_meta(tmp_path / "meta.pkl"), tmp_path / "hf"))
+        assert card.data.base_model == "openai-community/gpt2-medium"
+        assert "my_poems" in section(card, "Training data")
+        assert "iter_num 4321" in section(card, "Evaluation")
+
+    def test_what_nobody_knows_is_left_as_a_marked_place(self, capitals: Path) -> None:
+        for name in ("Training data", "Evaluation", "Limits"):
+            assert section(card_of(capitals), name).endswith("[More Information Needed]")
+
+    def test_the_diagnosis_is_in_it_without_the_place_of_the_data(self, tmp_path: Path) -> None:
+        (tmp_path / "private").mkdir()
+        data = tmp_path / "private" / "data.jsonl"
+        data.write_text('{"instruction": "What is the capital of France?", "output": "Paris"}\n' * 3)
+        learnt = section(
+            card_of(convert(CHECKPOINT, TOKENIZER, tmp_path / "hf", training_data=data)), "What it has learnt"
+        )
+        assert "at its own answers it repeats" in learnt
+        assert "exact answers 3 of 3" in learnt
+        assert "data.jsonl" in learnt and "private" not in learnt
+
+
+def section(card: ModelCard, title: str) -> str:
+    return card.text.split(f"## {title}\n")[1].split("\n## ")[0].strip()
+
+
+class TestName:
+    def test_of_the_default_folder_is_that_of_the_project(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        place = tmp_path / "poet" / "out" / "finetune"
+        place.mkdir(parents=True)
+        (place / "ckpt.pt").symlink_to(CHECKPOINT)
+        monkeypatch.chdir(tmp_path / "poet")
+        monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", "--tokenizer_path", str(TOKENIZER)])
+        assert convert_checkpoint.main() == 0
+        card = card_of(Path("out/finetune/hf"))
+        assert card.text.strip().startswith("# poet-finetune\n")
+        assert loads(card) == {"out/finetune/hf"}
+        (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+        process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8")
+        assert process.stdout.strip() == "Paris", process.stderr
+
+    @pytest.mark.parametrize(
+        ("folder", "source", "title"),
+        [
+            ("capitals-hf", "out/ckpt.pt", "capitals-hf"),
+            ("out/hf", "nanoGPT/out-shakespeare-char/ckpt.pt", "shakespeare-char"),
+            ("out/gguf", "nanoGPT/out/ckpt.pt", "nanoGPT"),
+            ("log/hf", "build-nanogpt/log/model_19072.pt", "build-nanogpt"),
+            ("hf-gguf", "poet/out/pretrain/hf", "poet-pretrain"),
+        ],
+    )
+    def test_is_the_folder_s_or_that_of_the_checkpoint_s_place(
+        self, folder: str, source: str, title: str, tmp_path: Path
+    ) -> None:
+        assert title_of(tmp_path / folder, tmp_path / source) == title
+
+    def test_a_folder_elsewhere_is_called_without_its_path(self, tmp_path: Path) -> None:
+        assert place_of(tmp_path / "capitals") == "capitals"
+        assert place_of(tmp_path / "poet" / "hf") == "poet/hf"
+
+    @pytest.mark.parametrize("format", ["transformers", "gpt2"])
+    def test_on_the_hub_is_that_of_the_repository(self, format: str, tmp_path: Path) -> None:
+        about = About(repo="someone/capitals-of-the-world")
+        card = card_of(convert(CHECKPOINT, TOKENIZER, tmp_path / "hf", format=format, about=about))
+        assert loads(card) == {"someone/capitals-of-the-world"}
+        assert "# capitals-of-the-world" in card.text.splitlines()
+
+    def test_cannot_break_the_card(self, tmp_path: Path) -> None:
+        folder = convert(
+            CHECKPOINT, TOKENIZER, tmp_path / 'a "quoted" {{ name }}\n---', about=About(model_name="{{ 7*7 }}\n---")
+        )
+        card = card_of(folder)
+        assert card.data.library_name == "transformers"
+        assert loads(card) == {folder.name}
+        assert "49" not in card.text.splitlines()[0]
