@@ -57,7 +57,7 @@ def raw_text(prompt: str) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # a NUL in the name, bytes that are no UTF-8
-        raise UserError(f"argument --prompt: {path} cannot be read ({error})") from None
+        raise UserError(f"argument --prompt: {path} cannot be read ({getattr(error, 'strerror', error)})") from None
     if not text:
         raise UserError(f"argument --prompt: {path} is empty")
     return text

@@ -177,3 +177,18 @@ class TestConvert:
         assert "out/finetune/ckpt.pt; there is out/finetune/ckpt_final_iter_120.pt, out/finetune/ckpt_iter_60.pt" in err
         assert "out/pretrain/best_model.pt: give one with --checkpoint_path" in err
         assert err.count("\n") == 1
+
+    @pytest.mark.parametrize("script", [generate, convert_checkpoint])
+    def test_where_there_is_none_it_says_what_to_give(
+        self, script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    ) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "latest.pt").symlink_to("gone.pt")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["script.py", *(("--prompt", "x") if script is generate else ())])
+        with pytest.raises(SystemExit) as stop:
+            script.main()
+        err = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert "nor another checkpoint in out/ or log/: give one with --checkpoint_path" in err
+        assert err.count("\n") == 1
