@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
@@ -23,6 +23,7 @@ from hf_model.strict_json import parse_json
 from hf_model.vocabulary import format_prompt, takes_instructions
 
 Record = dict[str, Any]
+MAX_LINE = 2**26
 
 
 def read_records(path: Path, raw: bool = False) -> list[Record]:
@@ -35,8 +36,8 @@ def read_records(path: Path, raw: bool = False) -> list[Record]:
     """
     try:
         with path.open(encoding="utf-8") as file:
-            lines = file.readlines()  # str.splitlines would end a line at a U+2028 within a string too
-    except (OSError, UnicodeDecodeError) as error:
+            lines = list(_lines(file))  # str.splitlines would end a line at a U+2028 within a string too
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     wanted = "a 'prompt'" if raw else "an 'instruction'"
     records = []
@@ -59,6 +60,13 @@ def read_records(path: Path, raw: bool = False) -> list[Record]:
             raise UserError(f"{path}, line {number}: the prompt is empty, and a model of raw text needs a beginning")
         records.append(record)
     return records
+
+
+def _lines(file: TextIO) -> Iterator[str]:
+    while line := file.readline(MAX_LINE + 1):
+        if len(line) > MAX_LINE:
+            raise ValueError(f"it has a line of more than {MAX_LINE} characters")
+        yield line
 
 
 def _text(record: Record, raw: bool) -> Any:

@@ -92,7 +92,10 @@ class TestGenerate:
                 ("--prompt", "be", "--raw", "--input_text", "x"),
                 "argument --input_text: a raw prompt has no place for it",
             ),
-            (("--prompt", "FILE:no.txt"), "argument --prompt: no.txt cannot be read"),
+            (("--prompt", "FILE:no.txt"), "argument --prompt: no.txt cannot be read (No such file or directory)"),
+            (("--prompt", "FILE:."), "argument --prompt: . cannot be read (Is a directory)"),
+            (("--prompt", "FILE:/dev/zero"), "argument --prompt: /dev/zero is more than 64 MiB long"),
+            (("--prompt", "FILE:/dev/null"), "argument --prompt: /dev/null is empty"),
             (("--prompt", "no Ж"), "the text holds 'Ж' (U+0416) in position 3: not among the"),
             (("--prompt", "be", "--characters_of", "no.txt"), "argument --characters_of: there is no file no.txt"),
             (
