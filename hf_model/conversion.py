@@ -14,7 +14,7 @@ from hf_model.formats import Options, find_target
 from hf_model.formats.card_facts import About, card_facts
 from hf_model.formats.target import MissingEngineError
 from hf_model.inspection import Inspection, examine
-from hf_model.report import write_page
+from hf_model.report import check_page, write_page
 from hf_model.source import Loaded, Source
 
 
@@ -73,6 +73,8 @@ def convert(
     output_dir = Path(output_dir)
     source = Source(Path(checkpoint_path), tokenizer_path, dtype, n_head, activation, characters_of, raw)
     check_target(output_dir, overwrite)
+    if report_page is not None:
+        check_page(Path(report_page))
     if source.is_folder and output_dir.exists() and output_dir.samefile(source.path):
         raise UserError(f"{output_dir}: is the source itself; choose another --output_dir")
     target = find_target(format)
@@ -98,19 +100,21 @@ def convert(
         # What is mapped goes before the folder is read back, so that the weights are not in memory twice.
         del loaded
         gc.collect()
-        report(f"written       {output_dir}")
-        for file in sorted(folder.iterdir()):
-            report(f"              {file.name:<32} {file_size(file.stat().st_size):>10}")
+        lines = [f"written       {output_dir}"]
+        lines += [
+            f"              {path.name:<32} {file_size(path.stat().st_size):>10}" for path in sorted(folder.iterdir())
+        ]
         if verify:
             try:
-                verified = f"verified      {target.verify(folder, source, options)}"
+                lines.append(f"verified      {target.verify(folder, source, options)}")
             except MissingEngineError as error:
-                verified = f"not verified  {error}"
+                lines.append(f"not verified  {error}")
             except UserError as error:  # the folder that it speaks of is the one to be
                 raise UserError(str(error).replace(str(folder), str(output_dir))) from None
             except Exception as error:  # whatever the library trips over in a folder that is not what was written
                 raise UserError(f"{output_dir}: cannot be read back ({one_line(error, 200)})") from None
-            report(verified)
+    for line in lines:  # now that it is true
+        report(line)
     return output_dir
 
 

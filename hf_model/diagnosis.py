@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -17,6 +18,7 @@ from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.vocabulary import format_prompt, takes_instructions
 
 N_CANDIDATES = 8
+N_WORDS = 1000
 RUN_STEPS = 20
 # Set on some 200 small models: docs/diagnosis.md.
 STUTTER_MASS = 0.2
@@ -193,24 +195,53 @@ def _raw_prompts(tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
     start = next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), None)
     first = [] if start is None else [start]
     ordinary = _ordinary_tokens(tokenizer)
-    words = [token for token in ordinary if any(char.isalpha() for char in tokenizer.decode([token]))] or ordinary
+    letters = (token for token in ordinary if any(char.isalpha() for char in tokenizer.decode([token])))
+    words = list(islice(letters, N_WORDS)) or ordinary[:N_WORDS]
     chooser = random.Random(0)
     for _ in INSTRUCTIONS:
-        yield first + chooser.choices(words[:1000], k=6)
+        yield first + chooser.choices(words, k=6)
 
 
 def _share_repeated(rows: "Rows", tokens: torch.Tensor, steps: int, end: int | None) -> float:
     """The share of greedy steps after `tokens` (B,) that give the token before again; those after an end do not."""
     goes_on = torch.ones_like(tokens, dtype=torch.bool)
     repeated, before = 0, tokens
-    for _ in range(steps):
-        following = rows.next_logits.argmax(dim=-1)  # (B,)
+    for following in _greedy(rows, steps, end):
         if end is not None:
             goes_on &= following != end
         repeated += int((goes_on & (following == before)).sum())
         before = following
-        rows.step(following)
+        if not goes_on.any():
+            break
     return repeated / (steps * len(tokens))
+
+
+def _greedy(rows: "Rows", steps: int, end: int | None) -> Iterator[torch.Tensor]:
+    """The rows' next greedy tokens, (B,) for each step; what comes after an end is anything.
+
+    A stutterer's tokens are easily guessed: the last one again. So a pass reads as many of them as may be right, and
+    what is behind the first wrong guess is read again.
+    """
+    token = rows.next_logits.argmax(dim=-1)  # (B,)
+    goes_on = torch.ones_like(token, dtype=torch.bool)
+    guesses = left = steps
+    while True:
+        yield token
+        left -= 1
+        if left <= 0:
+            return
+        if end is not None:
+            goes_on &= token != end
+        guessed = token[:, None].repeat(1, min(guesses, left))  # (B, N)
+        found = rows.read(guessed).argmax(dim=-1)  # (B, N), what follows each
+        right = ((found == guessed) | ~goes_on[:, None]).all(dim=0)  # (N,)
+        n_right = int(right.long().cumprod(dim=0).sum())
+        found = found[:, : n_right + 1]
+        rows.forget(guessed.shape[1] - found.shape[1])
+        for again in found[:, :-1].unbind(dim=1):
+            yield again
+            left -= 1
+        token, guesses = found[:, -1], 2 * n_right + 1
 
 
 class Rows:
@@ -223,26 +254,38 @@ class Rows:
         self.cache = DynamicCache(config=model.config)
         T = max(map(len, prompts))
         self.mask = torch.tensor([[0] * (T - len(ids)) + [1] * len(ids) for ids in prompts])  # (B, T)
-        self._forward(torch.tensor([[0] * (T - len(ids)) + list(ids) for ids in prompts]))
+        padded = torch.tensor([[0] * (T - len(ids)) + list(ids) for ids in prompts])  # (B, T)
+        self.next_logits = self._forward(padded, keep=1)[:, -1]  # (B, V)
 
-    def _forward(self, ids: torch.Tensor) -> None:
+    def _forward(self, ids: torch.Tensor, keep: int) -> torch.Tensor:
+        """Read tokens (B, N), and give the logits after the last `keep`, (B, keep, V)."""
         device = self.model.device
         output = self.model(
             ids.to(device),
             attention_mask=self.mask.to(device),
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=keep,
         )
-        self.next_logits = output.logits[:, -1, : self.n_tokens].float().cpu()  # (B, V)
+        return output.logits[..., : self.n_tokens].float().cpu()
+
+    def read(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Read tokens (B, N) more in each row, and give the logits after each, (B, N, V)."""
+        self.mask = torch.nn.functional.pad(self.mask, (0, tokens.shape[1]), value=1)
+        return self._forward(tokens, keep=tokens.shape[1])
+
+    def forget(self, n: int) -> None:
+        """As if the last `n` tokens of each row had not been read."""
+        if n:
+            self.cache.crop(-n)
+            self.mask = self.mask[:, :-n]
 
     def are_numbers(self) -> bool:
         return bool(self.next_logits.isfinite().all())
 
     def step(self, tokens: torch.Tensor) -> None:
         """Read one token more in each row, `tokens` of shape (B,)."""
-        self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
-        self._forward(tokens[:, None])
+        self.next_logits = self.read(tokens[:, None])[:, -1]
 
     def repeat_interleave(self, times: int) -> None:
         """Every row `times` times, side by side."""

@@ -284,6 +284,21 @@ def publish(private: Path, path: Path) -> None:
     sync(path.parent)
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file under a private name, and put it in the place of what has its name, a link's own place too."""
+    private = path.with_name(f".{secrets.token_hex(8)}.partial")
+    try:
+        descriptor = os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        private.replace(path)
+    except BaseException:
+        private.unlink(missing_ok=True)
+        raise
+
+
 def _rename(one: Path, other: Path, how: int) -> int:
     """Linux's renameat2, 1 to replace nothing and 2 to swap: 0, or the error's number."""
     if sys.platform != "linux" or not hasattr(library := ctypes.CDLL(None, use_errno=True), "renameat2"):

@@ -19,7 +19,7 @@ from hf_model.errors import memory_for
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.source import Loaded, Source
 from hf_model.training_data import Measurement, measure
-from hf_model.vocabulary import PAD, takes_instructions
+from hf_model.vocabulary import PAD, is_of_characters, takes_instructions
 
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "tie_word_embeddings", "dropout")
 READ_KEYS = ("iter_num", "step", "loss", "best_val_loss", "val_loss", "model_args")
@@ -221,3 +221,5 @@ def _notes(loaded: Loaded) -> Iterator[str]:
         yield f"note: the tokenizer has no {PAD}; {tokenizer.eos_token} serves as the padding token"
     if unused := loaded.model.config.vocab_size - len(tokenizer):
         yield f"note: the weights' vocabulary is padded: {unused} ids have no token and are kept from being sampled"
+        if is_of_characters(tokenizer):
+            yield "note: few trainers pad a vocabulary of characters: these may be the characters of another text"

@@ -1,13 +1,15 @@
 """Files of instructions or prompts: JSON Lines, each line a record with fields of its own."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from hf_model.errors import UserError
 from hf_model.strict_json import parse_json
 
 Record = dict[str, Any]
+MAX_LINE = 2**26  # characters
 
 
 def read_records(path: Path, raw: bool | None = False) -> list[Record]:
@@ -22,8 +24,8 @@ def read_records(path: Path, raw: bool | None = False) -> list[Record]:
     """
     try:
         with path.open(encoding="utf-8") as file:
-            lines = file.readlines()  # str.splitlines would end a line at a U+2028 within a string too
-    except (OSError, UnicodeDecodeError) as error:
+            lines = list(_lines(file))  # str.splitlines would end a line at a U+2028 within a string too
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     records = []
     for number, line in enumerate(lines, start=1):
@@ -35,6 +37,13 @@ def read_records(path: Path, raw: bool | None = False) -> list[Record]:
             raise UserError(f"{path}, line {number}: {error}") from None
     check_records(records, raw, path)
     return records
+
+
+def _lines(file: TextIO) -> Iterator[str]:
+    while line := file.readline(MAX_LINE + 1):
+        if len(line) > MAX_LINE:
+            raise ValueError(f"it has a line of more than {MAX_LINE} characters")
+        yield line
 
 
 def check_records(records: list[Any], raw: bool | None, path: Path | None = None) -> None:

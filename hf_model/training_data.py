@@ -30,6 +30,7 @@ TEXT_BYTES = 4 * 2**20  # of a text file, how much is read
 N_BUCKETS = 16
 HEAD_SIZES = range(8, 257)
 CLEARLY = 3.0  # standard errors that one option must be ahead of another
+TIE = 1e-4  # nats, in which the wrong form of GELU may be ahead: on a model of the exact one, the other was by 1e-6
 UNSHIFTED_AHEAD = 1.0  # nats
 
 
@@ -123,8 +124,15 @@ class Measurement:
     @property
     def better(self) -> list[Alternative]:
         """The alternative of each option that fits better than what was chosen, the best one first."""
-        ahead = sorted((other for other in self.alternatives if other.ahead > CLEARLY), key=lambda other: other.loss)
+        ahead = sorted(
+            (other for other in self.alternatives if other.ahead > CLEARLY and not self.ties(other)),
+            key=lambda other: other.loss,
+        )
         return [other for i, other in enumerate(ahead) if other.option not in [before.option for before in ahead[:i]]]
+
+    def ties(self, other: Alternative) -> bool:
+        """Whether the data does not tell an alternative from what was chosen."""
+        return abs(other.ahead) <= CLEARLY or abs(other.loss - self.chosen_loss) < TIE
 
     def lines(self) -> list[str]:
         """What was measured, in plain words."""
@@ -170,11 +178,12 @@ class Measurement:
                     f"warning: {flag} {other.value} fits better than {chosen}: loss {other.loss:.4g} against "
                     f"{self.chosen_loss:.4g}. Convert again with {flag} {other.value}"
                 )
-        verdict = "fits best" if others[0].ahead < -CLEARLY else "fits; the data does not tell it from the next one"
-        return (
-            f"{flag.strip('-'):<13} {chosen} {verdict}: loss {self.chosen_loss:.4g}, "
-            f"and {others[0].loss:.4g} with {others[0].value}"
-        )
+        losses = f"loss {self.chosen_loss:.4g}, and {others[0].loss:.4g} with {others[0].value}"
+        if self.ties(others[0]):
+            return (
+                f"{flag.strip('-'):<13} {chosen} and {others[0].value} tie: {losses}; the data does not tell them apart"
+            )
+        return f"{flag.strip('-'):<13} {chosen} fits best: {losses}"
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -325,7 +334,7 @@ def _alternatives(
     C, config = model.config.n_embd, model.config
     values: list[tuple[str, int | str]] = [
         *(("n_head", n) for n in range(1, C + 1) if C % n == 0 and C // n in HEAD_SIZES and n != config.n_head),
-        *(("activation_function", name) for name in ("gelu", "gelu_new") if name != config.activation_function),
+        ("activation_function", "gelu_new" if config.activation_function == "gelu" else "gelu"),
     ]
     chosen = losses_of(model)
     found = []

@@ -19,7 +19,7 @@ from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.records import check_records
 from hf_model.scoring import ScoredToken
 from hf_model.vocabulary import format_prompt, takes_instructions
-from hf_model_cli.common import show
+from hf_model_cli.common import MOST_PROMPT_BYTES, show
 
 FROM_FILE = "FILE:"  # in front of a path, nanoGPT's way to give a prompt
 SAMPLING_ARGUMENTS = (
@@ -58,11 +58,13 @@ def given_prompt(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -
         return prompt
     path = Path(prompt.removeprefix(FROM_FILE))
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"argument --prompt: {path} cannot be read ({error.strerror or error})") from None
-    except ValueError as error:  # a NUL in the name, bytes that are no UTF-8
-        raise UserError(f"argument --prompt: {path} cannot be read ({error})") from None
+        with path.open("rb") as file:
+            raw = file.read(MOST_PROMPT_BYTES + 1)
+        text = "" if len(raw) > MOST_PROMPT_BYTES else raw.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+    except (OSError, ValueError) as error:  # a NUL in the name, bytes that are no UTF-8
+        raise UserError(f"argument --prompt: {path} cannot be read ({getattr(error, 'strerror', error)})") from None
+    if len(raw) > MOST_PROMPT_BYTES:
+        raise UserError(f"argument --prompt: {path} is more than {MOST_PROMPT_BYTES // 2**20} MiB long")
     if not text:
         raise UserError(f"argument --prompt: {path} is empty")
     return text

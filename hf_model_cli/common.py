@@ -23,8 +23,9 @@ DEFAULT_CHECKPOINT = "out/finetune/ckpt.pt"
 DEFAULT_TOKENIZER = "data/tokenizer/custom_gpt_tokenizer.json"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh")
-CHECKPOINTS = ("out*/**/*.pt", "log/*.pt")  # where the trainers of the family put theirs
+CHECKPOINTS = ("out*/**/*.pt", "log*/**/*.pt", "*.pt")  # where the trainers of the family put theirs
 MOST_NAMED = 5
+MOST_PROMPT_BYTES = 2**26  # of a pipe or a file; what never ends would fill the memory
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 FILES = (".json", ".pkl", ".pickle", ".txt", ".bpe", ".pt", ".model")  # endings of files, which no name has
 # The keys of hf_model.formats.FORMATS, and what some of them have to choose from; a test compares them.
@@ -258,8 +259,10 @@ def check_checkpoint(parser: Parser, path: str, what: str) -> None:
     if mode is not None and not (what and stat.S_ISDIR(mode)):
         return
     message = f"argument --checkpoint_path: there is no {what}{path}"
-    found = [file for pattern in CHECKPOINTS for file in Path().glob(pattern)] if path == DEFAULT_CHECKPOINT else []
-    if found:
+    found = [file for pattern in CHECKPOINTS for file in Path().glob(pattern) if file.is_file()]
+    if path == DEFAULT_CHECKPOINT and not found:
+        message += ", nor another checkpoint in out/ or log/: give one with --checkpoint_path"
+    elif path == DEFAULT_CHECKPOINT:
         found.sort(key=lambda file: file.stat().st_mtime, reverse=True)
         more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
         message += f"; there is {', '.join(map(str, found[:MOST_NAMED]))}{more}: give one with --checkpoint_path"

@@ -11,7 +11,7 @@ from hf_model.generation import encode, generate
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.vocabulary import takes_instructions
 from hf_model_cli.answers import content_of, sampling_of
-from hf_model_cli.common import show
+from hf_model_cli.common import MOST_PROMPT_BYTES, show
 from hf_model_cli.generate import SAMPLING, SEED
 
 try:  # gives `input` its history and editing
@@ -107,13 +107,28 @@ def converse(args: argparse.Namespace, model: CustomGPTForCausalLM, tokenizer: P
     conversation = Conversation(args, model, tokenizer)
     while True:
         try:
-            conversation.take(input("> " if is_terminal else ""))
+            conversation.take(input("> ") if is_terminal else next_line())
         except KeyboardInterrupt:
             show("\n(Ctrl-D leaves)")
         except EOFError:
             if is_terminal:
                 show("")
             return
+
+
+def next_line() -> str:
+    """The next line of a pipe or a file.
+
+    Raises:
+        EOFError: there is none.
+        UserError: it is too long.
+    """
+    line = sys.stdin.readline(MOST_PROMPT_BYTES + 1)
+    if not line:
+        raise EOFError
+    if len(line) > MOST_PROMPT_BYTES:
+        raise UserError(f"standard input: a line is more than {MOST_PROMPT_BYTES // 2**20} Mi characters long")
+    return line.removesuffix("\n")
 
 
 def prepare_readline() -> None:

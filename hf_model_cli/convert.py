@@ -270,8 +270,10 @@ def quoted(prompt: str) -> str:
 
 def look(args: argparse.Namespace) -> None:
     from hf_model.inspection import inspect
-    from hf_model.report import write_page
+    from hf_model.report import check_page, write_page
 
+    if args.report is not None:
+        check_page(args.report)
     inspection, model, tokenizer = inspect(
         args.checkpoint_path,
         args.vocabulary,

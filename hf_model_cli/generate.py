@@ -13,6 +13,7 @@ from hf_model_cli.common import (
     DEFAULT_CHECKPOINT,
     DEFAULT_TOKENIZER,
     DTYPES,
+    MOST_PROMPT_BYTES,
     Parser,
     add_vocabulary,
     check_checkpoint,
@@ -233,9 +234,11 @@ def check_prompt(parser: Parser, args: argparse.Namespace) -> None:
 def read_standard_input(parser: Parser) -> str:
     """What is piped in, less the newline that `echo` ends it with."""
     try:
-        content = sys.stdin.buffer.read() if sys.stdin is not None else b""
+        content = sys.stdin.buffer.read(MOST_PROMPT_BYTES + 1) if sys.stdin is not None else b""
     except OSError as error:
         parser.error(f"argument --prompt: standard input cannot be read ({error.strerror or error})")
+    if len(content) > MOST_PROMPT_BYTES:
+        parser.error(f"argument --prompt: standard input is more than {MOST_PROMPT_BYTES // 2**20} MiB long")
     return content.decode("utf-8", "surrogateescape").removesuffix("\n")  # as Python decodes an argument
 
 

@@ -363,6 +363,23 @@ class TestGenerate:
         monkeypatch.setattr(sys, "stdin", terminal)
         assert said in call(generate, *EXAMPLE, *arguments).err
 
+    @pytest.mark.parametrize("arguments", [(), ("--prompt", "-"), ("--interactive", "--quiet")])
+    def test_a_pipe_that_never_ends_is_one_line(
+        self, arguments: tuple[str, ...], call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with Path("/dev/zero").open(encoding="utf-8") as zeros:
+            monkeypatch.setattr(sys, "stdin", zeros)
+            result = call(generate, *EXAMPLE, *arguments)
+        assert result.status == 2
+        assert "standard input" in result.err and "more than 64 Mi" in result.err
+        assert result.err.count("\n") == 1
+
+    def test_a_file_of_prompts_that_never_ends_is_one_line(self, call: Callable[..., Result], tmp_path: Path) -> None:
+        files = ("--prompts_file", "/dev/zero", "--output_file", str(tmp_path / "out.jsonl"))
+        result = call(generate, *EXAMPLE, *files)
+        assert (result.status, result.err.count("\n")) == (2, 1)
+        assert "/dev/zero: cannot be read (it has a line of more than" in result.err
+
     @pytest.mark.parametrize("also", [(), ("--no_stream",), ("--num_beams", "2")], ids=["streamed", "whole", "beams"])
     @pytest.mark.parametrize("stop, answer", [("ri", "Pa"), ("P", ""), ("s", "Pari"), ("xyz", "Paris")])
     def test_a_stop_string_ends_the_answer_and_is_no_part_of_it(

@@ -104,7 +104,10 @@ class TestGenerate:
                 ("--prompt", "be", "--raw", "--input_text", "x"),
                 "argument --input_text: a raw prompt has no place for it",
             ),
-            (("--prompt", "FILE:no.txt"), "argument --prompt: no.txt cannot be read"),
+            (("--prompt", "FILE:no.txt"), "argument --prompt: no.txt cannot be read (No such file or directory)"),
+            (("--prompt", "FILE:."), "argument --prompt: . cannot be read (Is a directory)"),
+            (("--prompt", "FILE:/dev/zero"), "argument --prompt: /dev/zero is more than 64 MiB long"),
+            (("--prompt", "FILE:/dev/null"), "argument --prompt: /dev/null is empty"),
             (("--prompt", "no Ж"), "the text holds 'Ж' (U+0416) in position 3: not among the"),
             (("--prompt", "be", "--characters_of", "no.txt"), "argument --characters_of: there is no file no.txt"),
             (
@@ -206,4 +209,19 @@ class TestConvert:
         assert stop.value.code == 2
         assert "out/finetune/ckpt.pt; there is out/finetune/ckpt_final_iter_120.pt, out/finetune/ckpt_iter_60.pt" in err
         assert "out/pretrain/best_model.pt: give one with --checkpoint_path" in err
+        assert err.count("\n") == 1
+
+    @pytest.mark.parametrize("script", [generate, convert_checkpoint])
+    def test_where_there_is_none_it_says_what_to_give(
+        self, script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    ) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "latest.pt").symlink_to("gone.pt")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["script.py", *(("--prompt", "x") if script is generate else ())])
+        with pytest.raises(SystemExit) as stop:
+            script.main()
+        err = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert "nor another checkpoint in out/ or log/: give one with --checkpoint_path" in err
         assert err.count("\n") == 1

@@ -14,7 +14,7 @@ from examples.capitals.train import EOS, Record, Row, encode, examples, train
 from examples.plain_gpt import GPT, GPTConfig, save_checkpoint
 from hf_model import CustomGPTForCausalLM
 from hf_model.conversion import convert
-from hf_model.diagnosis import INSTRUCTIONS, Diagnosis, diagnose, non_finite
+from hf_model.diagnosis import INSTRUCTIONS, Diagnosis, Rows, _greedy, diagnose, non_finite
 from hf_model.inspection import inspect
 from hf_model.vocabulary import convert_tokenizer, format_prompt
 from tests.tiny import CHECKPOINT, SIZES, TOKENIZER, gpt, save_tokenizer, twin
@@ -221,6 +221,26 @@ class TestEvidence:
             assert diagnosis.flatness == pytest.approx(flatness, abs=1e-4)
             assert diagnosis.run == (pytest.approx(run) if copy_mass >= 0.2 else None)
         assert copy_mass >= 0.2
+
+    @pytest.mark.parametrize("strength", [0.0, 1.0, 2.0, 4.0, 20.0])
+    def test_steps_that_are_guessed_are_the_greedy_ones(self, strength: float) -> None:
+        model = gpt(vocab_size=40, block_size=64)
+        model.lm_head.weight.data += strength * model.transformer.wte.weight.data
+        prompts, steps = [[5, 6, 7], [8], [9, 10], [3, 3, 3, 3, 3]], 20
+        expected = [
+            model.generate(torch.tensor([ids]), steps, temperature=0)[0, len(ids) :].tolist() for ids in prompts
+        ]
+        for end in (None, *{ids[3] for ids in expected}):
+            found = torch.stack(list(_greedy(Rows(twin(model), prompts, 40), steps, end)), dim=1).tolist()
+            for one, other in zip(found, expected, strict=True):
+                until = other.index(end) + 1 if end in other else steps
+                assert one[:until] == other[:until]
+
+    def test_a_stutterer_s_steps_take_one_pass(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        model, passes = twin(copier(SMALL)), []
+        model.register_forward_pre_hook(lambda *_: passes.append(1))
+        assert diagnose(model, tokenizer).run == 1
+        assert len(passes) == 3  # the prompts, the candidates, the guessed steps
 
     def test_leaves_the_padding_of_the_vocabulary_out(self, tokenizer: PreTrainedTokenizerFast) -> None:
         model = GPT(GPTConfig(**SMALL | {"vocab_size": 1500}))

@@ -1,6 +1,7 @@
 """nanoGPT's, build-nanogpt's and minGPT's checkpoints convert, and generate as their own models do."""
 
 import json
+import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,6 +167,27 @@ class TestChoices:
         with pytest.raises(UserError, match=r"says gpt-mini \(6 layers, 192 wide\), but the weights have 3 layers"):
             load_original(path, relatives.save_meta(tmp_path / "meta.pkl"))
 
+    @pytest.mark.parametrize(
+        "sizes, heads",
+        [
+            ({"n_head": 3}, 3),
+            ({"n_layer": 3, "n_head": 4, "n_embd": 48}, 4),
+            ({"model_type": "gpt-nano", "n_head": 6}, 6),
+        ],
+    )
+    def test_heads_are_told_by_a_config_of_sizes(self, sizes: dict, heads: int, tmp_path: Path) -> None:
+        path = relatives.save_mingpt(tmp_path, relatives.mingpt_model())
+        path.with_name("config.json").write_text(json.dumps({"model": sizes}), encoding="utf-8")
+        assert load_original(path, relatives.save_meta(tmp_path / "meta.pkl"))[0].config.n_head == heads
+
+    @pytest.mark.parametrize("other", [{"n_layer": 4}, {"n_embd": 96}])
+    def test_a_config_of_other_sizes_is_refused(self, other: dict, tmp_path: Path) -> None:
+        path = relatives.save_mingpt(tmp_path, relatives.mingpt_model())
+        sizes = {"model_type": None, "n_layer": 3, "n_head": 3, "n_embd": 48} | other
+        path.with_name("config.json").write_text(json.dumps({"model": sizes}), encoding="utf-8")
+        with pytest.raises(UserError, match=r"says n_head=3 \(.*\), but the weights have 3 layers and are 48 wide"):
+            load_original(path, relatives.save_meta(tmp_path / "meta.pkl"))
+
     @pytest.mark.parametrize("content", ["", "[]", "{}", '{"model": 1}', '{"model": {"model_type": "none"}}'])
     def test_a_config_that_tells_nothing_leaves_the_question(self, content: str, tmp_path: Path) -> None:
         path = relatives.save_mingpt(tmp_path, relatives.mingpt_model())
@@ -297,6 +319,12 @@ class TestFinding:
         with pytest.raises(UserError, match=r"no tokenizer beside it, nor .*meta\.pkl, .*--characters_of") as raised:
             self.taken(path)
         assert "\n" not in str(raised.value)
+
+    def test_fewer_characters_than_the_model_has_are_noted(self, model: GPT, tmp_path: Path) -> None:
+        (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"stoi": {"a": 0, "b": 1}}))
+        lines: list[str] = []
+        convert(relatives.save_nanogpt(tmp_path, model), tmp_path / "meta.pkl", tmp_path / "hf", report=lines.append)
+        assert any("these may be the characters of another text" in line for line in lines)
 
 
 class TestPretrainedOriginal:

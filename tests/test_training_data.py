@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from examples.plain_gpt import GPT, GPTConfig
 from hf_model.errors import UserError
 from hf_model.loading import load_original
-from hf_model.training_data import measure
+from hf_model.training_data import Alternative, measure
 from hf_model.vocabulary import convert_tokenizer, format_prompt
 from tests.test_diagnosis import SMALL, characters, copier
 from tests.tiny import CHECKPOINT, ROOT, TOKENIZER, gpt, twin
@@ -90,6 +91,34 @@ def test_a_wrong_number_of_heads_is_found(few: Path) -> None:
     assert [(other.option, other.value) for other in measured.better] == [("n_head", 3)]
     assert any("--n_head 3 fits better than 12" in line for line in measured.lines())
     assert model.config.n_head == 12
+
+
+def test_a_form_of_gelu_that_fits_is_told_from_one_that_does_not(few: Path) -> None:
+    model, tokenizer, _ = load_original(CHECKPOINT, TOKENIZER)
+    measured = measure(model, tokenizer, few)
+    for gain, said in ((0.01, "warning: --activation gelu_new fits better than gelu: "), (-0.01, "gelu fits best: ")):
+        other = Alternative("activation_function", "gelu_new", measured.chosen_loss - gain, math.copysign(5, gain))
+        assert any(said in line for line in replace(measured, alternatives=(other,)).lines())
+
+
+@pytest.mark.parametrize("chosen, other", [("gelu", "gelu_new"), ("gelu_new", "gelu"), ("gelu_pytorch_tanh", "gelu")])
+def test_a_tie_between_the_forms_of_gelu_is_said_to_be_one(chosen: str, other: str, few: Path) -> None:
+    model, tokenizer, _ = load_original(CHECKPOINT, TOKENIZER, activation=chosen)
+    measured = measure(model, tokenizer, few)
+    (line,) = [line for line in measured.lines() if line.startswith("activation")]
+    assert line.startswith(f"activation    {chosen} and {other} tie: loss ")
+    assert line.endswith("the data does not tell them apart")
+    assert measured.better == []
+
+
+def test_a_difference_that_is_certain_but_next_to_nothing_is_a_tie(few: Path) -> None:
+    model, tokenizer, _ = load_original(CHECKPOINT, TOKENIZER)
+    measured = measure(model, tokenizer, few)
+    for ahead in (50.0, -50.0):
+        loss = measured.chosen_loss - math.copysign(1e-6, ahead)
+        close = replace(measured, alternatives=(Alternative("activation_function", "gelu_new", loss, ahead),))
+        assert close.better == []
+        assert any("gelu and gelu_new tie: " in line for line in close.lines())
 
 
 def test_a_loss_above_an_even_choice_is_named(few: Path, tokenizer: PreTrainedTokenizerFast) -> None:

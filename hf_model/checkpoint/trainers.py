@@ -83,16 +83,18 @@ def heads_beside(path: Path, n_layer: int, n_embd: int) -> tuple[int, str] | Non
         with config.open("rb") as file:
             model = json.loads(file.read(MAX_CONFIG_BYTES))["model"]
         model_type, n_head = model.get("model_type"), model.get("n_head")
+        layers, width = model.get("n_layer") or n_layer, model.get("n_embd") or n_embd
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
-    if isinstance(n_head, int):
-        return n_head, f"{config} says n_head={n_head}"
-    if not isinstance(model_type, str) or model_type not in MINGPT_TYPES:
+    says = f"n_head={n_head}"
+    if n_head is None and isinstance(model_type, str) and model_type in MINGPT_TYPES:
+        says = model_type
+        layers, n_head, width = MINGPT_TYPES[model_type]
+    if not isinstance(n_head, int):
         return None
-    layers, heads, width = MINGPT_TYPES[model_type]
     if (layers, width) != (n_layer, n_embd):
         raise UserError(
-            f"{config.name} beside it says {model_type} ({layers} layers, {width} wide), but the weights have "
+            f"{config.name} beside it says {says} ({layers} layers, {width} wide), but the weights have "
             f"{n_layer} layers and are {n_embd} wide: give --n_head"
         )
-    return heads, f"{config} says {model_type}"
+    return n_head, f"{config} says {says}"

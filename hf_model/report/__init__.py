@@ -1,10 +1,11 @@
 """A page on what a checkpoint has learnt: what there is to show is computed first, and drawn after that."""
 
+import os
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from hf_model.disk import disk_errors
+from hf_model.disk import disk_errors, replace_file
 from hf_model.errors import UserError, memory_for
 from hf_model.inspection import Inspection
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
@@ -15,11 +16,13 @@ __all__ = ["check_page", "write_page"]
 
 
 def check_page(path: Path) -> None:
-    """Refuse to replace a file that is no page of ours.
+    """Refuse a place where no page can be written, or to replace a file that is no page of ours.
 
     Raises:
-        UserError: there is such a file.
+        UserError: it cannot be written there, or there is such a file.
     """
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: cannot be written (there is no folder {path.parent}, or none of yours)")
     with disk_errors(path):
         if path.exists() and (not path.is_file() or not path.open("rb").read(len(MARK)) == MARK.encode()):
             raise UserError(f"{path}: exists already and is no report; choose another name for --report")
@@ -29,7 +32,7 @@ def check_page(path: Path) -> None:
 def write_page(
     inspection: Inspection, model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Path
 ) -> None:
-    """Write the page, one file that needs no other.
+    """Write the page, one file that needs no other; it appears whole, and not through a link.
 
     Raises:
         UserError: it cannot be written, or a file that is no page of ours is there.
@@ -37,4 +40,4 @@ def write_page(
     check_page(path)
     page = render(gather(inspection, model, tokenizer))
     with disk_errors(path):
-        path.write_bytes(page.encode("utf-8", "replace"))
+        replace_file(path, page.encode("utf-8", "replace"))

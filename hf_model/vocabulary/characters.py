@@ -24,10 +24,9 @@ def read_meta(path: Path) -> dict[str, int]:
         UserError: the file holds code or something else, or its ids are not 0, 1, … for one character each.
     """
     meta = read_plain_pickle(path)
-    if not isinstance(meta, dict) or not isinstance(meta.get("stoi"), dict):
+    if not isinstance(meta, dict) or not isinstance(stoi := meta.get("stoi", _inverse(meta.get("itos"))), dict):
         keys = f"; its keys are {', '.join(map(repr, list(meta)[:10]))}" if isinstance(meta, dict) else ""
         raise UserError(f"{path}: has no 'stoi', the dict of characters and their ids that nanoGPT saves{keys}")
-    stoi = meta["stoi"]
     for character, number in stoi.items():
         if not isinstance(character, str) or len(character) != 1:
             raise UserError(f"{path}: {character!r} in its 'stoi' is not one character")
@@ -56,10 +55,16 @@ def _check_ids(path: Path, stoi: Mapping[str, int]) -> None:
         raise UserError(f"{path}: {surrogates[0]!r} is half of a character (a surrogate), which no tokenizer can take")
 
 
+def _inverse(itos: Any) -> dict[Any, Any] | None:
+    """Character to id of an `itos`, a dict or a list; None if it is none."""
+    itos = dict(enumerate(itos)) if isinstance(itos, list | tuple) else itos
+    if not isinstance(itos, dict) or not all(isinstance(character, str) for character in itos.values()):
+        return None
+    return {character: number for number, character in itos.items()}
+
+
 def _is_inverse(itos: Any, stoi: Mapping[str, int]) -> bool:
-    if isinstance(itos, list | tuple):
-        itos = dict(enumerate(itos))
-    return isinstance(itos, dict) and itos == {number: character for character, number in stoi.items()}
+    return isinstance(itos, dict | list | tuple) and len(itos) == len(stoi) and _inverse(itos) == stoi
 
 
 def characters_in(path: Path) -> dict[str, int]:

@@ -6,10 +6,14 @@ import tempfile
 from pathlib import Path
 
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 
 from hf_model.errors import UserError
+from hf_model.strict_json import parse_json
+from hf_model.vocabulary.tokenizer import no_panic_on_stderr
 
 END_OF_TEXT = "<|endoftext|>"
+MAX_BYTES = 32 * 2**20  # of one of the two files; GPT-2's have one and a half
 PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 # The two files in tiktoken's cache: their names there (SHA-1 of their address) and the SHA-256 that it expects of them.
 TIKTOKEN_FILES = (
@@ -54,17 +58,53 @@ def read_pair(vocabulary: Path, merges: Path, special_tokens: tuple[str, ...]) -
     """The tokenizer of two files; of `special_tokens`, those that the vocabulary has are special.
 
     Raises:
-        UserError: one of them cannot be read, or they are no such files.
+        UserError: one of them cannot be read, they are no such files, an id is left out or given twice, or a byte has
+            no token, so that text would be lost without a word.
     """
     try:
-        backend: Tokenizer = ByteLevelBPETokenizer.from_file(str(vocabulary), str(merges))._tokenizer
-        known = backend.get_vocab()
-        backend.add_special_tokens([token for token in special_tokens if token in known])
+        ids = _ids(_read(vocabulary))
+        with no_panic_on_stderr():
+            backend: Tokenizer = ByteLevelBPETokenizer(ids, _merges(_read(merges)))._tokenizer
+            backend.add_special_tokens([token for token in special_tokens if token in ids])
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # tokenizers raises nothing narrower, and its panics are not even an Exception
         raise UserError(f"{vocabulary} and {merges.name}: are no vocabulary and merges of BPE ({error})") from None
     return backend
+
+
+def _read(path: Path) -> str:
+    """A file's text; editors of Windows put a mark in front of it."""
+    with path.open("rb") as file:
+        raw = file.read(MAX_BYTES + 1)
+    if len(raw) > MAX_BYTES:
+        raise ValueError(f"{path.name} is more than {MAX_BYTES // 2**20} MiB long")
+    return raw.decode("utf-8-sig")
+
+
+def _ids(text: str) -> dict[str, int]:
+    """Token to id, of a vocabulary that has every byte, and every id up to its size once."""
+    ids = parse_json(text)
+    if not isinstance(ids, dict) or not all(type(number) is int for number in ids.values()):
+        raise ValueError("the vocabulary is not a dict of tokens and their ids")
+    if missing := set(range(len(ids))) - set(ids.values()):
+        raise ValueError(f"there are {len(ids)} tokens, but none of them has the id {min(missing)}")
+    if lost := sorted(set(ByteLevel.alphabet()) - ids.keys()):
+        raise ValueError(f"there is no token for {lost[0]!r}, one of the 256 that stand for a byte")
+    return ids
+
+
+def _merges(text: str) -> list[tuple[str, str]]:
+    """The pairs of a file of merges, less its first line and empty ones."""
+    pairs = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        parts = line.removesuffix("\r").split(" ")
+        if parts == [""] or line.startswith("#version"):
+            continue
+        if len(parts) != 2:
+            raise ValueError(f"line {number} of the merges is not a pair of tokens")
+        pairs.append((parts[0], parts[1]))
+    return pairs
 
 
 def tiktoken_pair() -> tuple[Path, Path] | None:

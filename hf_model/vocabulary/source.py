@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -29,6 +30,7 @@ GPT2 = "gpt2"
 GPT2_SIZES = (50257, 50304)  # the encoding's own, and padded, as nanoGPT has it where it trains from scratch
 GPT2_REPOSITORIES = ("openai-community/gpt2", GPT2)
 ORIGINAL = Path("data/tokenizer/custom_gpt_tokenizer.json")
+HUB_SECONDS = 5
 SPECIAL_TOKENS = (END_OF_TEXT, BOS, EOS, PAD, UNK)
 
 
@@ -172,8 +174,7 @@ def _of_name(name: str, model: Model, raw: bool) -> Vocabulary:
     if name in GPT2_REPOSITORIES and (pair := tiktoken_pair()):
         return _of_pair(pair, f"{name}, from tiktoken's cache", model, raw)
     try:
-        if constants.HF_HUB_OFFLINE:
-            raise UserError("the Hub is switched off by HF_HUB_OFFLINE")
+        _check_hub()
         return _of_auto_tokenizer(repositories[0], f"{name}, from the Hub", model, raw)
     except UserError as error:
         if name not in GPT2_REPOSITORIES:
@@ -185,6 +186,16 @@ def _of_name(name: str, model: Model, raw: bool) -> Vocabulary:
             f"network, run `hf download {GPT2_REPOSITORIES[0]} tokenizer.json --local-dir gpt2-tokenizer`, and give "
             "that folder with --tokenizer_path"
         ) from None
+
+
+def _check_hub() -> None:
+    """Find out in seconds whether the Hub answers: the library would try again for a minute."""
+    if constants.HF_HUB_OFFLINE:
+        raise UserError("the Hub is switched off by HF_HUB_OFFLINE")
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception as error:  # of whichever library makes the requests
+        raise UserError(f"the Hub cannot be reached: {error}") from None
 
 
 def _of_auto_tokenizer(name: str, taken: str, model: Model, raw: bool, is_local: bool = False) -> Vocabulary:

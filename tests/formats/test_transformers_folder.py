@@ -134,6 +134,13 @@ class TestVerification:
             converted(tmp_path)
         assert {path.name for path in tmp_path.iterdir()} == {"ckpt.pt", "tokenizer.json"}
 
+    def test_nothing_is_said_to_be_written_that_is_not_there(self, tampering: Callable, tmp_path: Path) -> None:
+        tampering(self.flip_the_last_bit)
+        lines: list[str] = []
+        with pytest.raises(UserError, match="differs from"):
+            convert(*save_files(tmp_path, gpt()), tmp_path / "hf", report=lines.append)
+        assert lines and not any(line.startswith(("written", "verified")) for line in lines)
+
     def test_another_tokenizer_is_noticed(self, tampering: Callable, tmp_path: Path) -> None:
         tampering(self.swap_two_tokens)
         with pytest.raises(UserError, match=r"the tokenizer encodes .* differently from .*tokenizer\.json"):

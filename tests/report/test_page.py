@@ -1,16 +1,20 @@
 """The page: what it shows of each kind of model, that nothing gets out of it, and that a browser opens it."""
 
 import copy
+import errno
 import html.parser
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import AddedToken
 
+import convert_checkpoint
 from examples.plain_gpt import GPT, GPTConfig
 from hf_model.errors import UserError
 from hf_model.inspection import Inspection, examine
@@ -175,6 +179,44 @@ def test_a_page_is_replaced_and_another_file_is_not(tmp_path: Path) -> None:
     path.write_text("mine", encoding="utf-8")
     with pytest.raises(UserError, match="is no report"):
         page_of(model, tokenizer, path)
+
+
+def test_a_page_appears_whole_or_the_old_one_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = twin(gpt(**SMALL)), convert_tokenizer(TOKENIZER, model_max_length=64)
+    before = page_of(model, tokenizer, tmp_path / "report.html")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"report\.html: cannot be written \(No space left on device\)"):
+        page_of(model, tokenizer, tmp_path / "report.html", name="other.pt")
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+@pytest.mark.parametrize("leads_to", ["a page", "nothing"])
+def test_a_link_is_replaced_and_not_followed(leads_to: str, tmp_path: Path) -> None:
+    model, tokenizer = twin(gpt(**SMALL)), convert_tokenizer(TOKENIZER, model_max_length=64)
+    other, link = tmp_path / "other.html", tmp_path / "report.html"
+    before = page_of(model, tokenizer, other, name="other.pt") if leads_to == "a page" else None
+    link.symlink_to(other)
+    assert "ckpt.pt" in page_of(model, tokenizer, link)
+    assert not link.is_symlink()
+    assert (other.read_text(encoding="utf-8") if other.exists() else None) == before
+
+
+@pytest.mark.parametrize("work", [["--inspect"], []], ids=["inspection", "conversion"])
+def test_a_place_that_cannot_be_written_is_found_before_the_work_begins(
+    work: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "mine.html").write_text("mine", encoding="utf-8")
+    (tmp_path / "ckpt.pt").write_text("never read", encoding="utf-8")
+    arguments = ["--checkpoint_path", str(tmp_path / "ckpt.pt"), "--tokenizer_path", str(TOKENIZER), *work]
+    monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *arguments, "--report", str(tmp_path / "mine.html")])
+    assert convert_checkpoint.main() == 2
+    assert "mine.html: exists already and is no report" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt", "mine.html"]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here")

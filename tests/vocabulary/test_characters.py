@@ -124,12 +124,24 @@ class TestMeta:
         (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"stoi": {"a": 1, "b": 0}, "itos": ["b", "a"]}))
         assert take_vocabulary(tmp_path / "meta.pkl", model(2)).tokenizer("ab").input_ids == [1, 0]
 
+    @pytest.mark.parametrize("itos", [META["itos"], CHARACTERS, tuple(CHARACTERS)], ids=["dict", "list", "tuple"])
+    def test_may_have_one_direction_only(self, itos: object, tmp_path: Path) -> None:
+        (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"itos": itos}))
+        assert read_meta(tmp_path / "meta.pkl") == STOI
+
+    def test_may_hold_more(self, tmp_path: Path) -> None:
+        (tmp_path / "meta.pkl").write_bytes(pickle.dumps(META | {"source": "input.txt", "sizes": [1, (2.5, None)]}))
+        assert read_meta(tmp_path / "meta.pkl") == STOI
+
     @pytest.mark.parametrize(
         "meta, message",
         [
             ([1, 2], "has no 'stoi'"),
             ({"vocab_size": 3}, "has no 'stoi', .*; its keys are 'vocab_size'"),
             ({"stoi": ["a"]}, "has no 'stoi'"),
+            ({"itos": [1, 2]}, "has no 'stoi'"),
+            ({"itos": ["a", "b", "a"]}, "has 2 characters, but none of them has the id 0"),
+            ({"stoi": {"a": 0}, "itos": ["a", "a"]}, "its 'itos' is not the inverse"),
             ({"stoi": {}}, "has no characters"),
             ({"stoi": {"a": 0, "the": 1}}, "'the' in its 'stoi' is not one character"),
             ({"stoi": {"": 0}}, "'' in its 'stoi' is not one character"),

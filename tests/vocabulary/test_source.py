@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -76,10 +78,74 @@ class TestGPT2:
         with pytest.raises(UserError, match="are no vocabulary and merges of BPE"):
             take(tmp_path / "vocab.json")
 
+    @pytest.mark.parametrize(
+        "changes, message",
+        [
+            ({END_OF_TEXT: 400}, "none of them has the id 299"),
+            ({END_OF_TEXT: 2**40}, "none of them has the id 299"),
+            ({END_OF_TEXT: 5}, "none of them has the id 299"),
+            ({END_OF_TEXT: -1}, "none of them has the id 299"),
+            ({END_OF_TEXT: 298.0}, "not a dict of tokens and their ids"),
+            ({END_OF_TEXT: True}, "not a dict of tokens and their ids"),
+            ({"a": None}, "none of them has the id 64"),
+            ({"a": None, "more": 64}, "there is no token for 'a', one of the 256 that stand for a byte"),
+        ],
+    )
+    def test_a_vocabulary_that_leaves_something_out_is_refused(
+        self, changes: dict, message: str, tmp_path: Path
+    ) -> None:
+        relatives.save_gpt2_pair(tmp_path)
+        ids = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
+        assert ids["a"] == 64
+        changed = {token: number for token, number in (ids | changes).items() if number is not None}
+        (tmp_path / "vocab.json").write_text(json.dumps(changed), encoding="utf-8")
+        with pytest.raises(UserError, match=message) as raised:
+            take(tmp_path / "merges.txt")
+        assert "vocab.json and merges.txt: are no vocabulary and merges of BPE" in str(raised.value)
+
+    def test_merges_of_what_the_vocabulary_has_not_are_refused(self, tmp_path: Path) -> None:
+        relatives.save_gpt2_pair(tmp_path)
+        with (tmp_path / "merges.txt").open("a", encoding="utf-8") as file:
+            file.write("Zq Qz\n")
+        with pytest.raises(UserError, match=r"are no vocabulary and merges of BPE .*Zq"):
+            take(tmp_path)
+
+    @pytest.mark.parametrize(
+        "name, change",
+        [
+            ("vocab.json", lambda text: b"\xef\xbb\xbf" + text),
+            ("merges.txt", lambda text: b"\xef\xbb\xbf" + text),
+            ("vocab.json", lambda text: text.replace(b", ", b",\r\n")),
+            ("merges.txt", lambda text: text.replace(b"\n", b"\r\n")),
+            ("merges.txt", lambda text: text + b"\n\n"),
+            ("merges.txt", lambda text: text.partition(b"\n")[2]),
+        ],
+        ids=["mark before JSON", "mark before merges", "lines in JSON", "CRLF", "empty lines", "no version"],
+    )
+    def test_what_an_editor_does_to_a_file_changes_nothing(
+        self, name: str, change: Callable[[bytes], bytes], tmp_path: Path
+    ) -> None:
+        reference = relatives.save_gpt2_pair(tmp_path)
+        (tmp_path / name).write_bytes(change((tmp_path / name).read_bytes()))
+        for text in TEXTS:
+            assert take(tmp_path)(text).input_ids == reference.encode(text).ids
+
     def test_a_name_that_is_nowhere_says_where_to_get_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
         with pytest.raises(UserError, match=r"gpt2: is neither in transformers' cache nor in tiktoken's .*download"):
             take("gpt2")
+
+    def test_a_hub_that_does_not_answer_is_one_line_at_once(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+        for name in ("gpt2", "no/such-name"):
+            start = time.perf_counter()
+            with pytest.raises(UserError, match=rf"{name}: .*the Hub cannot be reached"):
+                take(name)
+            assert time.perf_counter() - start < 10
 
     def test_tiktoken_s_cache_is_taken_if_it_is_whole(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from hf_model.vocabulary import gpt2
