@@ -1,9 +1,8 @@
 """What makes `generate` fast: a cache with room to grow and, on a CPU, a lean step that the cache carries.
 
 `generate` hands a `GrowingCache` to every forward, so that no step copies the keys and values of those before. For a
-model with nothing unusual about it (`is_plain`) the cache holds a `LeanStep`, the same computation with fewer
-operators, made once for each call of `generate`: between calls the weights may be exchanged, within one they must not.
-CUSTOM_GPT_PLAIN_DECODE=1 in the environment leaves everything to the plain model.
+model with nothing unusual about it (`is_plain`) it holds a `LeanStep`, the same computation with fewer operators, made
+once for each `generate`: between two the weights may be exchanged. CUSTOM_GPT_PLAIN_DECODE=1 is to do without the step.
 
 Which library multiplies was measured, on two cores of an AMD EPYC and of an Intel Xeon:
 
@@ -14,9 +13,9 @@ Which library multiplies was measured, on two cores of an AMD EPYC and of an Int
 | half precision | FBGEMM                      | FBGEMM                     | FBGEMM                  |
 | PyTorch's own: other dtypes, no AVX; bfloat16 from 8 rows on where the processor has instructions for it |
 
-oneDNN keeps about a megabyte for each number of rows that it has met, so it gets those that come again and again.
-Parts and oneDNN add up in another order than the plain model: logits differ by rounding, in float32 by some 1e-6 of
-their spread. FBGEMM reads a packed float16 copy and computes in float32, as does all that stands between the products.
+oneDNN keeps about a megabyte for each number of rows that it has met, so it gets those that come again and again. It
+and the parts add up in another order than the plain model: logits differ by rounding, in float32 by some 1e-6 of their
+spread. FBGEMM reads a packed float16 copy and computes in float32, as does all that stands between the products.
 """
 
 import os
@@ -35,6 +34,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 HALF = (torch.float16, torch.bfloat16)
 GELU = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}
 SMALL = 2**20  # weights; a matrix of fewer is MKL's on Intel's processors
+PACKED: WeakKeyDictionary[nn.Linear, tuple[Tensor, Any]] = WeakKeyDictionary()  # sums of a weight, FBGEMM's copy of it
+Product = Callable[[Tensor], Tensor]  # (rows, in) -> (rows, out)
 
 
 class GrowingLayer(DynamicLayer):
@@ -67,11 +68,10 @@ class GrowingLayer(DynamicLayer):
         room = self.room
         if room is None or room.shape[3] < total or room.dtype != torch.promote_types(room.dtype, dtype):
             return False
-        if room.is_inference() != torch.is_inference_mode_enabled():  # or it could not be written to
-            return False
+        writable = room.is_inference() == torch.is_inference_mode_enabled()
         # `crop` leaves the states where they are. All other changes make new tensors of them.
         starts = self.keys.data_ptr() == room[0].data_ptr() and self.values.data_ptr() == room[1].data_ptr()
-        return starts and (len(self.keys), self.keys.stride()) == (room.shape[1], room.stride()[1:])
+        return writable and starts and (len(self.keys), self.keys.stride()) == (room.shape[1], room.stride()[1:])
 
     def __getstate__(self) -> dict[str, object]:
         """For copies: with a room in common, one would write over the other's tokens."""
@@ -98,10 +98,9 @@ class GrowingCache(DynamicCache):
         if type(keep) is not int or any(value is not None and value is not False for value in others.values()):
             return None  # something that only the plain model does
         B, T = ids.shape
-        if mask is not None and mask.shape != (B, self.get_seq_length() + T):
-            return None
-        if int(positions.max()) >= self.step.block_size:
-            return None  # the plain model says what is wrong
+        fits = mask is None or mask.shape == (B, self.get_seq_length() + T)
+        if not fits or int(positions.max()) >= self.step.block_size:
+            return None  # the plain model takes it, or says what is wrong
         with torch.inference_mode():  # a little less to do for each operator
             return self.step(ids, mask, positions, self, min(keep or T, T))
 
@@ -123,13 +122,6 @@ def settle(cache: object, dtype: torch.dtype) -> None:
             layer.room = None
 
 
-Product = Callable[[Tensor], Tensor]  # (rows, in) -> (rows, out)
-
-
-def has_avx() -> bool:
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX")
-
-
 def product(layer: nn.Linear, matrix: Any, rows: int, regular: bool) -> Product:
     """The product with a layer's weight (out, in), by the table above; `matrix` is FBGEMM's copy of it, if any."""
     weight, bias = layer.weight, layer.bias
@@ -142,7 +134,7 @@ def product(layer: nn.Linear, matrix: Any, rows: int, regular: bool) -> Product:
             return lambda x: F.linear(x.to(weight.dtype), weight, bias).float()
         multiply = torch.ops.quantized.linear_dynamic_fp16
         return lambda x: multiply(x, matrix) if bias is None else multiply(x, matrix) + bias
-    if weight.dtype == torch.float32 and has_avx():
+    if weight.dtype == torch.float32 and torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         is_intel = "Intel" in processor.get("cpu_name", "")
         divides = weight.is_contiguous() and len(weight) % torch.get_num_threads() == 0
         if has_mkl and not is_intel and divides and (rows == 1 or (rows <= 256 and not regular)):
@@ -152,28 +144,25 @@ def product(layer: nn.Linear, matrix: Any, rows: int, regular: bool) -> Product:
     return lambda x: F.linear(x, weight, bias)
 
 
-PACKED: WeakKeyDictionary[nn.Linear, tuple[Tensor, Any]] = WeakKeyDictionary()  # sums of a weight, FBGEMM's copy of it
-
-
 def packed(layers: list[nn.Linear]) -> dict[nn.Linear, Any]:
     """FBGEMM's copies, each kept while its layer lives and its weight has the same sums, by rows and by columns.
 
     To pack takes 1 s for 110M weights, to add them up 30 ms. None stands for what float16 does not hold.
     """
-
     weights = {layer: layer.weight.detach() for layer in layers}
-    usable = has_avx() and torch.backends.quantized.engine in ("x86", "fbgemm") and layers[0].weight.dtype in HALF
-    usable = usable and hasattr(torch.ops.quantized, "linear_prepack_fp16")
-    if not usable or any(w.shape[1] % 4 or w.storage_offset() % 4 or not w.is_contiguous() for w in weights.values()):
+    has_avx = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    has_fbgemm = torch.backends.quantized.engine in ("x86", "fbgemm") and has_avx
+    if not has_fbgemm or not hasattr(torch.ops.quantized, "linear_prepack_fp16") or layers[0].weight.dtype not in HALF:
         return {}
+    if any(w.shape[1] % 4 or w.storage_offset() % 4 or not w.is_contiguous() for w in weights.values()):
+        return {}  # they could not be added up four at a time
 
     def pack(layer: nn.Linear) -> None:
         wide = weights[layer].float()
         fits = (wide - wide.half().float()).abs().max() <= wide.abs().max() * 2**-11
         PACKED[layer] = sums[layer], torch.ops.quantized.linear_prepack_fp16(wide, None) if fits else None
 
-    fours = {layer: weight.view(torch.int64) for layer, weight in weights.items()}
-    sums = {layer: torch.cat([four.sum(0), four.sum(1)]) for layer, four in fours.items()}
+    sums = {layer: torch.cat([w.view(torch.int64).sum(dim) for dim in (0, 1)]) for layer, w in weights.items()}
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # FBGEMM packs on one thread
         list(pool.map(pack, [x for x in layers if x not in PACKED or not torch.equal(PACKED[x][0], sums[x])]))
     return {layer: PACKED[layer][1] for layer in layers}
@@ -207,14 +196,12 @@ class LeanStep:
         self.known: dict[tuple[int, int, bool], tuple[list[list[Product]], Product]] = {}
 
     def norm(self, layer: nn.LayerNorm) -> Product:
-        shape, eps = layer.normalized_shape, layer.eps
         weight, bias = (None if p is None else p.to(self.dtype) for p in (layer.weight, layer.bias))
-        return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
+        return lambda x: torch.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
 
     def products(self, rows: int, last: int, regular: bool) -> tuple[list[list[Product]], Product]:
         """Of the layers, for so many rows, and of the head for its own."""
-        key = (rows, last, regular)
-        if key not in self.known:
+        if (key := (rows, last, regular)) not in self.known:
             blocks = [[product(x, self.packed.get(x), rows, regular) for x in linears] for linears in self.linears]
             self.known[key] = blocks, product(self.head, self.packed.get(self.head), last, regular)
         return self.known[key]
@@ -222,17 +209,15 @@ class LeanStep:
     def __call__(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: GrowingCache, last: int) -> Tensor:
         """Logits (B, last, V) of the T given tokens, whose keys and values are added to the cache."""
         (B, T), past = ids.shape, cache.get_seq_length()
-        regular = T == 1 or T == self.block_size
-        blocks, head = self.products(B * T, B * last, regular)
+        blocks, head = self.products(B * T, B * last, regular=T in (1, self.block_size))
         seen = visible(mask, T, past)
         x = F.embedding(ids, self.wte).to(self.dtype) + F.embedding(positions, self.wpe).to(self.dtype)
         x = x.view(B * T, -1)  # (B T, C)
-        for layer, products, (ln_1, ln_2) in zip(cache.layers, blocks, self.norms, strict=True):
-            c_attn, attn_proj, c_fc, mlp_proj = products
+        for layer, (c_attn, c_proj, c_fc, mlp_proj), (ln_1, ln_2) in zip(cache.layers, blocks, self.norms, strict=True):
             qkv = c_attn(ln_1(x)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
             key, value = layer.add(qkv[1:])  # (B, nh, S, hs)
             y = F.scaled_dot_product_attention(qkv[0], key, value, seen, 0.0, T > 1 and seen is None)
-            x = x + attn_proj(y.transpose(1, 2).reshape(B * T, -1))
+            x = x + c_proj(y.transpose(1, 2).reshape(B * T, -1))
             x = x + mlp_proj(F.gelu(c_fc(ln_2(x)), approximate=self.gelu))
         x = x.view(B, T, -1)[:, T - last :].reshape(B * last, -1)
         return head(self.ln_f(x)).view(B, last, -1)
@@ -256,6 +241,8 @@ def is_plain(model: PreTrainedModel) -> bool:
         return False
     if config._attn_implementation != "sdpa" or config.output_attentions or config.output_hidden_states:
         return False
+    if not all(type(p) is nn.Parameter and p.is_cpu and p.dtype == model.dtype for p in model.parameters()):
+        return False
     numbers = {"eps": config.layer_norm_epsilon, "scaling": (config.n_embd // config.n_head) ** -0.5}
     known = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList, type(ACT2FN[activation]))
     return all(
@@ -264,11 +251,7 @@ def is_plain(model: PreTrainedModel) -> bool:
         and all(module.__dict__.get(name, number) == number for name, number in numbers.items())
         and not {"forward", "prepare_inputs_for_generation"} & module.__dict__.keys()
         and not (module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl or module._buffers)
-        and all(
-            name in ("weight", "bias") and type(p) is nn.Parameter and p.is_cpu and p.dtype == model.dtype
-            for name, p in module._parameters.items()
-            if p is not None
-        )
+        and module._parameters.keys() <= {"weight", "bias"}
         for module in model.modules()
     )
 
