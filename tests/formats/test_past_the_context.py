@@ -14,7 +14,7 @@ from tests.tiny import SIZES
 CONTEXT = SIZES["block_size"]
 TOO_LONG = [5] * (CONTEXT + 1)
 SAYS = {
-    "transformers": f"goes on past the context of {CONTEXT} tokens with the last {CONTEXT}",
+    "transformers": f"goes on past the context of {CONTEXT} with the last {CONTEXT} tokens",
     "gpt2": "IndexError",
     "gguf": "ends its process past the positions",
     "ctranslate2": "stops there with a RuntimeError",

@@ -248,11 +248,10 @@ def test_a_conversion_that_is_stopped_keeps_the_old_folder(signal_number: int, s
     command = [sys.executable, "convert_checkpoint.py", "--overwrite", "--checkpoint_path", CHECKPOINT]
     command += ["--tokenizer_path", TOKENIZER, "--output_dir", target]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("written"):  # and about to be verified, before it takes its place
-            process.send_signal(signal_number)
-            break
+    while not list(tmp_path.glob(".hf.*.partial/model.safetensors")):  # then it is verified, before it takes its place
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal_number)
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == status
     assert stderr == ("interrupted\n" if signal_number == signal.SIGINT else "")
