@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 HALF = (torch.float16, torch.bfloat16)
 GELU = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}
@@ -55,10 +57,9 @@ class GrowingLayer(DynamicLayer):
         new, past = states.shape[3], self.get_seq_length()
         if not self.has_room(states.dtype, past + new):
             # In the wider of two dtypes: the lean step's keys are in float32 where a model's are not.
-            dtype = torch.promote_types(self.keys.dtype, states.dtype) if past else states.dtype
-            self.room = states.new_empty(*states.shape[:3], (past + new) * 5 // 4 + 32, states.shape[4], dtype=dtype)
-            if past:
-                self.room[0, :, :, :past], self.room[1, :, :, :past] = self.keys, self.values
+            old = torch.stack((self.keys, self.values)) if past else states[:, :, :, :0]
+            spare = states.new_empty(*states.shape[:3], (past + new) // 4 + 32, states.shape[4])
+            self.room = torch.cat((old, states, spare), dim=3)
         self.room.narrow(3, past, new).copy_(states)
         self.keys, self.values = self.room.narrow(3, 0, past + new).unbind()
         return self.keys.to(states.dtype), self.values.to(states.dtype)
@@ -97,12 +98,15 @@ class GrowingCache(DynamicCache):
             return None
         if type(keep) is not int or any(value is not None and value is not False for value in others.values()):
             return None  # something that only the plain model does
-        B, T = ids.shape
-        fits = mask is None or mask.shape == (B, self.get_seq_length() + T)
-        if not fits or int(positions.max()) >= self.step.block_size:
+        (B, T), past = ids.shape, self.get_seq_length()
+        if positions.max() >= self.step.block_size or (mask is not None and mask.shape != (B, past + T)):
             return None  # the plain model takes it, or says what is wrong
         with torch.inference_mode():  # a little less to do for each operator
-            return self.step(ids, mask, positions, self, min(keep or T, T))
+            logits = self.step(ids, mask, positions, self, min(keep or T, T))
+        return logits.clone()  # which can be written to outside
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"step": None}
 
 
 def can_grow(cache: object) -> TypeGuard[DynamicCache]:
@@ -113,20 +117,20 @@ def can_grow(cache: object) -> TypeGuard[DynamicCache]:
 
 
 def settle(cache: object, dtype: torch.dtype) -> None:
-    """At the end of `generate`: no step, ordinary tensors, and the model's dtype, where the step has float32."""
+    """At the end of `generate`: no step, ordinary tensors, in the model's dtype if that is half precision."""
     if isinstance(cache, GrowingCache):
         cache.step = None
     for layer in cache.layers if isinstance(cache, DynamicCache) else ():
         if isinstance(layer, GrowingLayer) and layer.is_initialized:
-            layer.keys, layer.values = (x.to(dtype, copy=x.is_inference()) for x in (layer.keys, layer.values))
+            kept = dtype if dtype in HALF else layer.keys.dtype
+            layer.keys, layer.values = (x.to(kept, copy=x.is_inference()) for x in (layer.keys, layer.values))
             layer.room = None
 
 
 def product(layer: nn.Linear, matrix: Any, rows: int, regular: bool) -> Product:
     """The product with a layer's weight (out, in), by the table above; `matrix` is FBGEMM's copy of it, if any."""
     weight, bias = layer.weight, layer.bias
-    # An older PyTorch, under which a converted folder may run, does not tell what the processor can do.
-    processor: dict = getattr(torch.cpu, "get_capabilities", dict)()
+    processor: dict = getattr(torch.cpu, "get_capabilities", dict)()  # an older PyTorch does not tell
     has_mkl = torch.backends.mkl.is_available()
     has_onednn = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
     if weight.dtype in HALF:
@@ -150,17 +154,16 @@ def packed(layers: list[nn.Linear]) -> dict[nn.Linear, Any]:
     To pack takes 1 s for 110M weights, to add them up 30 ms. None stands for what float16 does not hold.
     """
     weights = {layer: layer.weight.detach() for layer in layers}
-    has_avx = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    has_fbgemm = torch.backends.quantized.engine in ("x86", "fbgemm") and has_avx
-    if not has_fbgemm or not hasattr(torch.ops.quantized, "linear_prepack_fp16") or layers[0].weight.dtype not in HALF:
-        return {}
-    if any(w.shape[1] % 4 or w.storage_offset() % 4 or not w.is_contiguous() for w in weights.values()):
-        return {}  # they could not be added up four at a time
+    engine, processor = torch.backends.quantized.engine, torch.backends.cpu.get_cpu_capability()
+    fbgemm = getattr(torch.ops.quantized, "linear_prepack_fp16", None) if engine in ("x86", "fbgemm") else None
+    fours = all(w.is_contiguous() and w.shape[1] % 4 == w.storage_offset() % 4 == 0 for w in weights.values())
+    if fbgemm is None or not fours or not processor.startswith("AVX") or layers[0].weight.dtype not in HALF:
+        return {layer: PACKED.pop(layer, None) and None for layer in layers}
 
     def pack(layer: nn.Linear) -> None:
         wide = weights[layer].float()
         fits = (wide - wide.half().float()).abs().max() <= wide.abs().max() * 2**-11
-        PACKED[layer] = sums[layer], torch.ops.quantized.linear_prepack_fp16(wide, None) if fits else None
+        PACKED[layer] = sums[layer], fbgemm(wide, None) if fits else None
 
     sums = {layer: torch.cat([w.view(torch.int64).sum(dim) for dim in (0, 1)]) for layer, w in weights.items()}
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # FBGEMM packs on one thread
@@ -191,8 +194,7 @@ class LeanStep:
         self.norms = [(self.norm(block.ln_1), self.norm(block.ln_2)) for block in decoder.h]
         self.ln_f = self.norm(decoder.ln_f)
         self.linears = [(h.attn.c_attn, h.attn.c_proj, h.mlp.c_fc, h.mlp.c_proj) for h in decoder.h]
-        layers = [self.head, *(layer for linears in self.linears for layer in linears)]
-        self.packed = packed(layers)
+        self.packed = packed([self.head, *(layer for linears in self.linears for layer in linears)])
         self.known: dict[tuple[int, int, bool], tuple[list[list[Product]], Product]] = {}
 
     def norm(self, layer: nn.LayerNorm) -> Product:
@@ -239,21 +241,20 @@ def is_plain(model: PreTrainedModel) -> bool:
         return False
     if torch.is_autocast_enabled("cpu") or nn.modules.module._has_any_global_hook() or activation not in GELU:
         return False
-    if config._attn_implementation != "sdpa" or config.output_attentions or config.output_hidden_states:
+    attention = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, None)
+    if attention is not sdpa_attention_forward or config.output_attentions or config.output_hidden_states:
         return False
     if not all(type(p) is nn.Parameter and p.is_cpu and p.dtype == model.dtype for p in model.parameters()):
         return False
-    numbers = {"eps": config.layer_norm_epsilon, "scaling": (config.n_embd // config.n_head) ** -0.5}
+    as_made = {"eps": config.layer_norm_epsilon, "scaling": (config.n_embd // config.n_head) ** -0.5, "max_norm": None}
     known = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList, type(ACT2FN[activation]))
-    return all(
+    return len(model.transformer.h) == config.n_layer and all(
         not module.training
         and (type(module) in known or type(module).__module__ == type(model).__module__)
-        and all(module.__dict__.get(name, number) == number for name, number in numbers.items())
+        and all(module.__dict__.get(name, value) == value for name, value in as_made.items())
         and not {"forward", "prepare_inputs_for_generation"} & module.__dict__.keys()
+        and type(module).forward.__module__ in (type(module).__module__, nn.Module.__module__)
         and not (module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl or module._buffers)
         and module._parameters.keys() <= {"weight", "bias"}
         for module in model.modules()
     )
-
-
-__all__ = ["GrowingCache", "can_grow", "settle"]

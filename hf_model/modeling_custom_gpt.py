@@ -1,6 +1,7 @@
 """CustomGPT, a GPT-2 style decoder in the nanoGPT tradition, as a transformers model.
 
-The names of the modules are the checkpoint's own, so its state dict loads as it is. Shapes in the comments:
+The names of the modules are the checkpoint's own, so its state dict loads as it is. On a CPU, `generate` computes the
+same forward pass by `LeanStep` in decoding_custom_gpt.py: who changes one changes the other. Shapes in the comments:
 B batch, T tokens given, S tokens seen (cached and given), C = n_embd, nh = n_head, hs = C / n_head, V = vocab_size.
 """
 

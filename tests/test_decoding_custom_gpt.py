@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, LogitsProcessor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_model import CustomGPTConfig, CustomGPTForCausalLM, decoding_custom_gpt
 from hf_model.decoding_custom_gpt import PACKED, GrowingCache, GrowingLayer, LeanStep, is_plain, packed
@@ -315,6 +316,13 @@ class TestHalfPrecision:
         gc.collect()
         assert gone() is None and not any(layer.out_features == 500 for layer in PACKED)
 
+    def test_the_packed_weights_go_when_the_model_takes_another_dtype(self, dtype):
+        model = model_of().to(dtype)
+        model.generate(prompts(), max_new_tokens=3)
+        assert model.lm_head in PACKED
+        model.float().generate(prompts(), max_new_tokens=3)
+        assert model.lm_head not in PACKED
+
     def test_embeddings_are_added_in_float32(self, dtype):
         model = model_of().to(dtype)
         model.transformer.wte.weight.data[:] = 1024  # which LayerNorm takes away again
@@ -329,7 +337,7 @@ class TestHalfPrecision:
             monkeypatch.setattr(torch.ops, "quantized", object())
         else:
             model.lm_head.weight.data = model.lm_head.weight.data.t().contiguous().t()
-        assert packed([model.lm_head]) == {}
+        assert packed([model.lm_head]) == {model.lm_head: None}
         # PyTorch's own products round what they take and give.
         compare_with_float32(model, prompts(), max_new_tokens=10, epsilons=8)
         assert lean == [9] + 9 * [1]
@@ -434,6 +442,8 @@ def test_an_average_of_the_weights_that_takes_their_place_is_what_generates(one_
         {"max_new_tokens": CONTEXT, "do_sample": False, "num_beams": 3},
         {"max_new_tokens": 20, "do_sample": False, "prefill_chunk_size": 4},
         {"max_new_tokens": 40, "do_sample": False, "prompt_lookup_num_tokens": 3},
+        {"max_new_tokens": 40, "do_sample": False, "prompt_lookup_num_tokens": 3, "suppress_tokens": [7]},
+        {"max_new_tokens": 40, "do_sample": True, "prompt_lookup_num_tokens": 3, "temperature": 0.8, "top_k": 50},
     ],
     ids=str,
 )
@@ -540,6 +550,40 @@ def test_a_model_with_something_unusual_is_left_to_the_plain_forward(both_ways, 
     assert_bit_for_bit(one, other)
     if change not in (eager, recorded):
         assert not torch.equal(one.logits[0], before.logits[0])
+
+
+def test_fewer_layers_than_the_configuration_says_are_left_to_the_plain_forward(lean):
+    model = model_of()
+    model.transformer.h = model.transformer.h[:2]
+    assert model.generate(prompts(), max_new_tokens=3, do_sample=False).shape == (1, 12)
+    assert lean == []
+
+
+def test_embeddings_that_are_bounded_are_left_to_the_plain_forward(lean):
+    model = model_of()
+    model.transformer.wte.max_norm = 0.1
+    model.generate(prompts(), max_new_tokens=3)
+    assert lean == []
+
+
+def test_a_class_with_another_forward_is_left_to_the_plain_forward(lean, monkeypatch):
+    model = model_of()
+    monkeypatch.setattr(type(model.transformer.h[0].mlp), "forward", lambda self, x: self.c_proj(self.c_fc(x)))
+    model.generate(prompts(), max_new_tokens=3)
+    assert lean == []
+
+
+def test_another_attention_under_the_same_name_is_left_to_the_plain_forward(lean, monkeypatch):
+    attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", lambda *args, **options: attention(*args, **options))
+    model_of().generate(prompts(), max_new_tokens=3)
+    assert lean == []
+
+
+def test_a_cache_under_autocast_has_its_dtype():
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model_of().generate(prompts(), max_new_tokens=3, return_dict_in_generate=True)
+    assert output.past_key_values.layers[0].keys.dtype == torch.bfloat16
 
 
 def test_autocast_and_gradients_are_left_to_the_plain_forward(lean):
@@ -760,7 +804,6 @@ class TestGrowingLayer:
     )
     def test_a_copy_and_its_original_do_not_see_each_others_tokens(self, copied):
         pair = self.both()
-        pair[0].step = None
         other = copied(pair[0])
         other.layers = [copy.copy(layer) for layer in other.layers]  # which a shallow copy of the cache shares
         kept = other.layers[0].keys.clone()
@@ -784,6 +827,14 @@ class TestGrowingLayer:
         with torch.inference_mode():
             self.add(pair, 2, 1)
         self.add(pair, 2, 1)
+
+    def test_a_token_for_more_rows_than_there_are_is_the_library_s_error(self):
+        for cache in self.both(rows=1):
+            with pytest.raises(RuntimeError):
+                cache.update(*self.states(3, 1), 0)
+        for cache in self.both(rows=1):
+            with pytest.raises(RuntimeError):
+                cache.update(*self.states(3, 100), 0)
 
     def test_gradients_flow_through_it(self):
         pair = self.both()
