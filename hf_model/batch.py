@@ -15,13 +15,12 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_model import journal
 from hf_model.disk import disk_errors
-from hf_model.errors import UserError
+from hf_model.errors import UserError, memory_for
 from hf_model.generation import Sampling, continue_prompts, encode
 from hf_model.journal import exists_already
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.processes import Processes
 from hf_model.records import Record, check_records
-from hf_model.records import read_records as read_records
 from hf_model.vocabulary import format_prompt, takes_instructions
 
 
@@ -41,6 +40,9 @@ def answer_file(
 
     Batches are made of prompts of like length, left-padded. Each finished batch is appended to a journal beside the
     output file, which takes its place only when it is complete; the same call after a killed run goes on from there.
+
+    Greedy answers are those of one record at a time. Sampled ones depend on what else is in their batch too: so on
+    `batch_size`, on how many processes there are, and on where an earlier run was stopped.
 
     Args:
         batch_size: how many records a process answers at a time.
@@ -79,7 +81,9 @@ def answer_file(
         )
         for round in _chunks(by_length, batch_size * processes.count):
             batch = processes.share(round)
-            answers = continue_prompts(model, tokenizer, [prompts[index] for index in batch], sampling) if batch else []
+            mine = [prompts[index] for index in batch]
+            with memory_for("to generate", "choose a smaller --batch_size"):
+                answers = continue_prompts(model, tokenizer, mine, sampling) if mine else []
             gathered = processes.gather(list(zip(batch, answers, strict=True)))
             if book:
                 book.append(dict(gathered))
@@ -106,7 +110,7 @@ def _name_of_run(
     sampling: Sampling,
     parse_special_tokens: bool,
 ) -> str:
-    """A hash of all that the answers depend on."""
+    """A hash of all that greedy answers depend on; of sampled ones, of all but the batches that they come in."""
     identity = [
         *(records, asdict(sampling), parse_special_tokens, model.config.to_dict(), tokenizer.get_vocab()),
         *(_checksums(model), takes_instructions(tokenizer)),

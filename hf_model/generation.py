@@ -326,7 +326,6 @@ def generate(
     )
 
 
-@memory_for("to generate", "choose a smaller --batch_size")
 @_no_distribution()
 def continue_prompts(
     model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[torch.Tensor], sampling: Sampling

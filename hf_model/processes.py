@@ -8,7 +8,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from hf_model.errors import UserError
+from hf_model.errors import UserError, memory_for
 
 T = TypeVar("T")
 
@@ -29,11 +29,9 @@ class Processes:
         return self.state is None or self.state.is_main_process
 
     def share(self, items: list[T]) -> list[T]:
-        """This process's part of a list that all have."""
-        if self.state is None:
-            return items
-        with self.state.split_between_processes(items) as part:
-            return part
+        """This process's part of a list that all have, each item in one part only; some may be empty."""
+        # Not accelerate's `split_between_processes`: that of 1.3 gives the last item again to whom it has nothing for.
+        return items if self.state is None else items[self.state.process_index :: self.count]
 
     def gather(self, items: list[T]) -> list[T]:
         """The lists of all processes, one behind the other.
@@ -78,6 +76,7 @@ def join(device: torch.device) -> Processes:
 def _another_has_ended() -> Iterator[None]:
     """What torch raises when it waits for a process that is gone; that one has said why, this one need not."""
     try:
-        yield
+        with memory_for("for what the processes tell each other", "choose a smaller --batch_size"):
+            yield
     except RuntimeError as error:
         raise UserError(f"another process of this run has ended ({error})") from None

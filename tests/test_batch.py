@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -16,10 +17,12 @@ import torch
 
 from generate import main
 from hf_model import batch, loading
-from hf_model.batch import answer_file, read_records
+from hf_model.batch import answer_file
 from hf_model.errors import UserError
 from hf_model.generation import Sampling, encode, generate
 from hf_model.loading import load
+from hf_model.processes import Processes
+from hf_model.records import read_records
 from hf_model.vocabulary import format_prompt
 from tests.tiny import ROOT
 
@@ -243,7 +246,7 @@ class TestResuming:
         self, capitals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     ) -> None:
         def fail() -> None:
-            raise RuntimeError("CUDA out of memory")
+            raise RuntimeError("CUDA error: device-side assert triggered")
 
         arguments = program(capitals, write_records(tmp_path / "in.jsonl", RECORDS), tmp_path / "out.jsonl")
         monkeypatch.setattr(sys, "argv", [*arguments, "--batch_size", "2"])
@@ -251,6 +254,20 @@ class TestResuming:
         with pytest.raises(RuntimeError):
             main()
         assert "2 of 5 records answered and kept" in capsys.readouterr().err
+
+    def test_too_large_a_batch_is_told_from_other_trouble(
+        self, capitals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    ) -> None:
+        def fail() -> None:
+            raise RuntimeError("CUDA out of memory")
+
+        arguments = program(capitals, write_records(tmp_path / "in.jsonl", RECORDS), tmp_path / "out.jsonl")
+        monkeypatch.setattr(sys, "argv", [*arguments, "--batch_size", "2"])
+        killed_after(1, monkeypatch, fail)
+        assert main() == 2
+        error = capsys.readouterr().err
+        assert "not enough memory to generate: free some, or choose a smaller --batch_size" in error
+        assert "2 of 5 records answered and kept" in error
 
     def test_nothing_is_said_to_be_kept_of_another_s_run(
         self, capitals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
@@ -268,6 +285,29 @@ def program(model: Path, prompts: Path, output: Path) -> list[str]:
 
 
 class TestProcesses:
+    @pytest.mark.parametrize("n_items", range(8))
+    @pytest.mark.parametrize("count", [1, 2, 3, 5])
+    def test_each_item_is_one_process_s(self, count: int, n_items: int) -> None:
+        items = list(range(n_items))
+        states = [SimpleNamespace(num_processes=count, process_index=index) for index in range(count)]
+        shares = [Processes(state).share(items) for state in states]  # type: ignore[arg-type]
+        assert sorted(item for share in shares for item in share) == items
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+    @pytest.mark.parametrize(
+        ("trouble", "said"),
+        [("CUDA out of memory. Tried", "not enough memory"), ("Connection closed by peer", "another process")],
+    )
+    def test_a_lack_of_memory_is_not_another_s_end(
+        self, trouble: str, said: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(items: list) -> None:
+            raise RuntimeError(trouble)
+
+        monkeypatch.setattr("hf_model.processes.gather_object", fail)
+        with pytest.raises(UserError, match=said):
+            Processes(SimpleNamespace(num_processes=2)).gather([1])  # type: ignore[arg-type]
+
     LAUNCH = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
 
     def test_two_share_the_records_and_go_on_where_they_were_killed(self, capitals: Path, tmp_path: Path) -> None:

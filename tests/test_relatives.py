@@ -59,14 +59,16 @@ def mingpt(root: Path) -> tuple[GPT, Path, dict]:
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Relative]:
-    """One checkpoint of each trainer, converted; not to be written to."""
+    """One checkpoint of each trainer, converted from its project's folder; not to be written to."""
     made = {}
     for kind, make in zip(KINDS, (nano_characters, nano_bpe, build, mingpt), strict=True):
         torch.manual_seed(0)
         root = tmp_path_factory.mktemp("relative")
         model, path, how = make(root)
         lines: list[str] = []
-        folder = convert(path, output_dir=root / "hf", report=lines.append, **how)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(root)
+            folder = convert(path, output_dir=root / "hf", report=lines.append, **how)
         made[kind] = Relative(model, path, folder, "\n".join(lines))
     return made
 

@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 
 from examples.capitals.train import examples
 from examples.evaluation.questions import QUESTIONS
-from hf_model.batch import answer_file, read_records
+from hf_model.batch import answer_file
 from hf_model.generation import Sampling
+from hf_model.records import read_records
 from hf_model.vocabulary import save_tokenizer
 from tests.tiny import ROOT
 

@@ -7,8 +7,8 @@ import torch
 from transformers import PreTrainedModel
 
 from examples.evaluation.questions import QUESTIONS
-from hf_model.batch import read_records
 from hf_model.diagnosis import STUTTER_MASS, diagnose
+from hf_model.records import read_records
 from hf_model.vocabulary import format_example, format_prompt
 from tests.ecosystem.conftest import NEW_FACTS, answer
 

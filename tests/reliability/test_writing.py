@@ -248,9 +248,8 @@ def test_a_conversion_that_is_stopped_keeps_the_old_folder(signal_number: int, s
     command = [sys.executable, "convert_checkpoint.py", "--overwrite", "--checkpoint_path", CHECKPOINT]
     command += ["--tokenizer_path", TOKENIZER, "--output_dir", target]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not list(
-        tmp_path.glob(".hf.*.partial/**/model.safetensors")
-    ):  # then it is verified, before it takes its place
+    # Once its weights are there it is verified, before it takes its place.
+    while not list(tmp_path.glob(".hf.*.partial/**/model.safetensors")):
         assert process.poll() is None
         time.sleep(0.001)
     process.send_signal(signal_number)

@@ -9,10 +9,11 @@ import pytest
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hf_model.batch import answer_file, read_records
+from hf_model.batch import answer_file
 from hf_model.errors import UserError
 from hf_model.generation import Sampling, encode
 from hf_model.loading import load
+from hf_model.records import read_records
 from hf_model.vocabulary import Model, example_prompt, save_tokenizer, take_vocabulary
 from hf_model.vocabulary.characters import characters_in, read_meta
 from tests import relatives
