@@ -8,6 +8,7 @@ import shlex
 import stat
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,9 @@ def make_parser() -> Parser:
 def add_card(group: argparse._ArgumentGroup) -> None:
     repo = named(HUB_NAME.pattern, "openai-community/gpt2")
     several: dict[str, Any] = {"nargs": "+", "default": []}
-    group.add_argument("--model_name", metavar="NAME", help="its title (default: the folder's name, or its project's)")
+    group.add_argument(
+        "--model_name", type=words, metavar="NAME", help="its title (default: the folder's name, or its project's)"
+    )
     group.add_argument("--license", type=named("[a-z0-9.-]+", "apache-2.0"), metavar="ID", help="such as apache-2.0")
     group.add_argument("--language", type=named(LANGUAGE, "en"), metavar="CODE", **several, help="such as en de")
     group.add_argument("--datasets", type=repo, metavar="REPO", **several, help="names on the Hub")
@@ -102,8 +105,22 @@ def add_card(group: argparse._ArgumentGroup) -> None:
         "--tags", type=named(r"[\w.:/-]+", "instruct"), metavar="TAG", **several, help="more to find it by"
     )
     group.add_argument(
-        "--example_prompt", action="append", default=[], metavar="TEXT", help="one to try; may be given several times"
+        "--example_prompt",
+        type=words,
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="one to try; may be given several times",
     )
+
+
+def words(text: str) -> str:
+    """An argparse type: what a card can hold."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise argparse.ArgumentTypeError("is not UTF-8")
+    return text
 
 
 def named(pattern: str, example: str) -> Callable[[str], str]:
@@ -194,6 +211,7 @@ def run(args: argparse.Namespace) -> None:
         from transformers.utils import logging
 
         from hf_model.conversion import convert, push
+        from hf_model.errors import UserError
         from hf_model.formats.card_facts import About
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
@@ -234,7 +252,8 @@ def run(args: argparse.Namespace) -> None:
         report=say,
     )
     if args.format in TRY_IT:
-        say(f"\nTry it:\n{how_to_try(args, folder)}")
+        with suppress(UserError):  # the folder is there, and nothing about it is wrong
+            say(f"\nTry it:\n{how_to_try(args, folder)}")
     if args.push_to_hub:
         say(f"\npushed        {push(folder, args.push_to_hub)}")
 
@@ -246,7 +265,7 @@ def how_to_try(args: argparse.Namespace, folder: Path) -> str:
 
     how = {"n_head": args.n_head, "characters_of": args.characters_of, "raw": args.raw}
     tokenizer = Source(Path(args.checkpoint_path), args.vocabulary, **how).vocabulary().tokenizer
-    prompt = example_prompt(tokenizer)
+    prompt = next(iter(args.example_prompt), example_prompt(tokenizer))
     if takes_instructions(tokenizer):
         ask = " --jinja" if args.format == "gguf" else ""
     else:

@@ -356,8 +356,10 @@ def run(args: argparse.Namespace) -> None:
     elif args.interactive:
         converse(args, model, tokenizer)
     elif args.prompts_file is not None:
-        answer_records(args, model, tokenizer, note)
-        args.processes.close()
+        try:
+            answer_records(args, model, tokenizer, note)
+        finally:
+            args.processes.close()
     else:
         answer_prompt(args, model, tokenizer, note)
 

@@ -123,8 +123,10 @@ def card_facts(
         trained, started_from, progress = checkpoint.dataset, checkpoint.started_from, checkpoint.progress
     data = [f"[{name}](https://huggingface.co/datasets/{name})" for name in about.datasets]
     if trained:
-        data.append(f"The checkpoint names its data `{one_line(trained)}`.")
-    reached = ", ".join(f"{name} {number:.6g}" for name, number in progress.items())
+        name = one_line(trained).replace("`", "")
+        data.append(f"The checkpoint names its data `{name}`.")
+    numbers = {name: number if isinstance(number, int) else f"{number:.6g}" for name, number in progress.items()}
+    reached = ", ".join(f"{name} {number}" for name, number in numbers.items())
     return CardFacts(
         title=one_line(about.model_name or (about.repo or "").rpartition("/")[2] or title_of(folder, source)),
         place=json.dumps(place_of(folder), ensure_ascii=False)[1:-1],

@@ -39,5 +39,6 @@ def write_page(
     """
     check_page(path)
     page = render(gather(inspection, model, tokenizer))
+    check_page(path)  # drawing it took a while
     with disk_errors(path):
         replace_file(path, page.encode("utf-8", "replace"))

@@ -17,6 +17,7 @@ from hf_model import CustomGPTConfig
 from hf_model.conversion import convert
 from hf_model.formats.card_facts import About, place_of, title_of
 from hf_model.formats.model_card import model_card
+from hf_model_cli.convert import parse_arguments
 from tests import relatives
 from tests.tiny import CHECKPOINT, TOKENIZER
 
@@ -186,6 +187,15 @@ class TestName:
         card = card_of(convert(CHECKPOINT, TOKENIZER, tmp_path / "hf", format=format, about=about))
         assert loads(card) == {"someone/capitals-of-the-world"}
         assert "# capitals-of-the-world" in card.text.splitlines()
+
+    @pytest.mark.parametrize("words", ["", " \n", "caf\udce9"])
+    @pytest.mark.parametrize("option", ["--model_name", "--example_prompt"])
+    def test_and_an_example_are_words_that_a_card_can_hold(
+        self, option: str, words: str, capsys: pytest.CaptureFixture
+    ) -> None:
+        with pytest.raises(SystemExit, match="2"):
+            parse_arguments([option, words])
+        assert f"argument {option}: " in capsys.readouterr().err
 
     def test_cannot_break_the_card(self, tmp_path: Path) -> None:
         folder = convert(
