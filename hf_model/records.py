@@ -10,6 +10,7 @@ from hf_model.strict_json import parse_json
 
 Record = dict[str, Any]
 MAX_LINE = 2**26  # characters
+MAX_FILE = 2**29
 
 
 def read_records(path: Path, raw: bool | None = False) -> list[Record]:
@@ -40,9 +41,13 @@ def read_records(path: Path, raw: bool | None = False) -> list[Record]:
 
 
 def _lines(file: TextIO) -> Iterator[str]:
+    length = 0
     while line := file.readline(MAX_LINE + 1):
+        length += len(line)
         if len(line) > MAX_LINE:
             raise ValueError(f"it has a line of more than {MAX_LINE} characters")
+        if length > MAX_FILE:
+            raise ValueError(f"it has more than {MAX_FILE} characters; divide it")
         yield line
 
 

@@ -454,3 +454,10 @@ class TestErrors:
         assert main() == 2
         error = capsys.readouterr().err
         assert error.startswith("generate.py: error: ") and error.count("\n") == 1
+
+
+def test_a_file_of_records_that_does_not_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_model.records.MAX_FILE", 100)
+    path = write_records(tmp_path / "in.jsonl", 10 * [{"instruction": "What is the capital of France?"}])
+    with pytest.raises(UserError, match="more than 100 characters"):
+        read_records(path)

@@ -15,6 +15,7 @@ from hf_model.vocabulary.pickled import read_plain_pickle
 UNKNOWN = "(any character that the model was not trained on)"
 CHARACTERS = "characters"  # what tokenizer_config.json of such a vocabulary says under "vocabulary"
 CHUNK = 2**20
+MOST_CHARACTERS = 2**30  # of a training text
 
 
 def read_meta(path: Path) -> dict[str, int]:
@@ -71,13 +72,17 @@ def characters_in(path: Path) -> dict[str, int]:
     """Character to id of a training text: its sorted characters, as the trainers of character models number them.
 
     Raises:
-        UserError: the file cannot be read, is no UTF-8, or is empty.
+        UserError: the file cannot be read, is no UTF-8, is empty, or does not end.
     """
     found: set[str] = set()
+    length = 0
     try:
         with path.open(encoding="utf-8") as file:
             while chunk := file.read(CHUNK):
                 found.update(chunk)
+                length += len(chunk)
+                if length > MOST_CHARACTERS:
+                    raise UserError(f"{path}: is more than {MOST_CHARACTERS} characters long; a part of it will do")
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not UTF-8 text") from None
     except OSError as error:

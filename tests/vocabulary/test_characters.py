@@ -14,7 +14,7 @@ from hf_model.errors import UserError
 from hf_model.generation import Sampling, encode
 from hf_model.loading import load
 from hf_model.records import read_records
-from hf_model.vocabulary import Model, example_prompt, save_tokenizer, take_vocabulary
+from hf_model.vocabulary import Model, characters, example_prompt, save_tokenizer, take_vocabulary
 from hf_model.vocabulary.characters import characters_in, read_meta
 from tests import relatives
 from tests.relatives import CHARACTERS, META, STOI, TEXT
@@ -207,3 +207,9 @@ def test_the_prompt_to_try_is_of_known_characters(characters: str, prompt: str, 
     (tmp_path / "input.txt").write_text(characters, encoding="utf-8")
     vocabulary = take_vocabulary(None, model(len(set(characters))), characters_of=tmp_path / "input.txt")
     assert example_prompt(vocabulary.tokenizer) == prompt
+
+
+def test_a_training_text_that_does_not_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(characters, "MOST_CHARACTERS", 10**7)
+    with pytest.raises(UserError, match="/dev/zero: is more than 10000000 characters"):
+        characters_in(Path("/dev/zero"))
