@@ -284,15 +284,33 @@ def publish(private: Path, path: Path) -> None:
     sync(path.parent)
 
 
+def create_file(path: Path, content: bytes) -> None:
+    """Write a new file, to the disk.
+
+    Raises:
+        FileExistsError: there is something of that name already.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        write_synced(descriptor, content)
+    finally:
+        os.close(descriptor)
+
+
+def write_synced(descriptor: int, content: bytes) -> None:
+    """Write to an open file; it is on the disk when this returns."""
+    left = memoryview(content)
+    while left:
+        left = left[os.write(descriptor, left) :]
+    os.fsync(descriptor)
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file under a private name, and put it in the place of what has its name, a link's own place too."""
     private = path.with_name(f".{secrets.token_hex(8)}.partial")
     try:
-        descriptor = os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        create_file(private, content)
         private.replace(path)
     except BaseException:
         private.unlink(missing_ok=True)

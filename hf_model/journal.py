@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_model.disk import WRITER, disk_errors, lock, publish, sync
+from hf_model.disk import WRITER, create_file, disk_errors, lock, publish, sync, write_synced
 from hf_model.errors import UserError
 from hf_model.strict_json import parse_json
 
@@ -37,7 +37,7 @@ class Journal:
         """Add answers; they are on the disk when this returns."""
         with disk_errors(self.output):
             lines = b"".join(_line(self.run, index, response) for index, response in responses.items())
-            _write(self.descriptor, lines)
+            write_synced(self.descriptor, lines)
             self.responses |= responses
 
     def finish(self, content: bytes) -> None:
@@ -136,21 +136,9 @@ def _private(output: Path, name: str) -> Path:
 
 
 def _create(path: Path, content: bytes) -> None:
-    """Write a new file of this run's, to the disk."""
+    """Write a new file of this run's, in the place of one that it left when it was killed."""
     path.unlink(missing_ok=True)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
-    descriptor = os.open(path, flags, 0o666)
-    try:
-        _write(descriptor, content)
-    finally:
-        os.close(descriptor)
-
-
-def _write(descriptor: int, content: bytes) -> None:
-    left = memoryview(content)
-    while left:
-        left = left[os.write(descriptor, left) :]
-    os.fsync(descriptor)
+    create_file(path, content)
 
 
 def _read(descriptor: int, size: int = -1) -> bytes:
