@@ -115,11 +115,7 @@ class Measurement:
     @property
     def repeats(self) -> bool:
         """Whether the model was trained to give again the token that it has just read."""
-        return (
-            self.loss_shifted is not None
-            and self.loss_unshifted is not None
-            and self.loss_unshifted + UNSHIFTED_AHEAD < self.loss_shifted
-        )
+        return repeats(self.loss_shifted, self.loss_unshifted)
 
     @property
     def better(self) -> list[Alternative]:
@@ -195,6 +191,13 @@ class Measurement:
         }
 
 
+def repeats(loss_shifted: float | None, loss_unshifted: float | None) -> bool:
+    """Whether labels that are not shifted fit a model so much better that it was trained with them."""
+    if loss_shifted is None or loss_unshifted is None:
+        return False
+    return loss_unshifted + UNSHIFTED_AHEAD < loss_shifted
+
+
 def perplexity(loss: float) -> str:
     return f"{math.exp(loss):,.2f}" if loss < 20 else f"e^{loss:.0f}"
 
@@ -222,9 +225,8 @@ def measure(model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast, pat
     used = _first(rows, min(MOST_TOKENS, n_affordable))
     losses = _losses(model, used, len(tokenizer))
     shifted, unshifted = losses.means() if losses.differs.any() else (None, None)
-    repeats = shifted is not None and unshifted is not None and unshifted + UNSHIFTED_AHEAD < shifted
     chosen_loss, alternatives = _alternatives(
-        model, _first(rows, min(MOST_TOKENS, n_affordable) / 10), len(tokenizer), repeats
+        model, _first(rows, min(MOST_TOKENS, n_affordable) / 10), len(tokenizer), repeats(shifted, unshifted)
     )
     n_exact, n_asked = (None, 0) if is_text else _exact_answers(model, tokenizer, used)
     return Measurement(
