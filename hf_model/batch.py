@@ -21,7 +21,7 @@ from hf_model.journal import exists_already
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.processes import Processes
 from hf_model.records import Record, check_records
-from hf_model.vocabulary import format_prompt, takes_instructions
+from hf_model.vocabulary import prompt_text, takes_instructions
 
 
 def answer_file(
@@ -121,12 +121,9 @@ def _name_of_run(
 def _encoded(
     tokenizer: PreTrainedTokenizerFast, record: Record, index: int, parse_special_tokens: bool
 ) -> torch.Tensor:
-    if takes_instructions(tokenizer):
-        content = format_prompt(record["instruction"], record.get("input") or "")
-    else:
-        content = record["prompt"]
+    prompt = record["instruction" if takes_instructions(tokenizer) else "prompt"]
     try:
-        return encode(tokenizer, content, parse_special_tokens)
+        return encode(tokenizer, prompt_text(tokenizer, prompt, record.get("input") or ""), parse_special_tokens)
     except UserError as error:
         raise UserError(f"record {index + 1}: {error}") from None
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from transformers import PreTrainedTokenizerFast
 
 from hf_model.description import describe_architecture, describe_parameters, file_size, rounding, widest
 from hf_model.disk import check_target, whole_folder
@@ -39,6 +40,7 @@ def convert(
     training_data: str | Path | None = None,
     report_page: str | Path | None = None,
     about: About | None = None,
+    on_tokenizer: Callable[[PreTrainedTokenizerFast], None] = lambda tokenizer: None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Convert a trainer's checkpoint and vocabulary, or a converted folder, to a format's folder.
@@ -61,6 +63,7 @@ def convert(
         training_data: the data that the model was trained on, to be measured against, as in `inspection.inspect`.
         report_page: where to write a page that shows what the model has learnt.
         about: what the folder's model card is to say beside what is known: licence, languages and so on.
+        on_tokenizer: called with the model's tokenizer, if the format needs one.
         report: called with each line of what there is to say.
 
     Returns:
@@ -79,6 +82,8 @@ def convert(
         raise UserError(f"{output_dir}: is the source itself; choose another --output_dir")
     target = find_target(format)
     loaded = source.load(needs_tokenizer=format != "checkpoint" or training_data is not None or report_page is not None)
+    if loaded.tokenizer is not None:
+        on_tokenizer(loaded.tokenizer)
     inspection = None if loaded.vocabulary is None else examine(source, loaded, training_data)
     for line in _say(source, loaded, inspection):
         report(line)

@@ -81,7 +81,9 @@ def load(
         UserError: a file or the folder is not what it should be.
     """
     if Path(checkpoint_path).is_dir():
-        model, tokenizer = load_folder(Path(checkpoint_path), tokenizer_path, dtype, characters_of, raw, report)
+        model, vocabulary = load_folder(Path(checkpoint_path), tokenizer_path, dtype, characters_of, raw)
+        assert vocabulary is not None
+        choices = prompt_choice(vocabulary.tokenizer)
     else:
         original = read_original(
             checkpoint_path,
@@ -92,15 +94,11 @@ def load(
             characters_of=characters_of,
             raw=raw,
         )
-        model, tokenizer = original.model, original.vocabulary.tokenizer
-        report("tokenizer", _describe_vocabulary(original.vocabulary))
-        for item, text in original.choices:
-            report(item, text)
-    return model.to(pick_device(device)), tokenizer
-
-
-def _describe_vocabulary(vocabulary: Vocabulary) -> str:
-    return vocabulary.taken + (f" ({vocabulary.why})" if vocabulary.why else "")
+        model, vocabulary, choices = original.model, original.vocabulary, original.choices
+    report("tokenizer", vocabulary.taken + (f" ({vocabulary.why})" if vocabulary.why else ""))
+    for item, text in choices:
+        report(item, text)
+    return model.to(pick_device(device)), vocabulary.tokenizer
 
 
 def load_folder(
@@ -109,10 +107,9 @@ def load_folder(
     dtype: str,
     characters_of: str | Path | None = None,
     raw: bool = False,
-    report: Callable[[str, str], None] = lambda item, text: None,
     needs_tokenizer: bool = True,
-) -> tuple[CustomGPTForCausalLM, PreTrainedTokenizerFast]:
-    """`load` of a folder, on the CPU. If `needs_tokenizer` is False, the tokenizer of a folder without one is None."""
+) -> tuple[CustomGPTForCausalLM, Vocabulary | None]:
+    """`load` of a folder, on the CPU. If `needs_tokenizer` is False, the vocabulary of a folder without one is None."""
     try:
         if (folder / "adapter_config.json").is_file() and not (folder / "config.json").exists():
             raise UserError(f"{folder}: is a PEFT adapter; save merge_and_unload() of it and give that folder")
@@ -139,21 +136,16 @@ def load_folder(
         if not has_tokenizer:
             return model, None
         if tokenizer_path is None and characters_of is None:
-            tokenizer = load_tokenizer(folder, config)
-            check_vocabulary(tokenizer, config.vocab_size, folder, folder)
-            report("tokenizer", str(folder))
+            vocabulary = own_vocabulary(folder, config)
+            check_vocabulary(vocabulary.tokenizer, config.vocab_size, folder, folder)
         else:
             source = Model(folder, config.vocab_size, config.block_size)
             vocabulary = take_vocabulary(tokenizer_path, source, characters_of=characters_of, raw=raw)
-            tokenizer = vocabulary.tokenizer
-            model.generation_config = default_generation(tokenizer, config.vocab_size)
-            report("tokenizer", _describe_vocabulary(vocabulary))
+            model.generation_config = default_generation(vocabulary.tokenizer, config.vocab_size)
         if raw:
-            tokenizer.init_kwargs[PROMPT_FORMAT] = RAW
-            tokenizer.chat_template = None
-        if not takes_instructions(tokenizer):
-            report("prompt", _describe_raw_prompt(tokenizer))
-        return model, tokenizer
+            vocabulary.tokenizer.init_kwargs[PROMPT_FORMAT] = RAW
+            vocabulary.tokenizer.chat_template = None
+        return model, vocabulary
     except UserError:
         raise
     # The folder's files are not to be trusted in anything: whatever they trip in the library is their fault.
@@ -187,6 +179,12 @@ def load_tokenizer(folder: Path, config: CustomGPTConfig | None = None) -> PreTr
         config: the folder's, where it has been read already.
     """
     return AutoTokenizer.from_pretrained(folder, config=config or read_config(folder), trust_remote_code=False)
+
+
+def own_vocabulary(folder: Path, config: CustomGPTConfig | None = None) -> Vocabulary:
+    """The vocabulary of a converted folder; the arguments are those of `load_tokenizer`."""
+    tokenizer = load_tokenizer(folder, config)
+    return Vocabulary(tokenizer, str(folder), lambda text: tokenizer(text, verbose=False).input_ids)
 
 
 @dataclass(frozen=True)
@@ -274,12 +272,14 @@ def _choices(
         )
     elif activation == "auto" and trainer.why:
         yield "activation", f"{trainer.activation} ({trainer.why})"
-    if not takes_instructions(tokenizer):
-        yield "prompt", _describe_raw_prompt(tokenizer)
+    yield from prompt_choice(tokenizer)
 
 
-def _describe_raw_prompt(tokenizer: PreTrainedTokenizerFast) -> str:
-    return f"raw text; a text ends at {tokenizer.eos_token or 'max_new_tokens only'}"
+def prompt_choice(tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[str, str], ...]:
+    """What is said of a model's prompts; of instructions, nothing."""
+    if takes_instructions(tokenizer):
+        return ()
+    return (("prompt", f"raw text; a text ends at {tokenizer.eos_token or 'max_new_tokens only'}"),)
 
 
 def _model_of(config: CustomGPTConfig, state_dict: dict[str, torch.Tensor]) -> CustomGPTForCausalLM:

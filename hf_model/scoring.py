@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from hf_model.errors import UserError, memory_for
 from hf_model.generation import encode
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.vocabulary import format_prompt, takes_instructions
+from hf_model.vocabulary import prompt_text, takes_instructions
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,7 @@ def score_text(
         is_answer = takes_instructions(tokenizer)
         if input_text and not is_answer:
             raise UserError("argument --input_text: this model's prompts are raw text, which has no place for it")
-        content = format_prompt(prompt, input_text) if is_answer else prompt
-        ids = encode(tokenizer, content, parse_special_tokens)[0].tolist()
+        ids = encode(tokenizer, prompt_text(tokenizer, prompt, input_text), parse_special_tokens)[0].tolist()
         start = len(ids)
         ids += _plain(tokenizer, f" {text}" if is_answer else text, parse_special_tokens)
     start = max(start, 1)  # nothing stands before a first token that could predict it

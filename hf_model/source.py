@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -11,7 +11,7 @@ from hf_model.checkpoint import Checkpoint, read_checkpoint
 from hf_model.description import describe_source
 from hf_model.errors import UserError
 from hf_model.folder_check import read_config
-from hf_model.loading import AUTO_MAP, load_folder, load_tokenizer, read_original
+from hf_model.loading import AUTO_MAP, load_folder, own_vocabulary, prompt_choice, read_original
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.vocabulary import Model, Vocabulary, take_vocabulary
 
@@ -56,14 +56,12 @@ class Source:
             UserError: a file or the folder is not what it should be.
         """
         if self.is_folder:
-            choices: list[tuple[str, str]] = []
-            model, tokenizer = load_folder(
+            model, vocabulary = load_folder(
                 self.path,
                 self.tokenizer_path,
                 self.dtype,
                 characters_of=self.characters_of,
                 raw=self.raw,
-                report=lambda item, text: choices.append((item, text)),
                 needs_tokenizer=needs_tokenizer,
             )
             if getattr(model.config, "quantization_config", None) is not None:
@@ -71,9 +69,8 @@ class Source:
                     f"{self.path}: is quantized, so its weights are not the model's: convert the full model"
                 )
             model.config.auto_map = AUTO_MAP  # a trainer may have saved a part of it
-            vocabulary = None if tokenizer is None else self.vocabulary()
-            said = tuple(choice for choice in choices if choice[0] != "tokenizer")
-            return Loaded(model, tokenizer, None, vocabulary, said)
+            tokenizer: Any = None if vocabulary is None else vocabulary.tokenizer
+            return Loaded(model, tokenizer, None, vocabulary, prompt_choice(tokenizer) if vocabulary else ())
         original = read_original(
             self.path,
             self.tokenizer_path,
@@ -89,8 +86,7 @@ class Source:
     def vocabulary(self) -> Vocabulary:
         """The vocabulary as it stands in the source, read anew."""
         if self.is_folder and self.tokenizer_path is None and self.characters_of is None:
-            tokenizer = load_tokenizer(self.path)
-            return Vocabulary(tokenizer, str(self.path), lambda text: tokenizer(text, verbose=False).input_ids)
+            return own_vocabulary(self.path)
         if self.is_folder:
             config = read_config(self.path)
             model = Model(self.path, config.vocab_size, config.block_size)

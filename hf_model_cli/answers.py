@@ -18,14 +18,12 @@ from hf_model.generation import Generation, Sampling, encode, generate
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.records import check_records
 from hf_model.scoring import ScoredToken
-from hf_model.vocabulary import format_prompt, takes_instructions
+from hf_model.vocabulary import prompt_text, takes_instructions
 from hf_model_cli.common import MOST_PROMPT_BYTES, show
+from hf_model_cli.generate import SAMPLING
 
 FROM_FILE = "FILE:"  # in front of a path, nanoGPT's way to give a prompt
-SAMPLING_ARGUMENTS = (
-    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_beams"),
-    *("num_return_sequences", "seed_like_original"),
-)
+SAMPLING_ARGUMENTS = (*SAMPLING, "num_return_sequences", "seed_like_original")
 
 
 def sampling_of(args: argparse.Namespace, seed: int) -> Sampling:
@@ -38,13 +36,11 @@ def content_of(tokenizer: PreTrainedTokenizerFast, prompt: str, input_text: str)
     Raises:
         UserError: an instruction of nothing but spaces, or an input for raw text.
     """
-    if takes_instructions(tokenizer):
-        if not prompt.strip():
-            raise UserError("argument --prompt: must not be empty")
-        return format_prompt(prompt, input_text)
-    if input_text:
+    if takes_instructions(tokenizer) and not prompt.strip():
+        raise UserError("argument --prompt: must not be empty")
+    if input_text and not takes_instructions(tokenizer):
         raise UserError("argument --input_text: this model's prompts are raw text, which has no place for it")
-    return prompt
+    return prompt_text(tokenizer, prompt, input_text)
 
 
 def given_prompt(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> str:

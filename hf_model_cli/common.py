@@ -279,11 +279,16 @@ def add_vocabulary(group: argparse._ArgumentGroup, default: str) -> None:
     group.add_argument("--raw", action="store_true", help="the prompt is raw text, though the tokenizer has [BOS]")
 
 
-def vocabulary_of(parser: Parser, args: argparse.Namespace) -> str | None:
-    """What to take the vocabulary from: a path, a name, `auto` where the user said nothing, None for a training text.
+def vocabulary_of(parser: Parser, args: argparse.Namespace, is_folder: bool) -> str | None:
+    """What to take the vocabulary of a model from, a converted folder or a file.
 
-    The file must be there, or the text be a possible name of the Hub.
+    A path, a name, `auto` where the user said nothing of a file, None for a folder's own and for a training text. The
+    file must be there, or the text be a possible name of the Hub. What only a file can lack is refused for a folder.
     """
+    if is_folder and (args.n_head or args.activation):
+        parser.error("arguments --n_head and --activation: are for a .pt file; a folder's config.json tells")
+    if is_folder and args.tokenizer_path is None:
+        return None
     if args.characters_of is not None:
         if args.tokenizer_path is not None:
             parser.error("argument --characters_of: not allowed with argument --tokenizer_path")

@@ -8,9 +8,8 @@ import shlex
 import stat
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_model_cli.common import (
     ACTIVATIONS,
@@ -33,6 +32,9 @@ from hf_model_cli.common import (
     show,
     vocabulary_of,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 LANGUAGE = "[a-z]{2,3}|code|multilingual"  # ISO 639, or what the Hub takes beside it
 WRITING = ("output_dir", "overwrite", "push_to_hub", "no_verify", "gguf_type", "quantization", "like")
@@ -164,7 +166,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_source(parser: Parser, args: argparse.Namespace) -> None:
-    """Check that the source's files are there, and find what names its vocabulary; None is a folder's own."""
+    """Check that the source's files are there, and find what names its vocabulary."""
     path = Path(args.checkpoint_path)
     is_folder = stat.S_ISDIR(mode_of(parser, "checkpoint_path", path) or 0)
     if is_folder:
@@ -172,11 +174,9 @@ def check_source(parser: Parser, args: argparse.Namespace) -> None:
             parser.error(
                 f"argument --checkpoint_path: there is no file {path}, and the folder holds no model (no config.json)"
             )
-        if args.n_head or args.activation:
-            parser.error("arguments --n_head and --activation: are for a .pt file; a folder's config.json tells")
     else:
         check_checkpoint(parser, args.checkpoint_path, "file ")
-    args.vocabulary = None if is_folder and args.tokenizer_path is None else vocabulary_of(parser, args)
+    args.vocabulary = vocabulary_of(parser, args, is_folder)
 
 
 def default_output(source: Path, format: str) -> Path:
@@ -211,7 +211,6 @@ def run(args: argparse.Namespace) -> None:
         from transformers.utils import logging
 
         from hf_model.conversion import convert, push
-        from hf_model.errors import UserError
         from hf_model.formats.card_facts import About
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
@@ -221,6 +220,7 @@ def run(args: argparse.Namespace) -> None:
         look(args)
         return
 
+    tokenizers: list[PreTrainedTokenizerFast] = []
     folder = convert(
         args.checkpoint_path,
         args.vocabulary,
@@ -249,22 +249,19 @@ def run(args: argparse.Namespace) -> None:
             example_prompts=tuple(args.example_prompt),
             repo=args.push_to_hub,
         ),
+        on_tokenizer=tokenizers.append,
         report=say,
     )
     if args.format in TRY_IT:
-        with suppress(UserError):  # the folder is there, and nothing about it is wrong
-            say(f"\nTry it:\n{how_to_try(args, folder)}")
+        say(f"\nTry it:\n{how_to_try(args, folder, *tokenizers)}")
     if args.push_to_hub:
         say(f"\npushed        {push(folder, args.push_to_hub)}")
 
 
-def how_to_try(args: argparse.Namespace, folder: Path) -> str:
+def how_to_try(args: argparse.Namespace, folder: Path, tokenizer: "PreTrainedTokenizerFast") -> str:
     """Commands for the folder just written, for prompts of the model's own kind."""
-    from hf_model.source import Source
     from hf_model.vocabulary import example_prompt, takes_instructions
 
-    how = {"n_head": args.n_head, "characters_of": args.characters_of, "raw": args.raw}
-    tokenizer = Source(Path(args.checkpoint_path), args.vocabulary, **how).vocabulary().tokenizer
     prompt = next(iter(args.example_prompt), example_prompt(tokenizer))
     if takes_instructions(tokenizer):
         ask = " --jinja" if args.format == "gguf" else ""

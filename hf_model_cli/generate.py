@@ -297,12 +297,10 @@ def check_batch(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def check_model(parser: Parser, args: argparse.Namespace) -> None:
-    """Check that the model's files are there, and find what names its vocabulary; None is a folder's own."""
+    """Check that the model's files are there, and find what names its vocabulary."""
     check_checkpoint(parser, args.checkpoint_path, "")
     is_folder = stat.S_ISDIR(mode_of(parser, "checkpoint_path", args.checkpoint_path) or 0)
-    if is_folder and (args.n_head or args.activation):
-        parser.error("arguments --n_head and --activation: are for a .pt file; a folder's config.json tells")
-    args.vocabulary = None if is_folder and args.tokenizer_path is None else vocabulary_of(parser, args)
+    args.vocabulary = vocabulary_of(parser, args, is_folder)
     if args.tokenizer_path is None and not is_folder:  # the default of the user's document, which is looked for last
         args.tokenizer_path = DEFAULT_TOKENIZER
 

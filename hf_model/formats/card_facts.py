@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedTokenizerBase
 
 from hf_model.checkpoint import Checkpoint
 from hf_model.errors import one_line
 from hf_model.inspection import Inspection
+from hf_model.vocabulary import example_prompt
 
 MISSING = "[More Information Needed]"  # what the Hub's own template has where its author is to write
 STAGES = ("finetune", "pretrain", "sft")  # a folder of this name says how, and the one above it what
@@ -68,6 +70,10 @@ class About:
     example_prompts: tuple[str, ...] = ()
     repo: str | None = None
     """The repository of the Hub that the folder goes to."""
+
+    def examples(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+        """Prompts to try, one at least."""
+        return self.example_prompts or (example_prompt(tokenizer),)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 from hf_model.description import describe_architecture
 from hf_model.formats.target import Options
 from hf_model.source import Loaded
-from hf_model.vocabulary import example_prompt, format_prompt, takes_instructions
+from hf_model.vocabulary import prompt_text
 
 CARD = """\
 # {{ facts.title }}
@@ -48,5 +48,4 @@ def _example(loaded: Loaded, options: Options) -> str:
     """The text of a prompt that this model understands; "" where no tokenizer tells."""
     if loaded.tokenizer is None:
         return ""
-    prompt = next(iter(options.card.about.example_prompts), example_prompt(loaded.tokenizer))
-    return format_prompt(prompt) if takes_instructions(loaded.tokenizer) else prompt
+    return prompt_text(loaded.tokenizer, options.card.about.examples(loaded.tokenizer)[0])

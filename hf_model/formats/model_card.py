@@ -8,14 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.formats.card_facts import CardFacts
-from hf_model.vocabulary import (
-    QUESTION,
-    example_prompt,
-    format_example,
-    format_prompt,
-    is_of_characters,
-    takes_instructions,
-)
+from hf_model.vocabulary import format_example, format_prompt, is_of_characters, takes_instructions
 
 CARD = """\
 # {{ facts.title }}
@@ -73,27 +66,18 @@ is left out of the loss, and this one is a character of the text.
 """
 
 
-def model_card(
-    config: CustomGPTConfig,
-    facts: CardFacts | str,
-    rounded: str = "",
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> str:
+def model_card(config: CustomGPTConfig, facts: CardFacts, tokenizer: PreTrainedTokenizerBase, rounded: str = "") -> str:
     """The Markdown text of the card of a model.
 
     Args:
-        facts: what there is to say beside its sizes; or the name of the folder, if that is all.
+        facts: what there is to say beside its sizes.
         rounded: what became of the weights, if they were rounded.
-        tokenizer: the model's; without it, the card is that of the original's instructions.
     """
-    facts = CardFacts(title=facts, place=facts) if isinstance(facts, str) else facts
     sizes = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
-    takes = tokenizer is None or takes_instructions(tokenizer)
-    examples = facts.about.example_prompts or ((example_prompt(tokenizer) if tokenizer else QUESTION),)
+    takes, examples = takes_instructions(tokenizer), facts.about.examples(tokenizer)
     if takes:
         code, prompt = INSTRUCTION_CODE.format(prompt=json.dumps(examples[0], ensure_ascii=False)), INSTRUCTION_PROMPT
     else:
-        assert tokenizer is not None
         code, prompt = RAW_CODE.format(prompt=examples[0]), _raw_prompt(tokenizer)
     how = f"with its weights {rounded}" if rounded else "without changing a weight"
     data = facts.metadata("transformers", widget(examples, takes))

@@ -23,7 +23,7 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
     model = loaded.model
     save_weights(model, folder, options.max_shard_size)
     save_tokenizer(loaded.tokenizer, folder)
-    card = model_card(model.config, options.card, options.rounded, loaded.tokenizer)
+    card = model_card(model.config, options.card, loaded.tokenizer, options.rounded)
     (folder / "README.md").write_text(card, encoding="utf-8")
     return []
 

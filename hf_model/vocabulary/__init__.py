@@ -1,7 +1,7 @@
 """What a tokenizer was saved as, to a `PreTrainedTokenizerFast` and the prompt format of its model."""
 
 from hf_model.vocabulary.characters import check_characters, is_of_characters
-from hf_model.vocabulary.probes import QUESTION, example_prompt, probes
+from hf_model.vocabulary.probes import example_prompt, probes
 from hf_model.vocabulary.prompt import (
     BOS,
     CHAT_TEMPLATE,
@@ -10,6 +10,7 @@ from hf_model.vocabulary.prompt import (
     UNK,
     format_example,
     format_prompt,
+    prompt_text,
     takes_instructions,
 )
 from hf_model.vocabulary.source import AUTO, Model, Vocabulary, take_vocabulary
@@ -21,7 +22,6 @@ __all__ = [
     "CHAT_TEMPLATE",
     "EOS",
     "PAD",
-    "QUESTION",
     "UNK",
     "Model",
     "Vocabulary",
@@ -33,6 +33,7 @@ __all__ = [
     "format_prompt",
     "is_of_characters",
     "probes",
+    "prompt_text",
     "read_tokenizer",
     "save_tokenizer",
     "take_vocabulary",

@@ -29,6 +29,11 @@ def format_prompt(instruction: str, input_text: str = "") -> str:
     return f"Instruction: {instruction}{input_field} Response:"
 
 
+def prompt_text(tokenizer: "PreTrainedTokenizerBase", prompt: str, input_text: str = "") -> str:
+    """What is encoded of a prompt: an instruction in its format; raw text as it is, which knows no input."""
+    return format_prompt(prompt, input_text) if takes_instructions(tokenizer) else prompt
+
+
 def format_example(instruction: str, response: str, input_text: str = "") -> str:
     """The fine-tuning text, to be encoded without adding special tokens. The loss is masked up to `Response:`.
 

@@ -15,28 +15,35 @@ from huggingface_hub import ModelCard
 import convert_checkpoint
 from hf_model import CustomGPTConfig
 from hf_model.conversion import convert
-from hf_model.formats.card_facts import About, place_of, title_of
+from hf_model.formats.card_facts import About, CardFacts, place_of, title_of
 from hf_model.formats.model_card import model_card
+from hf_model.vocabulary import convert_tokenizer
 from hf_model_cli.convert import parse_arguments
 from tests import relatives
 from tests.tiny import CHECKPOINT, TOKENIZER
 
 
+def card_for(config: CustomGPTConfig) -> str:
+    return model_card(
+        config, CardFacts(title="capitals", place="capitals"), convert_tokenizer(TOKENIZER, config.block_size)
+    )
+
+
 def test_says_what_the_model_is() -> None:
-    card = model_card(CustomGPTConfig(n_layer=3, n_head=3, n_embd=96, block_size=64, vocab_size=1024), "capitals")
+    card = card_for(CustomGPTConfig(n_layer=3, n_head=3, n_embd=96, block_size=64, vocab_size=1024))
     sentence = "3 layers, 3 heads, 96 wide, context 64, vocabulary 1024"
     assert sentence in " ".join(card.split())
 
 
 def test_shows_the_prompt() -> None:
-    card = model_card(CustomGPTConfig(), "capitals")
+    card = card_for(CustomGPTConfig())
     assert "\n[BOS]Instruction: {instruction} Response:\n" in card
     assert "\n[BOS]Instruction: {instruction} Input: {input} Response:\n" in card
     assert "Response: Paris[EOS]" in card
 
 
 def test_is_read_by_the_hub_as_a_text_generation_model() -> None:
-    _, header, _ = model_card(CustomGPTConfig(), "capitals").split("---\n", 2)
+    _, header, _ = card_for(CustomGPTConfig()).split("---\n", 2)
     header = yaml.safe_load(header)
     assert (header["library_name"], header["pipeline_tag"]) == ("transformers", "text-generation")
 
