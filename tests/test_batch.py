@@ -242,15 +242,21 @@ class TestResuming:
         assert "5 records, 3 of them answered now" in capsys.readouterr().out
         assert [record["response"] for record in written(tmp_path / "out.jsonl")] == ANSWERS
 
+    @staticmethod
+    def will_fail(how: str, capitals: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Have the program called with five records, and fail after the first batch of two."""
+
+        def fail() -> None:
+            raise RuntimeError(how)
+
+        arguments = program(capitals, write_records(folder / "in.jsonl", RECORDS), folder / "out.jsonl")
+        monkeypatch.setattr(sys, "argv", [*arguments, "--batch_size", "2"])
+        killed_after(1, monkeypatch, fail)
+
     def test_the_program_says_what_is_kept_when_it_fails(
         self, capitals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     ) -> None:
-        def fail() -> None:
-            raise RuntimeError("CUDA error: device-side assert triggered")
-
-        arguments = program(capitals, write_records(tmp_path / "in.jsonl", RECORDS), tmp_path / "out.jsonl")
-        monkeypatch.setattr(sys, "argv", [*arguments, "--batch_size", "2"])
-        killed_after(1, monkeypatch, fail)
+        self.will_fail("CUDA error: device-side assert triggered", capitals, tmp_path, monkeypatch)
         with pytest.raises(RuntimeError):
             main()
         assert "2 of 5 records answered and kept" in capsys.readouterr().err
@@ -258,12 +264,7 @@ class TestResuming:
     def test_too_large_a_batch_is_told_from_other_trouble(
         self, capitals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     ) -> None:
-        def fail() -> None:
-            raise RuntimeError("CUDA out of memory")
-
-        arguments = program(capitals, write_records(tmp_path / "in.jsonl", RECORDS), tmp_path / "out.jsonl")
-        monkeypatch.setattr(sys, "argv", [*arguments, "--batch_size", "2"])
-        killed_after(1, monkeypatch, fail)
+        self.will_fail("CUDA out of memory", capitals, tmp_path, monkeypatch)
         assert main() == 2
         error = capsys.readouterr().err
         assert "not enough memory to generate: free some, or choose a smaller --batch_size" in error

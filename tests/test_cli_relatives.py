@@ -192,6 +192,18 @@ class TestConvert:
         assert (request["model"], request["max_tokens"]) == (str(folder), 20)
         assert request["prompt"] and set(request["prompt"]) <= set(CHARACTERS)
 
+    @staticmethod
+    def refused_in(
+        folder: Path, script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    ) -> str:
+        """What a script says that is called in a folder without a checkpoint."""
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["script.py", *(("--prompt", "x") if script is generate else ())])
+        with pytest.raises(SystemExit) as stop:
+            script.main()
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
     @pytest.mark.parametrize("script", [generate, convert_checkpoint])
     def test_a_missing_default_names_the_checkpoints_that_are_there(
         self, script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
@@ -201,12 +213,7 @@ class TestConvert:
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).touch()
             os.utime(tmp_path / name, (time.time() + age, time.time() + age))
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["script.py", *(("--prompt", "x") if script is generate else ())])
-        with pytest.raises(SystemExit) as stop:
-            script.main()
-        err = capsys.readouterr().err
-        assert stop.value.code == 2
+        err = self.refused_in(tmp_path, script, monkeypatch, capsys)
         assert "out/finetune/ckpt.pt; there is out/finetune/ckpt_final_iter_120.pt, out/finetune/ckpt_iter_60.pt" in err
         assert "out/pretrain/best_model.pt: give one with --checkpoint_path" in err
         assert err.count("\n") == 1
@@ -217,11 +224,6 @@ class TestConvert:
     ) -> None:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "latest.pt").symlink_to("gone.pt")
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["script.py", *(("--prompt", "x") if script is generate else ())])
-        with pytest.raises(SystemExit) as stop:
-            script.main()
-        err = capsys.readouterr().err
-        assert stop.value.code == 2
+        err = self.refused_in(tmp_path, script, monkeypatch, capsys)
         assert "nor another checkpoint in out/ or log/: give one with --checkpoint_path" in err
         assert err.count("\n") == 1

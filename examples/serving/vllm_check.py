@@ -14,11 +14,7 @@ import argparse
 import json
 import os
 import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import packages_distributions, version
@@ -27,6 +23,8 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from examples.serving.process import running
 
 # What vLLM must be told on a CPU; a GPU does not read it. Gigabytes of its key/value cache, and where workers fork.
 for name, value in (("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_WORKER_MULTIPROC_METHOD", "spawn")):
@@ -161,25 +159,12 @@ def served(args: argparse.Namespace, reference: Reference) -> Iterator[str]:
     command += ["--tensor-parallel-size", str(args.tensor_parallel_size)]
     command += ["--model-impl", "transformers", "--trust-remote-code"] if reference.is_custom else []
     print("$", *command)
-    log = Path("vllm_serve.log")
-    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as server:
-        try:
-            deadline = time.monotonic() + START_SECONDS
-            while not answers(f"http://127.0.0.1:{port}/health"):
-                if server.poll() is not None or time.monotonic() > deadline:
-                    sys.exit(f"vllm serve did not start: see {log}")
-                time.sleep(1)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            server.terminate()
-
-
-def answers(address: str) -> bool:
+    address = f"http://127.0.0.1:{port}"
     try:
-        with urllib.request.urlopen(address, timeout=5):
-            return True
-    except (urllib.error.URLError, TimeoutError, ConnectionError):
-        return False
+        with running(command, address, Path("vllm_serve.log"), START_SECONDS):
+            yield f"{address}/v1"
+    except RuntimeError as error:
+        sys.exit(f"vllm serve: {error}")
 
 
 if __name__ == "__main__":

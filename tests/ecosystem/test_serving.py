@@ -5,15 +5,13 @@ import shlex
 import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from examples.serving.process import running
 from hf_model.vocabulary import format_prompt
 from tests.tiny import CHECKPOINT, ROOT, TOKENIZER
 
@@ -47,23 +45,11 @@ def url(capitals: Path, suggested: list[str], tmp_path_factory: pytest.TempPathF
         address = f"http://127.0.0.1:{probe.getsockname()[1]}"
     command = [*TRANSFORMERS, "serve", str(capitals), *suggested, "--device", "cpu"]
     command += ["--host", "127.0.0.1", "--port", address.rpartition(":")[2]]
-    with (folder / "log").open("w") as log, subprocess.Popen(command, cwd=folder, stdout=log, stderr=log) as server:
-        try:
-            deadline = time.monotonic() + START_SECONDS
-            while not answers(f"{address}/health"):
-                assert server.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
-                time.sleep(0.2)
-            yield f"{address}/v1"
-        finally:
-            server.terminate()
-
-
-def answers(address: str) -> bool:
     try:
-        with urllib.request.urlopen(address, timeout=5):
-            return True
-    except (urllib.error.URLError, TimeoutError):
-        return False
+        with running(command, address, folder / "log", START_SECONDS, cwd=folder):
+            yield f"{address}/v1"
+    except RuntimeError as error:
+        pytest.fail(f"{error}\n{(folder / 'log').read_text()}")
 
 
 @pytest.fixture(scope="module")
