@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -149,11 +150,9 @@ def verify(folder: Path, source: Source, options: Options) -> str:
     worst = max(results, key=lambda found: found.largest)
     allowed = exact(worst) if model.dtype == torch.float32 else 0.02 * worst.spread
     check(worst, allowed, "the logits")
-    positions = sum(found.n_positions for found in results)
-    words = f"the logits of {positions} positions differ by at most {worst.largest:.1e} (their standard deviation is"
-    return (
-        f"by onnxruntime, with and without a cache, in batches of 1 to 3: {words} {worst.spread:.2g}), {texts_encoded}"
-    )
+    everywhere = replace(worst, n_positions=sum(found.n_positions for found in results))
+    words = everywhere.words("the logits")
+    return f"by onnxruntime, with and without a cache, in batches of 1 to 3: {words}, {texts_encoded}"
 
 
 @torch.inference_mode()
