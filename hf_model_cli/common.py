@@ -65,6 +65,10 @@ class Parser(argparse.ArgumentParser):
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
+        if "_ARGCOMPLETE" in os.environ:  # a shell asks what the line could go on with
+            import argcomplete
+
+            argcomplete.autocomplete(self)
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._advice(unknown[0])}")

@@ -225,6 +225,25 @@ class TestArguments:
         assert "argparse" in imported
         assert not {"torch", "transformers", "tokenizers"} & imported
 
+    @pytest.mark.parametrize(
+        ("script", "typed", "offered"),
+        [
+            ("generate.py", "--te", ["--temperature"]),
+            ("generate.py", "--dtype f", ["float16", "float32"]),
+            ("convert_checkpoint.py", "--format gg", ["gguf"]),
+            ("convert_checkpoint.py", "--zz", []),
+        ],
+    )
+    def test_the_tab_key_completes_arguments_and_their_values(
+        self, tmp_path: Path, script: str, typed: str, offered: list[str]
+    ) -> None:
+        pytest.importorskip("argcomplete")
+        line, found = f"{script} {typed}", tmp_path / "found"
+        asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n"}
+        environment = {**os.environ, **asked, "_ARGCOMPLETE_STDOUT_FILENAME": str(found)}
+        subprocess.run([sys.executable, str(ROOT / script)], env=environment, check=True, timeout=60)
+        assert sorted(found.read_text().split()) == offered
+
 
 class TestGenerate:
     def test_prints_the_user_document_s_items_in_its_order(self, call: Callable[..., Result]) -> None:
