@@ -8,7 +8,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import PreTrainedTokenizerFast
 
-from hf_model.description import describe_architecture, describe_parameters, file_size, rounding, widest
+from hf_model.checkpoint import widest
+from hf_model.description import describe_architecture, describe_parameters, file_size, rounding
 from hf_model.disk import check_target, whole_folder
 from hf_model.errors import UserError, memory_for, one_line
 from hf_model.formats import Options, find_target

@@ -1,8 +1,5 @@
 """What a checkpoint, a model and its files are, in the words that the command lines print."""
 
-from collections.abc import Iterable
-from functools import reduce
-
 import torch
 
 from hf_model.checkpoint import Checkpoint
@@ -30,11 +27,6 @@ def describe_vocabulary(vocabulary: Vocabulary) -> str:
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def widest(tensors: Iterable[torch.Tensor]) -> torch.dtype:
-    """The narrowest dtype that holds all of these without loss."""
-    return reduce(torch.promote_types, {tensor.dtype for tensor in tensors})
 
 
 def rounding(source: torch.dtype, dtype: torch.dtype) -> str:

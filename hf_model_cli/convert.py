@@ -61,6 +61,20 @@ def shard_size(text: str) -> str:
     return text.upper()
 
 
+def named(pattern: str, example: str) -> Callable[[str], str]:
+    """An argparse type: a name of a certain form, as the Hub asks for it."""
+
+    def parse(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(f"must be a name such as {example}, got {text!r}")
+        return text
+
+    return parse
+
+
+REPO = named(HUB_NAME.pattern, "openai-community/gpt2")
+
+
 def make_parser() -> Parser:
     parser = Parser(description=__doc__)
     files = parser.add_argument_group("files")
@@ -74,7 +88,9 @@ def make_parser() -> Parser:
         "--output_dir", help="default: hf/ beside the checkpoint, or FORMAT/; for a folder FOLDER-FORMAT/"
     )
     files.add_argument("--overwrite", action="store_true", help="replace the model that is in the output folder")
-    files.add_argument("--push_to_hub", metavar="REPO", help="upload the folder to this repository, private if new")
+    files.add_argument(
+        "--push_to_hub", type=REPO, metavar="REPO", help="upload the folder to this repository, private if new"
+    )
 
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -94,15 +110,14 @@ def make_parser() -> Parser:
 
 
 def add_card(group: argparse._ArgumentGroup) -> None:
-    repo = named(HUB_NAME.pattern, "openai-community/gpt2")
     several: dict[str, Any] = {"nargs": "+", "default": []}
     group.add_argument(
         "--model_name", type=words, metavar="NAME", help="its title (default: the folder's name, or its project's)"
     )
     group.add_argument("--license", type=named("[a-z0-9.-]+", "apache-2.0"), metavar="ID", help="such as apache-2.0")
     group.add_argument("--language", type=named(LANGUAGE, "en"), metavar="CODE", **several, help="such as en de")
-    group.add_argument("--datasets", type=repo, metavar="REPO", **several, help="names on the Hub")
-    group.add_argument("--base_model", type=repo, metavar="REPO", help="what it was fine-tuned from, a name on the Hub")
+    group.add_argument("--datasets", type=REPO, metavar="REPO", **several, help="names on the Hub")
+    group.add_argument("--base_model", type=REPO, metavar="REPO", help="what it was fine-tuned from, a name on the Hub")
     group.add_argument(
         "--tags", type=named(r"[\w.:/-]+", "instruct"), metavar="TAG", **several, help="more to find it by"
     )
@@ -123,17 +138,6 @@ def words(text: str) -> str:
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise argparse.ArgumentTypeError("is not UTF-8")
     return text
-
-
-def named(pattern: str, example: str) -> Callable[[str], str]:
-    """An argparse type: a name of a certain form, as the Hub asks for it."""
-
-    def parse(text: str) -> str:
-        if not re.fullmatch(pattern, text):
-            raise argparse.ArgumentTypeError(f"must be a name such as {example}, got {text!r}")
-        return text
-
-    return parse
 
 
 def add_inspection(group: argparse._ArgumentGroup) -> None:

@@ -2,5 +2,6 @@
 
 from hf_model.checkpoint.architecture import Architecture, infer_architecture
 from hf_model.checkpoint.reader import Checkpoint, read_checkpoint
+from hf_model.checkpoint.tensors import widest
 
-__all__ = ["Architecture", "Checkpoint", "infer_architecture", "read_checkpoint"]
+__all__ = ["Architecture", "Checkpoint", "infer_architecture", "read_checkpoint", "widest"]

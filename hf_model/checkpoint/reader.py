@@ -12,7 +12,7 @@ import torch
 from hf_model.checkpoint import archive
 from hf_model.checkpoint.architecture import Architecture, clean_names, infer_architecture, is_tied
 from hf_model.checkpoint.scan import StandIn, StoredTensor, kind_of
-from hf_model.checkpoint.tensors import find_weights, number_of, weights_of
+from hf_model.checkpoint.tensors import find_weights, number_of, weights_of, widest
 from hf_model.checkpoint.trainers import Trainer, find_trainer, heads_beside
 from hf_model.errors import UserError, one_line
 
@@ -69,11 +69,7 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         """The narrowest dtype that holds every weight without loss."""
-        dtypes = {tensor.dtype for tensor in self.state_dict.values()}
-        dtype = dtypes.pop()
-        for other in dtypes:
-            dtype = torch.promote_types(dtype, other)
-        return dtype
+        return widest(self.state_dict.values())
 
 
 def read_checkpoint(path: str | Path, check_bytes: bool = True) -> Checkpoint:

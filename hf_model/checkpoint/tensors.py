@@ -2,8 +2,9 @@
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
 from itertools import pairwise
 from typing import Any
 
@@ -31,6 +32,11 @@ DTYPES = {
     "ComplexDoubleStorage": torch.complex128,
 }
 NUMBER_DTYPES = (*WEIGHT_DTYPES, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+
+
+def widest(tensors: Iterable[torch.Tensor]) -> torch.dtype:
+    """The narrowest dtype that holds all of these without loss."""
+    return reduce(torch.promote_types, {tensor.dtype for tensor in tensors})
 
 
 def find_weights(content: dict[Any, Any]) -> tuple[str | None, dict[Any, Any]]:

@@ -39,7 +39,7 @@ SECTIONS = """\
 {% for line in facts.learnt -%}
 - {{ line }}
 {% else -%}
-[More Information Needed]
+{{ missing }}
 {% endfor %}
 ## Training data
 
@@ -53,7 +53,7 @@ SECTIONS = """\
 
 The model sees the last {{ block_size }} tokens of a text and no more, and knows what stood in its training data.
 
-[More Information Needed]
+{{ missing }}
 """
 
 
@@ -111,7 +111,8 @@ class CardFacts:
     def render(self, data: ModelCardData, template: str, **fields: Any) -> str:
         """The Markdown text of a card: the template, and the sections that all cards have."""
         header = "---\n{{ card_data }}\n---\n"
-        card = ModelCard.from_template(data, template_str=f"{header}{template}{SECTIONS}", facts=self, **fields)
+        template = f"{header}{template}{SECTIONS}"
+        card = ModelCard.from_template(data, template_str=template, facts=self, missing=MISSING, **fields)
         return f"{str(card).rstrip()}\n"
 
 

@@ -4,9 +4,10 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_model.description import rounding, widest
+from hf_model.checkpoint import widest
+from hf_model.description import rounding
 from hf_model.errors import UserError
-from hf_model.formats.model_card import model_card
+from hf_model.formats.cards import model_card
 from hf_model.formats.target import Options, same_bits, save_weights
 from hf_model.source import Loaded, Source
 from hf_model.vocabulary import probes, save_tokenizer

@@ -16,7 +16,7 @@ import convert_checkpoint
 from hf_model import CustomGPTConfig
 from hf_model.conversion import convert
 from hf_model.formats.card_facts import About, CardFacts, place_of, title_of
-from hf_model.formats.model_card import model_card
+from hf_model.formats.cards import model_card
 from hf_model.vocabulary import convert_tokenizer
 from hf_model_cli.convert import parse_arguments
 from tests import relatives
