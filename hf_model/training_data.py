@@ -132,7 +132,7 @@ class Measurement:
 
     def lines(self) -> list[str]:
         """What was measured, in plain words."""
-        of_what, unit = ("text's", "stretches") if self.is_text else ("answers'", "records")
+        of_what, unit = ("text's loss  ", "stretches") if self.is_text else ("answers' loss", "records")
         lines = [
             f"training data {self.path} ({self.n_used} of {self.n_all} {unit}, {self.n_tokens} tokens, seed {SEED})"
         ]
@@ -143,7 +143,7 @@ class Measurement:
             if not self.repeats and self.loss_shifted > self.even_choice:
                 meaning = "it predicts neither the next token nor the current one"
             lines.append(
-                f"{of_what} loss: {self.loss_shifted:.2f} with labels shifted by one, {self.loss_unshifted:.2f} with "
+                f"{of_what} {self.loss_shifted:.2f} with labels shifted by one, {self.loss_unshifted:.2f} with "
                 f"labels not shifted: {meaning}"
             )
         lines.append(

@@ -71,7 +71,7 @@ def test_a_stutterer_is_called_one(few: Path, tokenizer: PreTrainedTokenizerFast
     measured = measure(twin(copier(SMALL)), tokenizer, few)
     text = "\n".join(measured.lines())
     assert measured.repeats
-    assert f"answers' loss: {measured.loss_shifted:.2f} with labels shifted by one, " in text
+    assert f"answers' loss {measured.loss_shifted:.2f} with labels shifted by one, " in text
     assert "labels not shifted: this model was trained to repeat its current token" in text
     assert f"exact answers 0 of {measured.n_asked}" in text
 

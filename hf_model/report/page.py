@@ -115,7 +115,7 @@ def file_section(inspection: Inspection) -> str:
         ("Architecture", inspection.architecture_line),
         *((f"by {origin}", ", ".join(values)) for origin, values in origins.items()),
         ("Parameters", inspection.parameters_line),
-        ("Tokenizer", f"{inspection.tokenizer_path} ({inspection.tokens} tokens)"),
+        ("Tokenizer", inspection.tokenizer_line),
         ("Optimizer", "its state is in the file" if inspection.has_optimizer else "no state of it"),
         *(("Note", note.removeprefix("note: ")) for note in inspection.notes),
     ]
@@ -288,7 +288,8 @@ def data_section(measured: Measurement) -> str:
         loss_bars(measured),
         lines,
         loss_chart(measured),
-        '<p class="soft">The records that it knows worst</p><div class="scroll"><table><tr><th class="n">loss</th>'
+        f'<p class="soft">The {"stretches" if measured.is_text else "records"} that it knows worst</p>'
+        '<div class="scroll"><table><tr><th class="n">loss</th>'
         f"<th>{'' if measured.is_text else 'prompt'}</th><th>{'text' if measured.is_text else 'answer'}</th></tr>"
         f"{worst}"
         "</table></div>",

@@ -35,7 +35,8 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 .fill { height: 100%; border-radius: 6px; background: rgb(var(--sure)); }
 .fill.bad { background: var(--bad); }
 .mark { position: absolute; top: -4px; bottom: -4px; width: 2px; background: var(--text); }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; margin: .4rem 0 0; font-size: .95rem; }
+dl { display: grid; grid-template-columns: fit-content(15rem) 1fr; gap: .2rem 1rem; margin: .4rem 0 0;
+  font-size: .95rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 .prompt { color: var(--soft); font-size: .9rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 .answer { font: 1.05rem/2.1 ui-monospace, monospace; margin: .15rem 0 .5rem; overflow-wrap: anywhere; }
