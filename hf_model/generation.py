@@ -42,6 +42,8 @@ class Sampling:
     num_return_sequences: int = 1
     stop: tuple[str, ...] = ()
     """Strings that end an answer; they are no part of it."""
+    cache_implementation: str | None = None
+    """The library's name of another cache: with "static" it compiles the step where that is on a GPU."""
     seed: int = 1337
     seed_like_original: bool = False
     """Whether the generator is left as the trainers' scripts leave it, which seed before they build the model."""
@@ -54,6 +56,7 @@ class Sampling:
         asked = {
             "min_p": self.min_p if self.temperature > 0 else 0.0,
             "num_beams": self.num_beams if self.num_beams > 1 else None,
+            "cache_implementation": self.cache_implementation,
         }
         return {
             **how,

@@ -23,7 +23,7 @@ from hf_model_cli.common import MOST_PROMPT_BYTES, show
 from hf_model_cli.generate import SAMPLING
 
 FROM_FILE = "FILE:"  # in front of a path, nanoGPT's way to give a prompt
-SAMPLING_ARGUMENTS = (*SAMPLING, "num_return_sequences", "seed_like_original")
+SAMPLING_ARGUMENTS = (*SAMPLING, "num_return_sequences", "seed_like_original", "cache_implementation")
 
 
 def sampling_of(args: argparse.Namespace, seed: int) -> Sampling:

@@ -163,6 +163,11 @@ def add_batch(group: argparse._ArgumentGroup) -> None:
 def add_run(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--device", help="such as cuda, cuda:1, mps or cpu (default: the best there is)")
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: the checkpoint's)")
+    group.add_argument(
+        "--cache_implementation",
+        choices=["static"],
+        help="static: on a GPU the library first compiles the step, which is several times as fast then",
+    )
 
 
 def add_output(group: argparse._ArgumentGroup) -> None:
@@ -308,6 +313,7 @@ def check_model(parser: Parser, args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     # Imported here, after the arguments are known to be right: these imports take seconds.
     with no_garbage_search():
+        import torch
         from transformers.utils import logging
 
         from hf_model import loading
@@ -318,6 +324,7 @@ def run(args: argparse.Namespace) -> None:
         from hf_model_cli.conversation import converse
     logging.set_verbosity_error()  # the library's reminders about lengths and flags are answered in the README
     logging.disable_progress_bar()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans attention anew for each length: 60 to 100 ms a token
 
     if args.prompts_file is not None:  # before the model is loaded, which may take long
         args.records = read_records(args.prompts_file, raw=True if args.raw else None)

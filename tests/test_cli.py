@@ -303,6 +303,22 @@ class TestGenerate:
         top_1 = call(generate, *arguments, "--temperature", "5", "--top_k", "1").out
         assert greedy == {top_1}
 
+    def test_a_static_cache_gives_the_same_text(
+        self, call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made = []
+
+        class Spy(transformers.StaticCache):
+            def __init__(self, **how: object):
+                made.append(how)
+                super().__init__(**how)
+
+        monkeypatch.setattr("transformers.generation.utils.StaticCache", Spy)
+        arguments = (*EXAMPLE, "--prompt", "Sing!", "--response_only", "--temperature", "0", "--device", "cpu")
+        static = call(generate, *arguments, "--cache_implementation", "static").out  # past the context
+        assert made
+        assert static == call(generate, *arguments).out
+
     def test_the_seed_makes_a_run_repeatable(self, call: Callable[..., Result]) -> None:
         arguments = (*EXAMPLE, "--prompt", "Sing!", "--response_only", "--temperature", "3")
         first, again, other = (call(generate, *arguments, "--seed", seed).out for seed in ("1", "1", "2"))

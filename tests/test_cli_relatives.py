@@ -73,7 +73,7 @@ class TestGenerate:
     def test_a_prompt_out_of_a_file(self, nano: tuple, call: Callable, tmp_path: Path) -> None:
         (tmp_path / "start.txt").write_text(TEXT, encoding="utf-8")
         arguments = ("--prompt", f"FILE:{tmp_path / 'start.txt'}", "--max_new_tokens", "9", "--response_only")
-        _, out, _ = call(generate, *arguments)
+        _, out, _ = call(generate, *arguments, "--device", "cpu")
         assert out == continued(nano[0], TEXT, 9)[len(TEXT) :] + "\n"
 
     @pytest.mark.parametrize("arguments", [(), ("--prompt", "-")], ids=["a pipe", "a dash"])
@@ -84,7 +84,7 @@ class TestGenerate:
         known = "".join(char for char in text if char in CHARACTERS)
         monkeypatch.setattr("hf_model_cli.answers.FROM_FILE", known[:2])  # whose own letters this model does not know
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(known.encode())))
-        status, out, _ = call(generate, *arguments, "--max_new_tokens", "9", "--response_only")
+        status, out, _ = call(generate, *arguments, "--max_new_tokens", "9", "--response_only", "--device", "cpu")
         assert (status, out) == (0, continued(nano[0], known, 9)[len(known) :] + "\n")
 
     @pytest.mark.parametrize("also", [(), ("--no_stream",)])
@@ -92,7 +92,7 @@ class TestGenerate:
         answers = {seed: continued(nano[0], "To", 8, seed)[2:] for seed in range(60)}
         seed = next(seed for seed, answer in answers.items() if answer != answer.lstrip())
         arguments = ("--prompt", "To", "--max_new_tokens", "8", "--response_only", "--seed", str(seed))
-        _, out, _ = call(generate, *arguments, *also)
+        _, out, _ = call(generate, *arguments, *also, "--device", "cpu")
         assert out == answers[seed] + "\n"
 
     @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ class TestConvert:
         assert status == 0
         command = out.partition("Try it:\n")[2].splitlines()[0]
         line = f"{shlex.quote(sys.executable)} {ROOT / 'generate.py'} {command.split('generate.py')[1]} --response_only"
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}  # a GPU draws otherwise
         process = subprocess.run(
             ["bash", "-c", line], capture_output=True, encoding="utf-8", env=environment, timeout=300, check=True
         )

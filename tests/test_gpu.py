@@ -1,4 +1,4 @@
-"""On a GPU the model gives what it gives on the CPU. Skipped where there is no GPU; no GPU has run these tests yet."""
+"""On a GPU the model gives what it gives on the CPU. Skipped where there is no GPU."""
 
 from pathlib import Path
 
@@ -39,15 +39,25 @@ def test_logits_are_the_cpus(ids: torch.Tensor, dtype: str, tolerance: float) ->
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=["dynamic cache", "compiled"])
 def test_tokens_are_the_cpus_past_the_context_too(ids: torch.Tensor, options: dict[str, str]) -> None:
     within = model_in("float32").config.block_size - ids.shape[1]
-    for new in (within, within + 8) if not options else (within,):
+    for new in (within, within + 8):
         greedy = {"do_sample": False, "max_new_tokens": new, "eos_token_id": None, "pad_token_id": 1}
         expected = model_in("float32").generate(ids, **greedy)
         assert torch.equal(model_in("float32").to(GPU).generate(ids.to(GPU), **greedy, **options).cpu(), expected)
 
 
-def test_generate_py_takes_the_gpu_by_itself(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_gradients_are_the_cpus(ids: torch.Tensor) -> None:
+    def gradients(device: torch.device) -> dict[str, torch.Tensor]:
+        model = model_in("float32").to(device)
+        model(ids.to(device), labels=ids.to(device)).loss.backward()
+        return {name: weight.grad.cpu() for name, weight in model.named_parameters()}
+
+    torch.testing.assert_close(gradients(GPU), gradients(torch.device("cpu")), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [[], ["--cache_implementation", "static"]], ids=["as it is", "compiled"])
+def test_generate_py_takes_the_gpu_by_itself(options: list[str], monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     files = ["--checkpoint_path", str(FILES[0]), "--tokenizer_path", str(FILES[1])]
-    monkeypatch.setattr("sys.argv", ["generate.py", *files, "--prompt", QUESTION, "--temperature", "0"])
+    monkeypatch.setattr("sys.argv", ["generate.py", *files, "--prompt", QUESTION, "--temperature", "0", *options])
     assert generate.main() == 0
     output = capsys.readouterr().out
     assert "device      cuda:0\n" in output

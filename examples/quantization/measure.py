@@ -1,4 +1,6 @@
-"""Load a converted folder with weights of fewer bits in several ways; print speed and how far the logits move.
+"""Load a converted folder with weights of fewer bits in several ways, on a GPU where there is one.
+
+Prints the speed, how far the logits move, and the memory that the weights take.
 
 python -m examples.quantization.measure --model capitals-hf
 python -m examples.quantization.measure --random 12 768 12 32000
@@ -18,6 +20,7 @@ from transformers.utils import logging
 
 from hf_model import CustomGPTConfig, CustomGPTForCausalLM
 from hf_model.errors import one_line
+from hf_model.loading import pick_device
 
 NEW_TOKENS = 32
 
@@ -69,7 +72,7 @@ def folder_of(args: argparse.Namespace) -> Iterator[str]:
 @torch.inference_mode()
 def speed(model: Any) -> float:
     """Tokens per second of one greedy answer, the faster of two."""
-    prompt = torch.arange(8, 16)[None]
+    prompt = torch.arange(8, 16, device=model.device)[None]
     seconds = []
     for _ in range(2):
         start = time.perf_counter()
@@ -82,16 +85,19 @@ def measure(folder: str, name: str, ids: torch.Tensor, expected: torch.Tensor, p
     """A row of the table: its speed and that of the plain model, and the difference of the logits, by their spread."""
     config, dtype = WAYS[name]
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=config())
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, quantization_config=config(), device_map=ids.device
+        )
         with torch.inference_mode():
             logits = model(input_ids=ids).logits.float()
         rate = speed(model)
     except Exception as error:  # whatever a library says to a machine that it cannot use
-        return f"| {name} | does not work here: {type(error).__name__}: {one_line(error, 160)} | | | |"
+        return f"| {name} | does not work here: {type(error).__name__}: {one_line(error, 160)} | | | | |"
     moved = (logits - expected).abs()
     spread = expected.std().item()
     same = (logits.argmax(-1) == expected.argmax(-1)).float().mean().item()
-    return f"| {name} | {rate:.1f} | {rate / plain:.2f} | {moved.mean() / spread:.4f} | {same:.1%} |"
+    size = model.get_memory_footprint() / 1e6
+    return f"| {name} | {rate:.1f} | {rate / plain:.2f} | {size:.0f} MB | {moved.mean() / spread:.4f} | {same:.1%} |"
 
 
 def main() -> None:
@@ -99,20 +105,25 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", help="converted folder")
     which.add_argument("--random", type=int, nargs=4, metavar=("LAYERS", "WIDTH", "HEADS", "VOCABULARY"))
+    parser.add_argument("--device", help="default: the best there is")
     parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS))
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with folder_of(args) as folder:
-        model = AutoModelForCausalLM.from_pretrained(Path(folder)).eval()
+        model = AutoModelForCausalLM.from_pretrained(Path(folder)).eval().to(pick_device(args.device))
         size = min(64, model.config.block_size)
         ids = torch.randint(8, model.config.vocab_size, (4, size), generator=torch.Generator().manual_seed(0))
+        ids = ids.to(model.device)
         with torch.inference_mode():
             expected = model(input_ids=ids).logits.float()
         plain = speed(model)
-        print("| weights | tokens/s | of the plain model's | logits moved, of their spread | same likeliest token |")
-        print("|---|---:|---:|---:|---:|")
-        print(f"| float32, plain | {plain:.1f} | 1 | 0 | 100% |")
+        print(f"{model.device}, torch {torch.__version__}\n")
+        print(
+            "| weights | tokens/s | of the plain model's | memory | logits moved (of their spread) | same likeliest |"
+        )
+        print("|---|---:|---:|---:|---:|---:|")
+        print(f"| float32, plain | {plain:.1f} | 1 | {model.get_memory_footprint() / 1e6:.0f} MB | 0 | 100% |")
         for name in args.only:
             print(measure(folder, name, ids, expected, plain), flush=True)
 

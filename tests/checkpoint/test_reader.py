@@ -207,7 +207,7 @@ def test_weights_are_mapped_and_the_optimizer_state_is_never_read(weights: State
     mappings = Path("/proc/self/smaps").read_text().split("VmFlags")
     resident = [int(mapping.partition("Rss:")[2].split()[0]) for mapping in mappings if str(path) in mapping]
     assert sum(resident) > 0
-    assert sum(resident) < 2 * 1024  # kB: the weights, and the pages that the kernel reads around them
+    assert sum(resident) < 4 * 1024  # kB: the weights, and the pages that the kernel reads around them
 
 
 @pytest.mark.parametrize(
