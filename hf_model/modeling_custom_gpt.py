@@ -344,6 +344,10 @@ class CustomGPTForCausalLM(CustomGPTPreTrainedModel, GenerationMixin):
         if can_grow(cache := model_kwargs.get("past_key_values")):
             model_kwargs["past_key_values"] = GrowingCache(cache, self)
 
+    def _prepare_static_cache(self, *args: Any, max_cache_len: int, **kwargs: Any) -> Cache:
+        """No longer than the context: past it there is no cache, see `prepare_inputs_for_generation`."""
+        return super()._prepare_static_cache(*args, max_cache_len=min(max_cache_len, self.config.block_size), **kwargs)
+
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> GenerateOutput | torch.LongTensor:
         output = None

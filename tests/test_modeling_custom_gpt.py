@@ -84,6 +84,18 @@ class TestCache:
         expected = model.generate(**batch, **how, use_cache=False)
         assert torch.equal(model.generate(**batch, **how, cache_implementation=cache), expected)
 
+    @pytest.mark.parametrize("new, length", [(3, 6), (10**9, 16)], ids=["within", "past the context"])
+    def test_a_static_cache_is_no_longer_than_the_context(self, new: int, length: int) -> None:
+        output = twin(gpt()).generate(
+            tokens(1, 4),
+            max_new_tokens=new,
+            do_sample=False,
+            stopping_criteria=[lambda ids, scores: torch.full((1,), ids.shape[1] >= 7)],
+            cache_implementation="static",
+            return_dict_in_generate=True,
+        )
+        assert output.past_key_values.layers[0].max_cache_len == length
+
     def test_no_cache_is_returned_where_none_is_wanted(self) -> None:
         assert twin(gpt())(tokens(1, 4), use_cache=False).past_key_values is None
 
