@@ -12,6 +12,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -72,12 +73,24 @@ def run(script: list[str], folder: Path) -> tuple[int, str, float]:
     start = time.monotonic()
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "PYTHONPATH": "."}
-    how = {"cwd": folder, "env": environment, "stdin": subprocess.DEVNULL, "timeout": SECONDS}
-    try:
-        process = subprocess.run(script, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **how)  # type: ignore
-    except subprocess.TimeoutExpired:
-        return 124, f"not done after {SECONDS} s", time.monotonic() - start
-    return process.returncode, process.stdout, time.monotonic() - start
+    with subprocess.Popen(
+        script,
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            said, _ = process.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            said = f"not done after {SECONDS} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
+    return process.returncode, said, time.monotonic() - start
 
 
 def run_page(page: Path, slow: bool = False) -> bool:
