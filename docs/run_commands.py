@@ -9,6 +9,7 @@ finds the example converted in `out/capitals` and, but for the README, which mak
 """
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
@@ -85,11 +86,12 @@ def run(script: list[str], folder: Path) -> tuple[int, str, float]:
     ) as process:
         try:
             said, _ = process.communicate(timeout=SECONDS)
-        except subprocess.TimeoutExpired:
-            said = f"not done after {SECONDS} s"
-        finally:
-            if process.poll() is None:
+        except BaseException as error:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            return 124, f"not done after {SECONDS} s", time.monotonic() - start
     return process.returncode, said, time.monotonic() - start
 
 

@@ -111,8 +111,9 @@ def _name_of_run(
     parse_special_tokens: bool,
 ) -> str:
     """A hash of all that greedy answers depend on; of sampled ones, of all but the batches that they come in."""
+    how = {name: value for name, value in asdict(sampling).items() if value is not None}
     identity = [
-        *(records, asdict(sampling), parse_special_tokens, model.config.to_dict(), tokenizer.get_vocab()),
+        *(records, how, parse_special_tokens, model.config.to_dict(), tokenizer.get_vocab()),
         *(_checksums(model), takes_instructions(tokenizer)),
     ]
     return hashlib.sha256(json.dumps(identity, default=str, sort_keys=True).encode()).hexdigest()

@@ -274,7 +274,7 @@ def check_interactive(parser: Parser, args: argparse.Namespace, asked: bool) -> 
 def check_score(parser: Parser, args: argparse.Namespace) -> None:
     if not args.score:
         parser.error("argument --score: must not be empty")
-    for name in ("prompts_file", "output_file"):
+    for name in ("prompts_file", "output_file", "cache_implementation"):
         if getattr(args, name) is not None:
             parser.error(f"argument --{name}: not allowed with argument --score")
     if args.input_text and args.prompt is None:
@@ -324,7 +324,7 @@ def run(args: argparse.Namespace) -> None:
         from hf_model_cli.conversation import converse
     logging.set_verbosity_error()  # the library's reminders about lengths and flags are answered in the README
     logging.disable_progress_bar()
-    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans attention anew for each length: 60 to 100 ms a token
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans attention anew for each length: 60 ms and more
 
     if args.prompts_file is not None:  # before the model is loaded, which may take long
         args.records = read_records(args.prompts_file, raw=True if args.raw else None)
