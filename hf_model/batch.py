@@ -111,6 +111,7 @@ def _name_of_run(
     parse_special_tokens: bool,
 ) -> str:
     """A hash of all that greedy answers depend on; of sampled ones, of all but the batches that they come in."""
+    # Without the options that are not used, so that a new one leaves the journals of before as they are.
     how = {name: value for name, value in asdict(sampling).items() if value is not None}
     identity = [
         *(records, how, parse_special_tokens, model.config.to_dict(), tokenizer.get_vocab()),

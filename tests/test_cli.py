@@ -315,8 +315,8 @@ class TestGenerate:
 
         monkeypatch.setattr("transformers.generation.utils.StaticCache", Spy)
         arguments = (*EXAMPLE, "--prompt", "Sing!", "--response_only", "--temperature", "0", "--device", "cpu")
-        static = call(generate, *arguments, "--cache_implementation", "static").out  # past the context
-        assert made[0]["max_cache_len"] == 64
+        static = call(generate, *arguments, "--cache_implementation", "static").out
+        assert made[0]["max_cache_len"] == 64  # the context: 150 new tokens are asked for
         assert static == call(generate, *arguments).out
 
     def test_the_seed_makes_a_run_repeatable(self, call: Callable[..., Result]) -> None:

@@ -121,7 +121,9 @@ def by_server(args: argparse.Namespace, reference: Reference) -> Iterator[float]
         client = openai.OpenAI(base_url=url, api_key="none")
         for prompt in reference.random_prompts(reference.context // 2):
             text = tokenizer.decode(prompt, skip_special_tokens=True)
-            while len(tokenizer(text).input_ids) + N_NEW > reference.context:  # bytes that are no text become more
+            while (
+                text and len(tokenizer(text).input_ids) + N_NEW > reference.context
+            ):  # bytes that are no text become more
                 text = text[: len(text) // 2]
             choice: Any = client.completions.create(prompt=text, logprobs=0, **how).choices[0]
             print(f"completion: {choice.text!r} ({choice.finish_reason})")

@@ -201,13 +201,13 @@ def test_progress_is_read_from(stated: dict, progress: dict, weights: State, sav
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_weights_are_mapped_and_the_optimizer_state_is_never_read(weights: State, saved: Callable) -> None:
-    path = saved({"optimizer_state_dict": torch.ones(16 * 2**20 // 4), "model": weights})
+    path = saved({"optimizer_state_dict": torch.ones(32 * 2**20 // 4), "model": weights})
     checkpoint = read_checkpoint(path)
     assert_same(checkpoint.state_dict, weights)
     mappings = Path("/proc/self/smaps").read_text().split("VmFlags")
     resident = [int(mapping.partition("Rss:")[2].split()[0]) for mapping in mappings if str(path) in mapping]
     assert sum(resident) > 0
-    assert sum(resident) < 4 * 1024  # kB: the weights, and the pages that the kernel reads around them
+    assert sum(resident) < 4 * 1024  # kB: the weights, and the pages around them; one may be of 2 MiB
 
 
 @pytest.mark.parametrize(
