@@ -1,38 +1,46 @@
 """The prompt line of `generate.py`: questions one after the other, options changed in place, Ctrl-C and Ctrl-D."""
 
+import io
 import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from hf_model_cli import generate
 from tests.tiny import EOS, ROOT, gpt, save_files
 
 CTRL_C, CTRL_D = "\x03", "\x04"
 
 
-def talk(folder: Path, *lines: str, arguments: tuple[str, ...] = ("--interactive", "--quiet")) -> list[str]:
+@pytest.fixture
+def talk(capitals: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., list[str]]:
     """What the command answers to lines from a pipe."""
-    command = [sys.executable, str(ROOT / "generate.py"), "--checkpoint_path", str(folder), *arguments]
-    text = "".join(f"{line}\n" for line in lines)
-    process = subprocess.run(command, input=text, capture_output=True, encoding="utf-8", timeout=300)
-    assert (process.returncode, process.stderr) == (0, "")
-    return process.stdout.splitlines()
+
+    def say(*lines: str) -> list[str]:
+        text = "".join(f"{line}\n" for line in lines)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        arguments = ["--checkpoint_path", str(capitals), "--interactive", "--quiet"]
+        monkeypatch.setattr(sys, "argv", ["generate.py", *arguments])
+        status = generate.main()
+        said, errors = capsys.readouterr()
+        assert (status, errors) == (0, "")
+        return said.splitlines()
+
+    return say
 
 
-def test_each_question_is_answered_on_its_own(capitals: Path) -> None:
-    answers = talk(
-        capitals, "What is the capital of France?", "", "What is the capital of Peru?", "What is the capital of France?"
-    )
+def test_each_question_is_answered_on_its_own(talk: Callable[..., list[str]]) -> None:
+    answers = talk(*(f"What is the capital of {x}?" if x else "" for x in ("France", "", "Peru", "France")))
     assert answers == ["Paris", "Lima", "Paris"]
 
 
-def test_options_are_changed_in_place(capitals: Path) -> None:
+def test_options_are_changed_in_place(talk: Callable[..., list[str]]) -> None:
     said = talk(
-        capitals,
         *("/again", "/input Italy", "Name the capital of the country.", "/input Peru", "/again"),
         *("/temperature 0", "/temperature hot", "/temperature -1", "/top_k", "/seed 5", "/max_new_tokens 1", "/again"),
         *("/bananas", " /bananas", "/options"),
@@ -56,8 +64,8 @@ def test_options_are_changed_in_place(capitals: Path) -> None:
     assert said[16:18] == ["max_new_tokens: 1", "temperature: 0.0"]
 
 
-def test_the_help_names_every_command(capitals: Path) -> None:
-    said = talk(capitals, "/help")
+def test_the_help_names_every_command(talk: Callable[..., list[str]]) -> None:
+    said = talk("/help")
     named = {line.split()[0] for line in said if line.startswith("  /")}
     assert {"/input", "/again", "/seed", "/temperature", "/top_k", "/max_new_tokens", "/options", "/help"} <= named
 
