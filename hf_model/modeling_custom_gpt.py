@@ -7,6 +7,7 @@ B batch, T tokens given, S tokens seen (cached and given), C = n_embd, nh = n_he
 
 import functools
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,8 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.generation.utils import GenerateOutput
-from transformers.masking_utils import create_causal_mask
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask, sdpa_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -32,7 +34,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_custom_gpt import CustomGPTConfig
-from .decoding_custom_gpt import GrowingCache, can_grow, settle
+from .decoding_custom_gpt import GELU, GrowingCache, LeanStep, can_grow, settle
 
 
 def eager_attention_forward(
@@ -245,7 +247,9 @@ class CustomGPTModel(CustomGPTPreTrainedModel):
         """Positions of the T given tokens, of shape (1, T), or (B, T) where a mask of shape (B, S) tells of padding."""
         T, device = inputs.shape[1], inputs.device  # ids or embeddings
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if past + T > self.config.block_size:
+        # The length of a static cache is a tensor, which a compiler cannot ask.
+        known = isinstance(past, int) or not torch.compiler.is_compiling()
+        if known and past + T > self.config.block_size:
             raise ValueError(
                 f"{past + T} tokens are more than the context of {self.config.block_size} (block_size): its positions "
                 "are learned. Give a shorter input, or use `generate`, which goes on with the last block_size tokens."
@@ -342,7 +346,8 @@ class CustomGPTForCausalLM(CustomGPTPreTrainedModel, GenerationMixin):
         """`generate` makes its cache here, or takes the one that it was given."""
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if can_grow(cache := model_kwargs.get("past_key_values")):
-            model_kwargs["past_key_values"] = GrowingCache(cache, self)
+            step = LeanStep(self) if is_plain(self) else None
+            model_kwargs["past_key_values"] = GrowingCache(cache, self.config.n_layer, step)
 
     def _prepare_static_cache(self, *args: Any, max_cache_len: int, **kwargs: Any) -> Cache:
         """No longer than the context: past it there is no cache, see `prepare_inputs_for_generation`."""
@@ -413,6 +418,37 @@ class CustomGPTForCausalLM(CustomGPTPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
+
+
+def is_plain(model: PreTrainedModel) -> bool:
+    """Whether the lean step computes what the modules would: classes it knows, on the CPU, untampered."""
+    config, activation = model.config, model.config.activation_function
+    ordinary = (nn.Parameter, model.dtype, "cpu", torch.strided)
+    unusual = [
+        os.environ.get("CUSTOM_GPT_PLAIN_DECODE") or activation not in GELU,
+        torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"),
+        nn.modules.module._has_any_global_hook(),
+        ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation) is not sdpa_attention_forward,
+        ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation) is not sdpa_mask,
+        config.output_attentions or config.output_hidden_states or not getattr(config, "is_causal", True),
+        [m.layer_idx for m in model.modules() if "layer_idx" in vars(m)] != list(range(config.n_layer)),
+        {(type(p), p.dtype, p.device.type, p.layout) for p in model.parameters()} != {ordinary},
+    ]
+    head_dim, gelu = config.n_embd // config.n_head, ACT2FN[activation]
+    as_made = {"eps": config.layer_norm_epsilon, "scaling": head_dim**-0.5, "head_dim": head_dim, "max_norm": None}
+    as_made |= {"is_causal": True, "act": getattr(gelu, "act", None)}
+    known = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList, type(gelu))
+    homes = ("torch", "transformers", type(model).__module__.partition(".")[0])  # of a class's forward
+    return not any(unusual) and all(
+        not module.training
+        and (type(module) in known or type(module).__module__ == type(model).__module__)
+        and all(repr(module.__dict__.get(name, value)) == repr(value) for name, value in as_made.items())
+        and not {"forward", "prepare_inputs_for_generation"} & module.__dict__.keys()
+        and getattr(type(module).forward, "__globals__", {}).get("__name__", "").partition(".")[0] in homes
+        and not (module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl or module._buffers)
+        and module._parameters.keys() <= {"weight", "bias"}
+        for module in model.modules()
+    )
 
 
 # The two heads below take the library's forward, but not its `__init__`: that makes the decoder by `AutoModel`, which

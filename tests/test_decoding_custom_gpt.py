@@ -1,6 +1,7 @@
 """The lean step of `generate` gives what the plain model gives, and gives way wherever it could not."""
 
 import copy
+import functools
 import gc
 import math
 import pickle
@@ -13,10 +14,13 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, LogitsProcessor
+from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_model import CustomGPTConfig, CustomGPTForCausalLM, decoding_custom_gpt
-from hf_model.decoding_custom_gpt import PACKED, GrowingCache, GrowingLayer, LeanStep, is_plain, packed
+from hf_model.decoding_custom_gpt import PACKED, GrowingCache, GrowingLayer, LeanStep, packed
+from hf_model.modeling_custom_gpt import is_plain
 
 CONTEXT = 64
 
@@ -539,7 +543,46 @@ def recorded(model: CustomGPTForCausalLM) -> None:
     model.config.output_hidden_states = True
 
 
-@pytest.mark.parametrize("change", [hook, adapter, epsilon, dropout, another_forward, eager, recorded])
+def sees_all(model: CustomGPTForCausalLM) -> None:
+    for block in model.transformer.h:
+        block.attn.is_causal = False
+
+
+def sees_all_by_its_configuration(model: CustomGPTForCausalLM) -> None:
+    model.config.is_causal = False
+
+
+def another_function_within_the_activation(model: CustomGPTForCausalLM) -> None:
+    model.transformer.h[0].mlp.act.act = torch.tanh
+
+
+def heads_of_another_width(model: CustomGPTForCausalLM) -> None:
+    model.transformer.h[0].attn.head_dim = 32
+
+
+def sparse_weights(model: CustomGPTForCausalLM) -> None:
+    c_fc = model.transformer.h[0].mlp.c_fc
+    few = c_fc.weight.detach() * (c_fc.weight.detach().abs() > 0.05)
+    c_fc.weight = torch.nn.Parameter(few.to_sparse_csr(), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        hook,
+        adapter,
+        epsilon,
+        dropout,
+        another_forward,
+        eager,
+        recorded,
+        sees_all,
+        sees_all_by_its_configuration,
+        another_function_within_the_activation,
+        heads_of_another_width,
+        sparse_weights,
+    ],
+)
 def test_a_model_with_something_unusual_is_left_to_the_plain_forward(both_ways, lean, change):
     model = model_of()
     before, _ = both_ways(model, prompts(), max_new_tokens=10, do_sample=False)
@@ -571,6 +614,54 @@ def test_a_class_with_another_forward_is_left_to_the_plain_forward(lean, monkeyp
     monkeypatch.setattr(type(model.transformer.h[0].mlp), "forward", lambda self, x: self.c_proj(self.c_fc(x)))
     model.generate(prompts(), max_new_tokens=3)
     assert lean == []
+
+
+def test_a_class_whose_forward_is_wrapped_is_left_to_the_plain_forward(lean, monkeypatch):
+    model = model_of()
+    for module_class in (torch.nn.Linear, type(model.transformer.h[0].mlp)):
+        written = module_class.forward
+        with monkeypatch.context() as patch:
+            patch.setattr(module_class, "forward", functools.wraps(written)(lambda self, x, f=written: 2 * f(self, x)))
+            model.generate(prompts(), max_new_tokens=3)
+        assert lean == []
+    model.generate(prompts(), max_new_tokens=3)
+    assert lean
+
+
+def test_another_mask_under_the_same_name_is_left_to_the_plain_forward(lean, monkeypatch):
+    mask = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS, "sdpa", lambda *args, **options: mask(*args, **options))
+    model_of().generate(prompts(), max_new_tokens=3)
+    assert lean == []
+
+
+def test_blocks_in_another_order_leave_a_cache_that_is_theirs():
+    model = model_of()
+    blocks = model.transformer.h
+    blocks[0], blocks[1] = blocks[1], blocks[0]
+    output = model.generate(prompts(), max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
+    with torch.no_grad():
+        last = model(output.sequences[:, -1:], past_key_values=output.past_key_values).logits[:, -1]
+        torch.testing.assert_close(last, model(output.sequences).logits[:, -1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("hidden", [slice(-2, None), slice(3, 5), slice(None)], ids=["right", "middle", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_a_mask_hides_sees_and_is_seen_as_in_the_plain_steps(both_ways, lean, dtype, hidden):
+    mask = torch.ones_like(prompts(3))
+    mask[0, hidden] = 0
+    model = model_of().to(dtype)
+    how = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
+    assert_rounding_apart(*both_ways(model, prompts(3), **how))
+    assert lean
+
+
+def test_a_mask_is_made_where_the_model_is_whatever_the_default_device():
+    model = model_of()
+    expected = model.generate(prompts(3), max_new_tokens=5, do_sample=False, **padded())
+    ids, mask = prompts(3), padded()
+    with torch.device("meta"):
+        assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False, **mask), expected)
 
 
 def test_another_attention_under_the_same_name_is_left_to_the_plain_forward(lean, monkeypatch):
@@ -632,6 +723,36 @@ def test_a_generation_that_breaks_off_leaves_the_callers_cache_usable():
     with torch.no_grad():
         model(prompts()[:, :1], past_key_values=cache)
     assert cache.get_seq_length() == 13
+
+
+def test_a_returned_cache_is_the_librarys_own_and_writes_over_nothing():
+    model, cache = model_of(), DynamicCache()
+    output = model.generate(
+        prompts(), past_key_values=cache, max_new_tokens=3, do_sample=False, return_dict_in_generate=True
+    )
+    for own in (cache, output.past_key_values):
+        assert type(own) is DynamicCache and {type(layer) for layer in own.layers} == {DynamicLayer}
+    with torch.no_grad():
+        model(prompts()[:, :1], past_key_values=cache)
+        seen = cache.layers[0].keys
+        kept = seen.clone()
+        cache.crop(-1)
+        model(prompts()[:, 1:2], past_key_values=cache)
+    assert torch.equal(seen, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_processor_may_look_ahead_with_gradients(dtype):
+    model, cache = model_of().to(dtype), DynamicCache()
+
+    def look_ahead() -> None:
+        with torch.enable_grad():
+            model(prompts()[:, :1], past_key_values=cache)
+        cache.crop(-1)
+
+    how = {"max_new_tokens": 5, "do_sample": False}
+    looked = model.generate(prompts(), past_key_values=cache, logits_processor=[Callback(look_ahead)], **how)
+    assert torch.equal(looked, model.generate(prompts(), **how))
 
 
 def test_a_returned_cache_is_for_the_model_as_it_is_then(lean):
@@ -750,7 +871,7 @@ class TestGrowingLayer:
         return torch.randn(rows, 2, tokens, 4), torch.randn(rows, 2, tokens, 4)
 
     def both(self, rows: int = 2, tokens: int = 5) -> tuple[DynamicCache, DynamicCache]:
-        growing = GrowingCache(DynamicCache(), model_of())
+        growing = GrowingCache(DynamicCache(), n_layer=3, step=None)
         growing.layers[1:] = []
         pair = growing, DynamicCache()
         self.add(pair, rows, tokens)

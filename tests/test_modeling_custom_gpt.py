@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
 
 from hf_model import CustomGPTConfig, CustomGPTForCausalLM
 from tests.tiny import PAD, SIZES, gpt, twin
@@ -95,6 +96,22 @@ class TestCache:
             return_dict_in_generate=True,
         )
         assert output.past_key_values.layers[0].max_cache_len == length
+
+    def test_a_forward_with_a_static_cache_is_one_graph(self) -> None:
+        model, ids = twin(gpt()), tokens(2, 9)
+        cache = StaticCache(config=model.config, max_cache_len=12)
+        compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
+        with torch.no_grad():
+            logits = [compiled(chunk, past_key_values=cache).logits for chunk in ids.split([5, 1, 2, 1], dim=1)]
+            torch.testing.assert_close(torch.cat(logits, dim=1), model(ids).logits)
+
+    def test_a_model_with_a_static_cache_is_exported_for_other_runtimes(self) -> None:
+        model, ids = twin(gpt()), tokens(1, 4)
+        model.generation_config.cache_implementation = "static"
+        exportable = TorchExportableModuleForDecoderOnlyLM(model, batch_size=1, max_cache_len=12, device="cpu")
+        program = exportable.export(input_ids=ids[:, :1], cache_position=torch.tensor([0])).module()
+        logits = [program(input_ids=ids[:, i : i + 1], cache_position=torch.tensor([i])) for i in range(4)]
+        torch.testing.assert_close(torch.cat(logits, dim=1), model(ids).logits)
 
     def test_no_cache_is_returned_where_none_is_wanted(self) -> None:
         assert twin(gpt())(tokens(1, 4), use_cache=False).past_key_values is None
