@@ -28,7 +28,7 @@ def answer_file(
     model: CustomGPTForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     records: list[Record],
-    output_file: Path,
+    output_file: str | Path,
     batch_size: int,
     sampling: Sampling,
     *,
@@ -53,11 +53,13 @@ def answer_file(
         The number of records answered now, those of an earlier run left out.
 
     Raises:
-        UserError: the output file exists already, another run is writing it, a file that is no journal stands where
-            its journal goes, it cannot be written, a record is not of the model's kind or holds a character that the
-            model does not know, or another process has ended.
+        UserError: `batch_size` is less than 1, the output file exists already, another run is writing it, a file that
+            is no journal stands where its journal goes, it cannot be written, a record is not of the model's kind or
+            holds a character that the model does not know, or another process has ended.
     """
-    processes = processes or Processes()
+    processes, output_file = processes or Processes(), Path(output_file)
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} must be at least 1")
     with disk_errors(output_file):
         if os.path.lexists(output_file):
             raise exists_already(output_file)

@@ -1,16 +1,18 @@
 """A trainer's files, or a converted folder, to the folder of a format, and from there to the Hub."""
 
 import gc
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import PreTrainedTokenizerFast
 
 from hf_model.checkpoint import widest
 from hf_model.description import describe_architecture, describe_parameters, file_size, rounding
-from hf_model.disk import check_target, whole_folder
+from hf_model.disk import check_target, resolved, whole_folder
 from hf_model.errors import UserError, memory_for, one_line
 from hf_model.formats import Options, find_target
 from hf_model.formats.card_facts import About, card_facts
@@ -27,7 +29,7 @@ def convert(
     output_dir: str | Path,
     *,
     format: str = "transformers",
-    dtype: str = "auto",
+    dtype: torch.dtype | str = "auto",
     max_shard_size: str = "5GB",
     gguf_type: str = "f32",
     quantization: str | None = None,
@@ -74,13 +76,12 @@ def convert(
         UserError: as `loading.read_original`, the format cannot hold the model, its packages are not installed, the
             folder cannot be written, or the verification failed.
     """
-    output_dir = Path(output_dir)
+    output_dir = _named(Path(output_dir))
     source = Source(Path(checkpoint_path), tokenizer_path, dtype, n_head, activation, characters_of, raw)
     check_target(output_dir, overwrite)
+    _check_apart(output_dir, [checkpoint_path, tokenizer_path, characters_of, training_data], report_page)
     if report_page is not None:
         check_page(Path(report_page))
-    if source.is_folder and output_dir.exists() and output_dir.samefile(source.path):
-        raise UserError(f"{output_dir}: is the source itself; choose another --output_dir")
     target = find_target(format)
     loaded = source.load(needs_tokenizer=format != "checkpoint" or training_data is not None or report_page is not None)
     if loaded.tokenizer is not None:
@@ -122,6 +123,31 @@ def convert(
     for line in lines:  # now that it is true
         report(line)
     return output_dir
+
+
+def _named(folder: Path) -> Path:
+    """A folder under a name that leads to it before it is there and after: `..` depends on what stands before it."""
+    return resolved(folder) if ".." in folder.parts else folder
+
+
+def _check_apart(output_dir: Path, sources: Iterable[str | Path | None], page: str | Path | None) -> None:
+    """Refuse a folder in whose place something else stands that is read or written.
+
+    Raises:
+        UserError: a source is the folder, or in it, or the page would be.
+    """
+    place = resolved(output_dir)
+    for path in (Path(os.path.realpath(source)) for source in sources if source is not None):
+        if not os.path.exists(path) or not os.path.exists(place):  # noqa: PTH110 (a path's own raises for long names)
+            continue
+        if path.samefile(place):
+            raise UserError(f"{output_dir}: is the source itself; choose another --output_dir")
+        if any(parent.samefile(place) for parent in path.parents):
+            raise UserError(f"{output_dir}: holds {path.name!r}, which is a source; choose another --output_dir")
+    if page is not None:
+        page_place = resolved(Path(page))
+        if page_place.is_relative_to(place) or place.is_relative_to(page_place):
+            raise UserError(f"{page}: is in the way of {output_dir}; choose another name for --report")
 
 
 def _rounding(source: Source, loaded: Loaded) -> str:

@@ -1,9 +1,9 @@
 """What makes `generate` fast: a cache with room to grow and, on a CPU, a lean step that the cache carries.
 
 `generate` hands a `GrowingCache` to every forward, so that no step copies the keys and values of those before. For a
-model with nothing unusual about it (`is_plain`, beside it) it holds a `LeanStep`, the same computation by fewer operators,
-made once for each `generate`: between two the weights may be exchanged, but a change within one may go unseen to its
-end. CUSTOM_GPT_PLAIN_DECODE=1 is to do without the step.
+model with nothing unusual about it (`is_plain`, beside it) it holds a `LeanStep`, the same computation by fewer
+operators, made once for each `generate`: between two the weights may be exchanged, but a change within one may go
+unseen to its end. CUSTOM_GPT_PLAIN_DECODE=1 is to do without the step.
 
 Which library multiplies was measured, on two cores of an AMD EPYC and of an Intel Xeon:
 

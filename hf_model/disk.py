@@ -89,7 +89,7 @@ def whole_folder(target: Path, overwrite: bool = False, warn: Callable[[str], No
         UserError: as `check_target`, the place cannot be written, or another run is writing the same target.
     """
     with disk_errors(target):
-        target = Path(os.path.abspath(target))  # noqa: PTH100 (resolve() would follow links)
+        target = resolved(target)
         check_target(target, overwrite)
         with _parents(target.parent), _workplace(target, warn) as place:
             new, old = place / "new", place / "old"
@@ -104,6 +104,20 @@ def whole_folder(target: Path, overwrite: bool = False, warn: Callable[[str], No
                     sync(folder)
             except OSError as error:
                 warn(f"{target}: is complete, but may not outlast a loss of power ({error.strerror})")
+
+
+def resolved(path: Path) -> Path:
+    """Where a path leads, by way of links too, but for one that has its last name.
+
+    Raises:
+        UserError: a link on the way leads nowhere.
+    """
+    with disk_errors(path):
+        is_name = path.name not in ("", "..")
+        for link in path.parents if is_name else (path, *path.parents):
+            if link.is_symlink() and not link.exists():
+                raise UserError(f"{path}: cannot be written ({link} is a symbolic link that leads nowhere)")
+        return Path(os.path.realpath(path.parent), path.name) if is_name else Path(os.path.realpath(path))
 
 
 @contextmanager
@@ -169,18 +183,25 @@ def _write_manifest(folder: Path) -> None:
 
 def _discard(folder: Path, kept: Path, warn: Callable[[str], None]) -> None:
     """Delete what this program wrote into a folder of its own; what somebody else put there goes to `kept`."""
-    if not folder.exists():
+    if not _is_folder(folder):
         return
     listed = read_manifest(folder)
     if listed is not None:  # it was finished once, and stood where others could write into it
         for name in files_in(folder):
             if name in listed and is_unchanged(folder / name, listed[name]):
                 (folder / name).unlink()
-        if left := [name for name in files_in(folder) if name != MANIFEST and name not in _folders(listed)]:
+        ours = _folders(listed)
+        left = [name for name in files_in(folder) if not (name in ours and _is_folder(folder / name))]
+        if left := [name for name in left if name != MANIFEST]:
             folder.rename(kept)
             warn(f"{kept}: holds {left[0]!r}, which stood in the folder that was replaced")
             return
     shutil.rmtree(folder)
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether there is a folder, and no link to one."""
+    return path.is_dir() and not path.is_symlink()
 
 
 def _folders(names: Iterable[str]) -> set[str]:
@@ -241,7 +262,11 @@ def _dissolve(place: Path, target: Path, warn: Callable[[str], None]) -> None:
     """End a run: bring back the older folder if there is no newer one, and delete what is ours."""
     new, old = place / "new", place / "old"
     try:
-        if old.exists() and not target.exists():
+        for path in (new, old):
+            if os.path.lexists(path) and not _is_folder(path):  # no run makes a link or a file there
+                warn(f"{place}: is left alone: {path.name!r} in it is no folder")
+                return
+        if old.exists() and not os.path.lexists(target):
             old.rename(target)
         for index, folder in enumerate((new, old)):
             _discard(folder, target.with_name(f"{target.name}.replaced-{place.name.split('.')[-2]}{index}"), warn)
@@ -328,6 +353,8 @@ def _rename(one: Path, other: Path, how: int) -> int:
 @contextmanager
 def held(path: Path, flags: int = 0) -> Iterator[bool]:
     """Hold the lock of a regular file while the block runs; False if another process has it, or deletes the file."""
+    if not flags & os.O_CREAT and not stat.S_ISREG(path.lstat().st_mode):
+        raise FileNotFoundError(errno.ENOENT, "There is no regular file", str(path))
     descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | flags, 0o600)
     try:
         yield lock(descriptor, path)

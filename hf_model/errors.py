@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 MAX_MESSAGE = 600
 # What torch, the C library and the accelerators say when there is no more.
-OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory")
+OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory", "can't start new thread")
 
 
 class UserError(ValueError):

@@ -13,17 +13,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, GenerationConfig
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedTokenizerFast
 
 from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError
 from hf_model.strict_json import parse_json
-from hf_model.tokenizer_check import check_tokenizer
+from hf_model.tokenizer_check import MAX_TOKEN_LENGTH, MAX_TOKENS, check_tokenizer
 
 MAX_BYTES = {"tokenizer.json": 2**27, "model.safetensors.index.json": 2**25}
 MAX_OTHER_BYTES = 2**21
 MAX_LABELS = 10_000
-READ_BY_THE_LIBRARY = re.compile(r".*\.(json|safetensors|jinja|txt|model)|additional_chat_templates")
+MAX_TEMPLATES = 100
+MAX_ADDED = 10_000
+TEMPLATES = "additional_chat_templates"  # the one folder in a folder that the library reads
+READ_BY_THE_LIBRARY = re.compile(
+    r".*\.(json|safetensors|jinja|model|tiktoken)|.*(vocab|merges|dict)\.txt|tokenizer\.model.*|" + TEMPLATES
+)
 
 MODEL_FIELDS = set(CustomGPTConfig.__annotations__)
 OTHER_FIELDS = {
@@ -35,7 +40,7 @@ SPECIAL_TOKENS = re.compile(
     r"(bos|eos|unk|pad|sep|cls|mask)_token|(additional|extra)_special_tokens|add_(bos|eos)_token"
 )
 TOKENIZER_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast", "GPT2Tokenizer", "GPT2TokenizerFast", None)
-NAMES_A_FILE = re.compile(r".*_(file|files|path|dir)")
+TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")  # becomes the name of a file
 
 
 def _number(low: float, high: float, *types: type) -> Callable[[Any], bool]:
@@ -62,6 +67,82 @@ GENERATION_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 SAYS_NOTHING = {"transformers_version", "_from_model_config"}
 
 
+def _one_of(*values: Any) -> Callable[[Any], bool]:
+    return lambda value: type(value) in {type(one) for one in values} and value in values
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_TOKEN_LENGTH
+
+
+def _is_token(value: Any) -> bool:
+    """A token's text, or all that `AddedToken` takes."""
+    if not isinstance(value, dict):
+        return _is_text(value)
+    flags = [flag for key, flag in value.items() if key not in ("content", "__type", "id")]
+    known = {"content", "__type", "id", "single_word", "lstrip", "rstrip", "normalized", "special"}
+    return _is_text(value.get("content")) and value.keys() <= known and all(type(flag) is bool for flag in flags)
+
+
+def _are_tokens(value: Any) -> bool:
+    tokens = list(value.values()) if isinstance(value, dict) else value
+    return isinstance(tokens, list) and len(tokens) <= MAX_ADDED and all(map(_is_token, tokens))
+
+
+def _is_decoder(value: Any) -> bool:
+    if not isinstance(value, dict) or len(value) > MAX_TOKENS:
+        return False
+    return all(re.fullmatch("[0-9]{1,7}", key) and isinstance(token, dict) for key, token in value.items()) and all(
+        map(_is_token, value.values())
+    )
+
+
+def _are_templates(value: Any) -> bool:
+    """One template, or several under names that can be those of files."""
+    if isinstance(value, list) and all(isinstance(one, dict) and one.keys() == {"name", "template"} for one in value):
+        pairs = [(one["name"], one["template"]) for one in value]
+    elif isinstance(value, dict):
+        pairs = list(value.items())
+    else:
+        return isinstance(value, str)
+    return len(pairs) <= MAX_TEMPLATES and all(
+        isinstance(name, str) and TEMPLATE_NAME.fullmatch(name) and isinstance(template, str)
+        for name, template in pairs
+    )
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= 100 and all(map(_is_text, value))
+
+
+_SWITCH = (_one_of(True, False), "true or false")
+_SIDE = (_one_of("left", "right"), "left or right")
+_TEXT = (_is_text, "a short text")
+_COUNT = (_number(0, 2**20, int), "a whole number")
+_TOKEN = (_is_token, "a token")
+_TOKENS = (_are_tokens, f"a list of at most {MAX_ADDED} tokens")
+# What tokenizer_config.json may say: what the library writes, as it is and as it was in versions before.
+TOKENIZER_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "model_max_length": (_number(1, 1e31, int, float), "a number above 0"),  # 1e30 stands for none
+    "chat_template": (_are_templates, f"a template, or at most {MAX_TEMPLATES} with plain names"),
+    "added_tokens_decoder": (_is_decoder, "a dict of ids and tokens"),
+    "extra_special_tokens": _TOKENS,
+    "additional_special_tokens": _TOKENS,
+    "model_specific_special_tokens": _TOKENS,
+    "model_input_names": (_are_names, "a list of names"),
+    "padding_side": _SIDE,
+    "truncation_side": _SIDE,
+    "auto_map": (lambda value: isinstance(value, dict | list), "a dict"),  # and then the library refuses it
+    "errors": (_one_of("strict", "replace", "ignore"), "strict, replace or ignore"),
+    **dict.fromkeys(("max_length", "stride", "pad_to_multiple_of", "pad_token_type_id"), _COUNT),
+    **dict.fromkeys(("tokenizer_class", "backend", "vocabulary", "prompt_format", "processor_class"), _TEXT),
+    **dict.fromkeys(("name_or_path", "truncation_strategy", "transformers_version", "language"), _TEXT),
+    **dict.fromkeys(("clean_up_tokenization_spaces", "split_special_tokens", "add_prefix_space", "is_local"), _SWITCH),
+    **dict.fromkeys(("local_files_only", "add_bos_token", "add_eos_token", "trim_offsets", "verbose"), _SWITCH),
+    **dict.fromkeys(("do_lower_case", "legacy", "use_fast", "use_default_system_prompt"), _SWITCH),
+}
+
+
 def check_folder(folder: Path) -> None:
     """Look through all files of a folder that the library reads.
 
@@ -70,13 +151,13 @@ def check_folder(folder: Path) -> None:
     """
     if (folder / "adapter_config.json").exists():
         raise UserError(f"{folder}: holds an adapter, which names another model: merge the two and save the result")
-    for entry in os.scandir(folder):
-        if READ_BY_THE_LIBRARY.fullmatch(entry.name):
-            _check_place(folder, entry)
-    for name in ("special_tokens_map.json", "tokenizer_config.json", "added_tokens.json"):
-        for key in read_json(folder, name) or {}:
-            if NAMES_A_FILE.fullmatch(key) or (name.startswith("special") and not SPECIAL_TOKENS.fullmatch(key)):
-                raise UserError(f"{folder}: {name} says {key!r}, which a folder of this project does not")
+    _check_places(folder)
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        for key, value in (read_json(folder, name) or {}).items():
+            _check_field(folder, name, key, value)
+    for token, index in (read_json(folder, "added_tokens.json") or {}).items():
+        if not _is_text(token) or not _number(0, MAX_TOKENS, int)(index):
+            raise UserError(f"{folder}: added_tokens.json says {token!r}: {index!r}, which is no token and its id")
     its = read_json(folder, "tokenizer_config.json") or {}
     if its.get("tokenizer_class") not in TOKENIZER_CLASSES and "auto_map" not in its:  # which the library refuses
         raise UserError(
@@ -87,12 +168,26 @@ def check_folder(folder: Path) -> None:
     check_tokenizer_in(folder)
 
 
+def _check_field(folder: Path, name: str, key: str, value: Any) -> None:
+    """The library makes attributes of what tokenizer_config.json says, so that nothing can be ignored here."""
+    if name.startswith("special") and not SPECIAL_TOKENS.fullmatch(key):
+        raise UserError(f"{folder}: {name} says {key!r}, which a folder of this project does not")
+    field = TOKENIZER_FIELDS.get(key) or (_TOKEN if key.endswith("_token") else None)
+    # A number or a switch of another version of the library does nothing, unless it hides what the library has.
+    does_nothing = value is None or (type(value) in (bool, int, float) and not hasattr(PreTrainedTokenizerFast, key))
+    if field is None and not does_nothing:
+        raise UserError(f"{folder}: {name} says {key!r}, which a folder of this project does not")
+    if field is not None and value is not None and not field[0](value):
+        raise UserError(f"{folder}: {name} says {key}={value!r}, which is not {field[1]}")
+
+
 def check_tokenizer_in(folder: Path) -> None:
-    """Look through the tokenizer.json of a folder, where it has one.
+    """Look through the tokenizer.json of a folder, where it has one, and where the folder's files lead.
 
     Raises:
-        UserError: it is no JSON, or asks for what no tokenizer of this family needs.
+        UserError: it is no JSON, or asks for what no tokenizer of this family needs; or a link leads out of the folder.
     """
+    _check_places(folder)
     if (tokenizer := read_json(folder, "tokenizer.json")) is not None:
         try:
             check_tokenizer(tokenizer)
@@ -175,6 +270,18 @@ def read_json(folder: Path, name: str) -> dict[str, Any] | None:
 
 def _cannot_be_loaded(folder: Path, reason: str) -> UserError:
     return UserError(f"{folder}: cannot be loaded ({reason})")
+
+
+def _check_places(folder: Path) -> None:
+    """Check each file that the library would read, in the folder and in the one inside it."""
+    for entry in os.scandir(folder):
+        if READ_BY_THE_LIBRARY.fullmatch(entry.name):
+            _check_place(folder, entry)
+    if (folder / TEMPLATES).is_dir():
+        for number, entry in enumerate(os.scandir(folder / TEMPLATES)):
+            _check_place(folder, entry)
+            if number >= MAX_TEMPLATES or not entry.is_file() or entry.stat().st_size > MAX_OTHER_BYTES:
+                raise UserError(f"{folder}: {TEMPLATES} holds too many files, too large ones, or others")
 
 
 def _check_place(folder: Path, entry: os.DirEntry[str]) -> None:

@@ -1,5 +1,6 @@
 """Text from a prompt, on the stock `model.generate`: what `generate.py` does between its arguments and its output."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -48,6 +49,22 @@ class Sampling:
     seed_like_original: bool = False
     """Whether the generator is left as the trainers' scripts leave it, which seed before they build the model."""
 
+    def __post_init__(self) -> None:
+        """Raises UserError for a value that means nothing."""
+        right = {
+            "max_new_tokens": self.max_new_tokens >= 1,
+            "temperature": 0 <= self.temperature < math.inf,
+            "top_k": self.top_k >= 0,
+            "top_p": 0 < self.top_p <= 1,
+            "min_p": 0 <= self.min_p <= 1,
+            "repetition_penalty": 0 < self.repetition_penalty < math.inf,
+            "num_beams": self.num_beams >= 1,
+            "num_return_sequences": self.num_return_sequences >= 1,
+            "stop": not isinstance(self.stop, str) and all(isinstance(text, str) and text for text in self.stop),
+        }
+        if wrong := [name for name, is_right in right.items() if not is_right]:
+            raise UserError(f"{wrong[0]}={getattr(self, wrong[0])!r} means nothing; see help(hf_model.Sampling)")
+
     def kwargs(self) -> dict[str, Any]:
         """Arguments of `model.generate`."""
         how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
@@ -87,9 +104,8 @@ class StopTexts(StoppingCriteria):
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: tuple[str, ...], start: int):
         self.tokenizer, self.stop, self.start = tokenizer, stop, start
-        self.tail = (
-            max(len(text.encode()) for text in stop) + 4
-        )  # a token has a byte at least, a character four at most
+        # A token has a byte at least, a character four at most. A command line's bytes may be no characters.
+        self.tail = max(len(text.encode("utf-8", "surrogatepass")) for text in stop) + 4
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
         new = input_ids[:, max(self.start, input_ids.shape[1] - self.tail) :]  # (B, N)
@@ -262,6 +278,8 @@ def _no_distribution() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if "n_sample" in str(error):
+            raise UserError("--num_beams is more than the vocabulary has tokens for") from None
         if "probability tensor" not in str(error):
             raise
         raise UserError("no token can be drawn: --temperature or --repetition_penalty is too near to 0") from None

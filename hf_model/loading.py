@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hf_model.folder_check import check_folder, read_config, read_generation_con
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.vocabulary import Model, Vocabulary, check_vocabulary, take_vocabulary, takes_instructions
 from hf_model.vocabulary.prompt import PROMPT_FORMAT, RAW
+from hf_model.vocabulary.tokenizer import no_panic_on_stderr
 
 AUTO_MAP = {
     "AutoConfig": "configuration_custom_gpt.CustomGPTConfig",
@@ -28,6 +30,28 @@ AUTO_MAP = {
     # `transformers serve` takes a folder's own code by this name alone, before it looks for the library's classes.
     "AutoModelForDecision": "modeling_custom_gpt.CustomGPTForCausalLM",
 }
+
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+ACTIVATIONS = ("auto", "gelu", "gelu_new", "gelu_pytorch_tanh")
+STORED = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}  # safetensors' names
+
+
+def pick_dtype(dtype: torch.dtype | str, own: torch.dtype) -> torch.dtype:
+    """The dtype of that name; `"auto"` is the weights' own.
+
+    Raises:
+        UserError: there is none that weights can have.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name != "auto" and name not in DTYPES:
+        raise UserError(f"dtype={name!r} is none of auto, {', '.join(DTYPES)}")
+    return own if name == "auto" else getattr(torch, name)
 
 
 def pick_device(name: torch.device | str | None = None) -> torch.device:
@@ -60,7 +84,7 @@ def load(
     tokenizer_path: str | Path | None = None,
     *,
     device: torch.device | str | None = None,
-    dtype: str = "auto",
+    dtype: torch.dtype | str = "auto",
     n_head: int | None = None,
     activation: str = "auto",
     characters_of: str | Path | None = None,
@@ -73,7 +97,7 @@ def load(
         checkpoint_path: a `.pt` file (converted in memory, memory-mapped, nothing written) or a folder.
         tokenizer_path, characters_of, raw: as in `read_original`; neither of the first two takes the folder's own.
         device: where the model goes; None is the best device there is, as `pick_device` says.
-        dtype: `"auto"` for that of the weights, or the name of a torch dtype.
+        dtype: `"auto"` for that of the weights, or a floating-point dtype of torch, or its name.
         n_head, activation: as in `read_original`, for a file.
         report: called with each thing that was found or chosen: what it is, and what was taken and why.
 
@@ -104,7 +128,7 @@ def load(
 def load_folder(
     folder: Path,
     tokenizer_path: str | Path | None,
-    dtype: str,
+    dtype: torch.dtype | str,
     characters_of: str | Path | None = None,
     raw: bool = False,
     needs_tokenizer: bool = True,
@@ -117,7 +141,7 @@ def load_folder(
         check_folder(folder)
         is_given = tokenizer_path is not None or characters_of is not None
         has_tokenizer = is_given or (folder / "tokenizer.json").is_file()
-        _check_sizes(folder, config)
+        own_dtype = check_weights(folder, config)
         if needs_tokenizer and not has_tokenizer:
             raise UserError(f"{folder}: holds no tokenizer (no tokenizer.json); give one with --tokenizer_path")
         # A stranger's folder may name code of its own; the library would ask on the terminal whether to run it.
@@ -125,7 +149,7 @@ def load_folder(
             folder,
             config=config,
             generation_config=read_generation_config(folder, config),
-            dtype=dtype,
+            dtype=pick_dtype(dtype, own_dtype) if own_dtype else dtype,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -153,13 +177,20 @@ def load_folder(
         raise UserError(f"{folder}: cannot be loaded ({one_line(error, 200)})") from None
 
 
-def _check_sizes(folder: Path, config: CustomGPTConfig) -> None:
-    """Refuse sizes that the weights cannot have, for which the library would first take the time and the memory."""
+def check_weights(folder: Path, config: CustomGPTConfig) -> torch.dtype | None:
+    """The narrowest dtype that holds all weights without loss; None of quantized ones.
+
+    Raises:
+        UserError: config.json has sizes that the weights cannot have, for which the library would first take the time
+            and the memory; or a weight is no real number, of which the library would drop a part.
+    """
     layers: set[str] = set()
-    n_bytes = 0
+    n_bytes, dtypes = 0, {}
     for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:  # reads names and shapes only
-            layers.update(found[1] for name in file.keys() if (found := re.search(r"\bh\.(\d+)\.", name)))  # noqa: SIM118
+        with safe_open(path, "pt") as file:  # reads names, shapes and dtypes only
+            for name in file.keys():  # noqa: SIM118
+                layers.update(re.findall(r"\bh\.(\d+)\.", name))
+                dtypes[name] = file.get_slice(name).get_dtype()
         n_bytes += path.stat().st_size
     if not n_bytes:
         raise UserError(f"{folder}: cannot be loaded (no file named model.safetensors, nor a part of it)")
@@ -170,6 +201,11 @@ def _check_sizes(folder: Path, config: CustomGPTConfig) -> None:
             f"n_embd={config.n_embd}, vocab_size={config.vocab_size} and block_size={config.block_size} are "
             f"more than the weights' {len(layers)} layers and {n_bytes:,} bytes)"
         )
+    if getattr(config, "quantization_config", None) is not None:
+        return None
+    if strange := [name for name, dtype in dtypes.items() if dtype not in STORED]:
+        raise UserError(f"{folder}: the weight {strange[0]!r} is of the type {dtypes[strange[0]]}, which no GPT's is")
+    return reduce(torch.promote_types, {STORED[dtype] for dtype in dtypes.values()})
 
 
 def load_tokenizer(folder: Path, config: CustomGPTConfig | None = None) -> PreTrainedTokenizerFast:
@@ -178,7 +214,8 @@ def load_tokenizer(folder: Path, config: CustomGPTConfig | None = None) -> PreTr
     Args:
         config: the folder's, where it has been read already.
     """
-    return AutoTokenizer.from_pretrained(folder, config=config or read_config(folder), trust_remote_code=False)
+    with no_panic_on_stderr():
+        return AutoTokenizer.from_pretrained(folder, config=config or read_config(folder), trust_remote_code=False)
 
 
 def own_vocabulary(folder: Path, config: CustomGPTConfig | None = None) -> Vocabulary:
@@ -210,7 +247,7 @@ def read_original(
     checkpoint_path: str | Path,
     tokenizer_path: str | Path | None,
     *,
-    dtype: str = "auto",
+    dtype: torch.dtype | str = "auto",
     n_head: int | None = None,
     activation: str = "auto",
     characters_of: str | Path | None = None,
@@ -224,7 +261,7 @@ def read_original(
         checkpoint_path: `torch.save` file.
         tokenizer_path: a `tokenizers` JSON, nanoGPT's meta.pkl, either of GPT-2's two files, a folder of any of them,
             the name `"gpt2"`, a folder or name that AutoTokenizer knows; or `"auto"`, to look where the trainer put it.
-        dtype: `"auto"` for the file's own, or the name of a torch dtype.
+        dtype: `"auto"` for the file's own, or a floating-point dtype of torch, or its name.
         n_head: number of attention heads, where the file does not tell.
         activation: `"gelu"` (exact), `"gelu_new"` or `"gelu_pytorch_tanh"` (tanh, written out or torch's); `"auto"` for
             what the file tells.
@@ -234,9 +271,12 @@ def read_original(
     Raises:
         UserError: one of the files is not what it should be, or they do not belong together.
     """
-    if tokenizer_path is None and characters_of is None:
+    if tokenizer_path is None and characters_of is None and Path(checkpoint_path).exists():
         raise UserError(f'{checkpoint_path}: is a file, so the tokenizer must be given too, or "auto" to look for it')
+    if activation not in ACTIVATIONS:
+        raise UserError(f"activation={activation!r} is none of {', '.join(ACTIVATIONS)}")
     checkpoint = read_checkpoint(checkpoint_path)
+    torch_dtype = pick_dtype(dtype, checkpoint.dtype)
     architecture = checkpoint.architecture(n_head)
     source = Model(checkpoint.path, architecture.vocab_size, architecture.block_size, checkpoint.dataset)
     vocabulary = take_vocabulary(tokenizer_path, source, characters_of=characters_of, raw=raw)
@@ -251,7 +291,6 @@ def read_original(
         )
     except StrictDataclassError as error:
         raise UserError(f"{checkpoint_path}: {error}") from None
-    torch_dtype = checkpoint.dtype if dtype == "auto" else getattr(torch, dtype)
     config.dtype, config.auto_map = torch_dtype, AUTO_MAP
     model = _model_of(config, {name: tensor.to(torch_dtype) for name, tensor in checkpoint.state_dict.items()})
     model.generation_config = default_generation(tokenizer, architecture.vocab_size)

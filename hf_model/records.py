@@ -13,7 +13,7 @@ MAX_LINE = 2**26  # characters
 MAX_FILE = 2**29
 
 
-def read_records(path: Path, raw: bool | None = False) -> list[Record]:
+def read_records(path: str | Path, raw: bool | None = False) -> list[Record]:
     """The records of a JSON Lines file: objects with an `instruction`, perhaps an `input`, and fields of their own.
 
     Args:
@@ -23,6 +23,7 @@ def read_records(path: Path, raw: bool | None = False) -> list[Record]:
     Raises:
         UserError: no such file, or a line that is not such a record.
     """
+    path = Path(path)
     try:
         with path.open(encoding="utf-8") as file:
             lines = list(_lines(file))  # str.splitlines would end a line at a U+2028 within a string too

@@ -11,7 +11,7 @@ from hf_model.checkpoint import Checkpoint, read_checkpoint
 from hf_model.description import describe_source
 from hf_model.errors import UserError
 from hf_model.folder_check import read_config
-from hf_model.loading import AUTO_MAP, load_folder, own_vocabulary, prompt_choice, read_original
+from hf_model.loading import AUTO_MAP, check_weights, load_folder, own_vocabulary, prompt_choice, read_original
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.vocabulary import Model, Vocabulary, take_vocabulary
 
@@ -39,7 +39,7 @@ class Source:
     path: Path
     tokenizer_path: str | Path | None = None
     """As in `loading.read_original`; None takes a folder's own."""
-    dtype: str = "auto"
+    dtype: torch.dtype | str = "auto"
     n_head: int | None = None
     activation: str = "auto"
     characters_of: str | Path | None = None
@@ -101,7 +101,11 @@ class Source:
         if self.is_folder:
             config = read_config(self.path)
             return AutoModelForCausalLM.from_pretrained(
-                self.path, config=config, use_safetensors=True, trust_remote_code=False
+                self.path,
+                config=config,
+                dtype=check_weights(self.path, config) or "auto",
+                use_safetensors=True,
+                trust_remote_code=False,
             ).state_dict()
         weights = read_checkpoint(self.path, check_bytes=False).state_dict
         weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])

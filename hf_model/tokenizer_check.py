@@ -11,14 +11,25 @@ from typing import Any
 MAX_TOKENS = 2**20
 MAX_TOKEN_LENGTH = 1000
 MAX_PARTS = 16  # in a chain of normalizers, pre-tokenizers, post-processors or decoders
-MAX_AFFIX = 8  # characters that a part adds to a text, or puts in the place of one
+CHAINS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+MAX_AFFIX = 8  # characters that a part adds to a text
 
-# Parts that take no patterns, and go through a text once.
-PLAIN_PARTS = {
-    *("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "StripAccents", "BertNormalizer", "Nmt", "ByteLevel"),
-    *("BertPreTokenizer", "Whitespace", "WhitespaceSplit", "Digits", "Punctuation", "UnicodeScripts"),
-    *("CharDelimiterSplit", "Metaspace", "BPEDecoder", "WordPiece", "Fuse", "ByteFallback", "CTC"),
-    *("BertProcessing", "RobertaProcessing"),
+MAX_GROWTH = 200  # of a text's bytes in UTF-8, by a whole chain of parts; those of the tokenizers in use stay below
+MAX_NORMALIZED = 2**24  # bytes that a normalizer makes of added tokens, more than they have
+MAX_WORD = 200  # characters of a word of WordPiece, whose time for one is that of its cube; BERT's is 100
+
+# Parts that go through a text once, and how many times longer each can make it: in bytes, of the worst text, and in
+# whichever chain it may stand. What a part puts in front of a piece counts in full, since a piece may be one byte.
+GROWTH = {
+    **dict.fromkeys(("NFC", "NFD"), 3),
+    **dict.fromkeys(("NFKC", "NFKD"), 11),
+    **dict.fromkeys(("Lowercase", "WordPiece", "BPEDecoder", "CTC"), 2),
+    "BertNormalizer": 6,  # the accents apart, in lower case
+    "ByteLevel": 4,  # two for each byte, two for a space in front
+    "Metaspace": 6,  # three for each space, three in front
+    **dict.fromkeys(("Strip", "StripAccents", "Nmt", "BertPreTokenizer", "Whitespace", "WhitespaceSplit", "Digits"), 1),
+    **dict.fromkeys(("Punctuation", "UnicodeScripts", "CharDelimiterSplit", "Split", "Fuse", "ByteFallback"), 1),
+    **dict.fromkeys(("BertProcessing", "RobertaProcessing", "TemplateProcessing"), 1),
 }
 # Regular expressions of tokenizers that are in use: of GPT-2, of GPT-4 and its relatives, of Llama 3, of Qwen.
 _CL100K = (
@@ -47,12 +58,23 @@ def check_tokenizer(content: Any) -> None:
     """
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise ValueError("it has no model")
-    _check_model(content["model"])
-    _check_added(content.get("added_tokens") or [])
-    for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
-        _check_parts(name, content.get(name))
-    for name in ("truncation", "padding"):
-        _check_lengths(name, content.get(name))
+    try:
+        _check_model(content["model"])
+        _check_added(content.get("added_tokens") or [])
+        growth = {name: _check_parts(name, content.get(name)) for name in CHAINS}
+        for name in ("truncation", "padding"):
+            _check_lengths(name, content.get(name))
+    except (TypeError, AttributeError):
+        raise ValueError("a value in it is of the wrong type") from None
+    for what, times in (
+        ("normalizer and pre_tokenizer", growth["normalizer"] * growth["pre_tokenizer"]),  # one after the other
+        ("decoder", growth["decoder"]),
+    ):
+        if times > MAX_GROWTH:
+            raise ValueError(f"its {what} could make a text {times:.3g} times longer, more than {MAX_GROWTH}")
+    normalized = sum(_size(token["content"]) for token in content.get("added_tokens") or [] if token.get("normalized"))
+    if normalized * (growth["normalizer"] - 1) > MAX_NORMALIZED:  # the library normalizes and indexes them at once
+        raise ValueError("its added tokens and its normalizer make too much of a small file")
 
 
 def _check_model(model: dict[str, Any]) -> None:
@@ -72,7 +94,7 @@ def _check_model(model: dict[str, Any]) -> None:
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         _check_affix(name, model.get(name) or "")
     longest = model.get("max_input_chars_per_word", 0)
-    if type(longest) is not int or longest > MAX_TOKEN_LENGTH:
+    if type(longest) is not int or not 0 <= longest <= MAX_WORD:
         raise ValueError(f"it allows words of {longest!r} characters")
 
 
@@ -90,47 +112,62 @@ def _is_token(text: Any) -> bool:
     return isinstance(text, str) and len(text) <= MAX_TOKEN_LENGTH
 
 
-def _check_parts(name: str, part: Any) -> None:
-    """Check a part, and the parts of a chain one by one."""
+def _check_parts(name: str, part: Any) -> float:
+    """Check a part, and the parts of a chain one by one.
+
+    Returns:
+        How many times longer they can make a text, one after the other.
+    """
     parts = [] if part is None else [part]
-    checked = 0
+    checked, growth = 0, 1.0
     while parts:
         part = parts.pop()
         checked += 1
         if not isinstance(part, dict) or checked > MAX_PARTS:
             raise ValueError(f"its {name} is no chain of at most {MAX_PARTS} parts")
         kind = part.get("type")
+        for affix in ("prefix", "suffix", "replacement", "cleanup", "prepend"):
+            if isinstance(part.get(affix), str):
+                _check_affix(name, part[affix])
         if kind == "Sequence":
             inner = [part.get(key) for key in ("normalizers", "pretokenizers", "processors", "decoders") if key in part]
             if len(inner) != 1 or not isinstance(inner[0], list):
                 raise ValueError(f"its {name} is no chain of at most {MAX_PARTS} parts")
             parts += inner[0]
-        elif kind in ("Split", "Replace"):
+        elif kind == "Replace":
+            growth *= _check_pattern(name, part)
+        elif kind == "Prepend":
+            growth *= 1 + _size(part["prepend"])
+        elif isinstance(kind, str) and kind in GROWTH:
+            growth *= GROWTH[kind]
+        else:
+            raise ValueError(f"a {name} of the unknown or unneeded type {kind!r}")
+        if kind == "Split":
             _check_pattern(name, part)
-        elif kind in ("Prepend", "Strip"):
-            _check_affix(name, part.get("prepend") or "")
         elif kind == "TemplateProcessing":
             _check_template(part)
-        elif kind not in PLAIN_PARTS:
-            raise ValueError(f"a {name} of the unknown or unneeded type {kind!r}")
-        for affix in ("prefix", "suffix", "replacement", "cleanup"):
-            if isinstance(part.get(affix), str):
-                _check_affix(name, part[affix])
+    return growth
 
 
-def _check_pattern(name: str, part: dict[str, Any]) -> None:
-    """A pattern must be a plain text or one of those known to take one pass, and what replaces it no longer than it."""
-    pattern = part.get("pattern")
+def _check_pattern(name: str, part: dict[str, Any]) -> float:
+    """A pattern must be a plain text or one of those known to take one pass.
+
+    Returns:
+        How many times longer a text can become if `content` takes the place of what matches.
+    """
+    pattern, content = part.get("pattern"), part.get("content", "")
     text, expression = (pattern.get("String"), pattern.get("Regex")) if isinstance(pattern, dict) else (None, None)
+    if not isinstance(content, str) or (text is not None and expression is not None):
+        raise ValueError(f"a {name} without one pattern and one text")
     if isinstance(expression, str) and (expression in KNOWN_PATTERNS or _is_simple(expression)):
-        longest = 1
-    elif isinstance(text, str) and text:
-        longest = max(len(text), 1)
-    else:
-        raise ValueError(f"a {name} with the pattern {str(expression or text)[:80]!r}, which is not known to be quick")
-    replacement = part.get("content", "")
-    if not isinstance(replacement, str) or len(replacement) > longest:
-        raise ValueError(f"a {name} that makes a text longer")
+        return 1 + _size(content)  # it may match no text at all, before each character: then the text stays too
+    if isinstance(text, str) and text:
+        return max(1, _size(content) / _size(text))
+    raise ValueError(f"a {name} with the pattern {str(expression or text)[:80]!r}, which is not known to be quick")
+
+
+def _size(text: str) -> int:
+    return len(text.encode("utf-8", "surrogatepass"))
 
 
 def _is_simple(expression: str) -> bool:
@@ -166,6 +203,9 @@ def _check_lengths(name: str, settings: Any) -> None:
         raise ValueError(f"its {name} is no {name}")
     strategy = settings.get("strategy")
     fixed = strategy.get("Fixed") if isinstance(strategy, dict) else 0
+    # Each piece of a text that is cut up repeats the end of the one before.
+    if 2 * (settings.get("stride") or 0) > (settings.get("max_length") or 0):
+        raise ValueError(f"its {name} repeats most of a text")
     for length in (fixed, settings.get("pad_to_multiple_of") or 0):
         if type(length) is not int or not 0 <= length <= 2**16:
             raise ValueError(f"its {name} makes every text {length!r} tokens long")

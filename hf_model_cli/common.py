@@ -212,6 +212,8 @@ def _run(run: Callable[[argparse.Namespace], None], parse: Callable[[], argparse
                 show("", end="")  # what argparse has written
     except ModuleNotFoundError as error:
         return _failed(f"{error.name} is not installed for {sys.executable}: see the README")
+    except (ImportError, MemoryError) as error:  # a library's file that the memory has no place for
+        return _failed(f"the libraries cannot be loaded ({str(error) or 'there is not enough memory'})")
     except OutputError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error.__cause__, BrokenPipeError):  # `| head`

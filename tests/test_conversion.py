@@ -205,6 +205,34 @@ def test_says_what_a_person_wants_to_know(tmp_path: Path) -> None:
     assert lines[-1] == f"verified      {len(model.state_dict())} tensors equal bit for bit, 3 texts encoded the same"
 
 
+def test_a_path_that_is_said_is_one_that_leads_there(tmp_path: Path) -> None:
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("far/away")
+    lines: list[str] = []
+    files = save_files(tmp_path, gpt())
+    for name, place in [("link/../hf", "far/hf"), ("nowhere/../hf", "hf"), ("link/hf", "link/hf")]:
+        folder = convert(*files, tmp_path / name, verify=False, report=lines.append)
+        assert folder == tmp_path / place
+        assert folder.is_dir()
+        assert f"written       {folder}" in lines
+
+
+@pytest.mark.parametrize(
+    "page, folder",
+    [("hf", "hf"), ("hf/r.html", "hf"), ("hf/../hf/r.html", "hf"), ("link/hf/r.html", "hf"), ("r.html", "r.html/hf")],
+)
+def test_a_page_in_the_folder_s_way_is_found_before_the_work_begins(page: str, folder: str, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    checkpoint_path = tmp_path / "ckpt.pt"
+    checkpoint_path.write_text("never read", encoding="utf-8")
+    if page != folder == "hf":
+        (tmp_path / "hf").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=r"is in the way of .*; choose another name for --report"):
+        convert(checkpoint_path, TOKENIZER, tmp_path / folder, overwrite=True, report_page=tmp_path / page)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 class TestPush:
     def test_uploads_the_folder_to_a_private_repository(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         calls = []

@@ -178,6 +178,89 @@ class TestNamesThatLookLikeOurs:
         assert mine.read_text() == "mine" if kind == "file" else names_in(mine) == {"thesis.tex"}
 
 
+class TestLinksInWhatAKilledRunLeft:
+    """Somebody else's link is neither followed nor put in the folder's place."""
+
+    @pytest.fixture
+    def precious(self, tmp_path: Path) -> Path:
+        return written(tmp_path / "precious", "config.json", "model.safetensors")
+
+    def left_over(self, tmp_path: Path) -> Path:
+        return write(tmp_path / ".hf.0123456789abcdef.partial", disk.MARK)
+
+    @pytest.mark.parametrize("name", ["new", "old"])
+    @pytest.mark.parametrize("leads_to", ["precious", "nowhere", "../precious/config.json"])
+    def test_a_link_for_a_folder(self, leads_to: str, name: str, precious: Path, tmp_path: Path) -> None:
+        link = self.left_over(tmp_path) / name
+        link.symlink_to(leads_to if leads_to.startswith("..") else tmp_path / leads_to)
+        said: list[str] = []
+        with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "hf", warn=said.append):
+            raise ZeroDivisionError
+        assert said == [f"{link.parent}: is left alone: '{name}' in it is no folder"]
+        assert link.is_symlink()
+        assert names_in(precious) == {"config.json", "model.safetensors"}
+        assert names_in(tmp_path) == {"precious", link.parent.name}
+
+    def test_a_link_in_a_folder(self, precious: Path, tmp_path: Path) -> None:
+        new = self.left_over(tmp_path) / "new"
+        shutil.copytree(precious, new)
+        (new / "config.json").unlink()
+        (new / "config.json").symlink_to(precious / "config.json")
+        (new / "folder").symlink_to(precious)
+        with pytest.warns(UserWarning, match="holds 'config.json', which stood in the folder"):
+            written(tmp_path / "hf", "config.json")
+        assert names_in(precious) == {"config.json", "model.safetensors"}
+
+    @pytest.mark.parametrize("kind", ["link", "pipe"])
+    def test_a_mark_that_is_no_file(self, kind: str, precious: Path, tmp_path: Path) -> None:
+        place = write(tmp_path / ".hf.0123456789abcdef.partial")
+        write(place / "new", "thesis.tex")
+        if kind == "link":
+            (place / disk.MARK).symlink_to(precious / "config.json")
+        else:
+            os.mkfifo(place / disk.MARK)
+        written(tmp_path / "hf", "config.json")
+        assert names_in(place / "new") == {"thesis.tex"}
+
+    def test_a_file_where_a_listed_one_had_its_folder(self, tmp_path: Path) -> None:
+        new = self.left_over(tmp_path) / "new"
+        with whole_folder(new) as work:
+            write(work / "folder", "config.json")
+        shutil.rmtree(new / "folder")
+        (new / "folder").write_text("mine")
+        with pytest.warns(UserWarning, match="holds 'folder'"):
+            written(tmp_path / "hf", "config.json")
+        (kept,) = tmp_path.glob("hf.replaced-*")
+        assert (kept / "folder").read_text() == "mine"
+
+
+class TestTheFolderIsWhereItsPathLeads:
+    @pytest.mark.parametrize(
+        "path, place",
+        [
+            ("link/hf", "far/away/hf"),
+            ("link/../hf", "far/hf"),
+            ("link/hf/..", "far/away"),
+            ("nowhere/../hf", "hf"),
+            ("link/.././hf", "far/hf"),
+        ],
+    )
+    def test_by_way_of_links(self, path: str, place: str, tmp_path: Path) -> None:
+        (tmp_path / "far" / "away").mkdir(parents=True)
+        (tmp_path / "link").symlink_to("far/away")
+        written(tmp_path / path, "config.json")
+        assert list(tmp_path.glob("**/config.json")) == [tmp_path / place / "config.json"]
+        assert not (tmp_path / "nowhere").exists()
+
+    @pytest.mark.parametrize("leads_to", ["nowhere", "link"])
+    @pytest.mark.parametrize("path", ["link/hf", "link/../hf", "link/there/hf"])
+    def test_but_not_by_a_link_to_nowhere(self, path: str, leads_to: str, tmp_path: Path) -> None:
+        (tmp_path / "link").symlink_to(leads_to)
+        with pytest.raises(UserError, match="link is a symbolic link that leads nowhere"):
+            written(tmp_path / path, "config.json")
+        assert list(tmp_path.iterdir()) == [tmp_path / "link"]
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_parents_that_a_failed_run_made_go_again(overwrite: bool, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()

@@ -214,6 +214,17 @@ class TestGenerate:
         with pytest.raises(UserError, match="--temperature or --repetition_penalty is too near to 0"):
             answers(Sampling(**extreme))
 
+    def test_more_beams_than_tokens_are_an_error(self, tmp_path: Path) -> None:
+        save_checkpoint(tmp_path / "ckpt.pt", gpt(vocab_size=1), 0)
+        (tmp_path / "input.txt").write_text("aaa")
+        model, tokenizer = load(tmp_path / "ckpt.pt", characters_of=tmp_path / "input.txt", device=CPU)
+        with pytest.raises(UserError, match="--num_beams is more than the vocabulary has tokens for"):
+            generate(model, tokenizer, encode(tokenizer, "a"), Sampling(num_beams=5, num_return_sequences=5))
+
+    def test_a_stop_string_that_is_no_text_stops_nothing(self, answers: Callable[..., Generation]) -> None:
+        how = {"max_new_tokens": 8, "temperature": 0}
+        assert answers(Sampling(stop=("\udce9",), **how)).texts == answers(Sampling(**how)).texts
+
     def test_interrupted_it_has_given_all_the_text_that_there_is(self, tokenizer: PreTrainedTokenizerFast) -> None:
         first_byte = tokenizer("漢", add_special_tokens=False, return_tensors="pt").input_ids[0, :1]
 

@@ -1,12 +1,15 @@
 """Which device is taken, and what a file or a folder is loaded as."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from hf_model import CustomGPTForCausalLM
+from hf_model.conversion import convert
 from hf_model.errors import UserError
 from hf_model.loading import load, pick_device
 from tests.tiny import CHECKPOINT, TOKENIZER, gpt, save_files, save_tokenizer
@@ -57,6 +60,24 @@ class TestLoad:
         sources = (CHECKPOINT, TOKENIZER) if form == "file" else (capitals, None)
         assert load(*sources, device=CPU)[0].dtype == torch.float32
         assert load(*sources, device=CPU, dtype="bfloat16")[0].dtype == torch.bfloat16
+
+    @pytest.mark.parametrize("strange", [torch.complex64, torch.int8, torch.bool, torch.float8_e4m3fn], ids=str)
+    def test_weights_that_are_no_real_numbers_are_refused(
+        self, strange: torch.dtype, capitals: Path, tmp_path: Path
+    ) -> None:
+        folder = shutil.copytree(capitals, tmp_path / "hf")
+        tensors = {name: tensor.to(strange) for name, tensor in load_file(folder / "model.safetensors").items()}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match=r"is of the type .*, which no GPT's is"):
+            load(folder, device=CPU)
+
+    def test_a_configuration_s_dtype_rounds_nothing(self, capitals: Path, tmp_path: Path) -> None:
+        folder = shutil.copytree(capitals, tmp_path / "hf")
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+        weights = load(convert(folder, None, tmp_path / "again"), device=CPU)[0].state_dict()
+        assert all(torch.equal(weight, weights[name]) for name, weight in load(capitals)[0].state_dict().items())
+        assert all(weight.dtype == torch.float32 for weight in weights.values())
 
     def test_a_file_without_a_tokenizer_is_refused(self) -> None:
         with pytest.raises(UserError, match=r"ckpt\.pt: is a file, so the tokenizer must be given too"):

@@ -2,6 +2,7 @@
 
 import json
 import pydoc
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import hf_model
+from hf_model import UserError
 from tests.tiny import CHECKPOINT, ROOT, TOKENIZER
 
 
@@ -58,6 +60,50 @@ class TestPythonFace:
     def test_a_name_that_is_not_there_is_an_attribute_error(self) -> None:
         with pytest.raises(AttributeError, match="'hf_model' has no attribute 'generat'"):
             hf_model.generat  # noqa: B018
+
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            ({"dtype": "nope"}, "dtype='nope' is none of auto, float32, float16, bfloat16, float64"),
+            ({"dtype": "int8"}, "dtype='int8' is none of auto"),
+            ({"activation": "relu"}, "activation='relu' is none of auto, gelu, gelu_new, gelu_pytorch_tanh"),
+            ({"format": "nope"}, "format='nope' is none of transformers, gpt2, gguf"),
+            ({"format": "gguf", "gguf_type": "zz"}, "gguf_type='zz' is none of f32, f16, q8_0"),
+            ({"format": "checkpoint", "like": "zz"}, "like='zz' is none of original, nanogpt"),
+            ({"max_shard_size": "x"}, "max_shard_size='x' is no size such as 500MB or 5GB"),
+        ],
+        ids=str,
+    )
+    def test_a_name_that_means_nothing_is_refused_in_one_line(self, wrong: dict, message: str, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=message):
+            hf_model.convert(CHECKPOINT, TOKENIZER, tmp_path / "hf", **wrong)
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            *(("temperature", -1), ("temperature", float("nan")), ("top_k", -1), ("top_p", 0), ("min_p", 2)),
+            *(("repetition_penalty", 0), ("max_new_tokens", 0), ("num_beams", -2), ("num_return_sequences", 0)),
+            *(("stop", "ab"), ("stop", ("",))),
+        ],
+    )
+    def test_a_way_to_sample_that_means_nothing_is_refused(self, name: str, value: object) -> None:
+        with pytest.raises(UserError, match=f"^{name}={re.escape(repr(value))} means nothing"):
+            hf_model.Sampling(**{name: value})
+
+    def test_paths_may_be_texts_and_a_batch_has_records(self, tmp_path: Path, capitals: Path) -> None:
+        (tmp_path / "questions.jsonl").write_text('{"instruction": "What is the capital of France?"}\n')
+        records, output = hf_model.read_records(f"{tmp_path}/questions.jsonl"), f"{tmp_path}/answers.jsonl"
+        model, tokenizer = hf_model.load(str(capitals), device="cpu", dtype=torch.float64)
+        with pytest.raises(UserError, match="batch_size=0 must be at least 1"):
+            hf_model.answer_file(model, tokenizer, records, output, 0, hf_model.Sampling())
+        hf_model.answer_file(model, tokenizer, records, output, 1, hf_model.Sampling(temperature=0))
+        assert json.loads(Path(output).read_text())["response"] == "Paris"
+        assert len(list(tmp_path.iterdir())) == 2
+
+    def test_a_path_where_nothing_is_is_said_to_be_that(self) -> None:
+        with pytest.raises(UserError, match="no-such-folder: there is no such file"):
+            hf_model.load("no-such-folder")
 
     def test_its_help_shows_the_functions(self) -> None:
         text = pydoc.plain(pydoc.render_doc(hf_model))

@@ -196,9 +196,13 @@ class _Machine:
         self.set_items(self.since_mark())
 
     def do_BUILD(self) -> None:  # noqa: N802
-        state = self.stack.pop()
-        if isinstance(self.stack[-1], StandIn):
-            self.stack[-1].state = state
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, StandIn):
+            items = target.state if isinstance(target.state, dict) else {}
+            self.count(len(items))
+            target.state = {**items, **state} if items and isinstance(state, dict) else state
+        elif not isinstance(target, dict):  # of a dict it is attributes, such as a state dict's `_metadata`
+            raise TypeError("sets the state of what is no object")
 
     def do_REDUCE(self) -> None:  # noqa: N802
         args, function = self.stack.pop(), self.stack.pop()
@@ -226,10 +230,12 @@ class _Machine:
 
     def set_items(self, values: list[Any]) -> None:
         target = self.stack[-1]
-        if isinstance(target, dict):
-            target.update(zip(map(_key, values[::2]), values[1::2], strict=True))
-        elif not isinstance(target, StandIn):
+        if isinstance(target, StandIn):  # of a class that is a dict
+            target.state = target.state if isinstance(target.state, dict) else {}
+            target = target.state
+        if not isinstance(target, dict):
             raise TypeError("sets an item of what is no dict")
+        target.update(zip(map(_key, values[::2]), values[1::2], strict=True))
 
     def named(self, argument: str) -> StandIn:
         """The class or function of a name, which must be one that plain data have."""

@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol
 
+from hf_model.errors import UserError
 from hf_model.formats.target import Options
 from hf_model.source import Loaded, Source
 
@@ -31,5 +32,11 @@ FORMATS = {
 
 
 def find_target(name: str) -> Target:
-    """The module of a format; its engine is imported when it is used."""
+    """The module of a format; its engine is imported when it is used.
+
+    Raises:
+        UserError: there is no such format.
+    """
+    if name not in FORMATS:
+        raise UserError(f"format={name!r} is none of {', '.join(FORMATS)}")
     return import_module(f"{__name__}.{FORMATS[name]}")

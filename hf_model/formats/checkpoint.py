@@ -49,10 +49,25 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
     """
     notes = [*check_expressible(loaded.model, options.like), NO_TRAINING_STATE[options.like]]
     progress = loaded.checkpoint.progress if loaded.checkpoint is not None else {}
-    torch.save(content(loaded.model, progress, options.like), folder / FILE)
+    save(content(loaded.model, progress, options.like), folder / FILE)
     use = USE[options.like]
     write_card(folder, loaded, options, "a checkpoint of its trainer", use, PAST_CONTEXT, *notes, library="pytorch")
     return [f"note: {note}" for note in notes]
+
+
+def save(what: dict[str, Any], path: Path) -> None:
+    """`torch.save`, with its errors like those of any other writing.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    try:
+        with path.open("wb") as file:  # given the path alone, torch does not say what went wrong
+            torch.save(what, file)
+    except RuntimeError as error:  # it ends the file all the same, and complains that a part of it is missing
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def check_expressible(model: CustomGPTForCausalLM, like: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,9 @@ from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.vocabulary import probes
 
 TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate")
+GGUF_TYPES = ("f32", "f16", "q8_0")
+TRAINERS = ("original", "nanogpt")
+SHARD_SIZE = r"[1-9]\d{0,5}(\.\d{1,6})?[KMGT]B"
 MAX_LOGITS = 2**27  # how many are compared: half a gigabyte on either side
 
 
@@ -34,6 +38,14 @@ class Options:
     gguf_type: str = "f32"
     quantization: str | None = None
     like: str = "original"
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a name that means nothing."""
+        for name, names in (("gguf_type", GGUF_TYPES), ("like", TRAINERS)):
+            if getattr(self, name) not in names:
+                raise UserError(f"{name}={getattr(self, name)!r} is none of {', '.join(names)}")
+        if not re.fullmatch(SHARD_SIZE, self.max_shard_size, re.ASCII | re.IGNORECASE):
+            raise UserError(f"max_shard_size={self.max_shard_size!r} is no size such as 500MB or 5GB")
 
     def to_rounded(self) -> str:
         """What the weights were compared with, if they were rounded."""

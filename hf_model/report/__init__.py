@@ -16,14 +16,16 @@ __all__ = ["check_page", "write_page"]
 
 
 def check_page(path: Path) -> None:
-    """Refuse a place where no page can be written, or to replace a file that is no page of ours.
+    """Refuse a place where no page can be written, or to replace a link, or a file that is no page of ours.
 
     Raises:
-        UserError: it cannot be written there, or there is such a file.
+        UserError: it cannot be written there, or there is such a link or file.
     """
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise UserError(f"{path}: cannot be written (there is no folder {path.parent}, or none of yours)")
     with disk_errors(path):
+        if path.is_symlink():
+            raise UserError(f"{path}: is a symbolic link; name the file itself")
         if path.exists() and (not path.is_file() or not path.open("rb").read(len(MARK)) == MARK.encode()):
             raise UserError(f"{path}: exists already and is no report; choose another name for --report")
 
@@ -35,7 +37,7 @@ def write_page(
     """Write the page, one file that needs no other; it appears whole, and not through a link.
 
     Raises:
-        UserError: it cannot be written, or a file that is no page of ours is there.
+        UserError: it cannot be written, or a link or a file that is no page of ours is there.
     """
     check_page(path)
     page = render(gather(inspection, model, tokenizer))

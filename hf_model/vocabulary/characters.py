@@ -50,7 +50,8 @@ def _shown(value: Any) -> str:
 def _check_ids(path: Path, stoi: Mapping[str, int]) -> None:
     if not stoi:
         raise UserError(f"{path}: has no characters")
-    if missing := set(range(len(stoi))) - set(stoi.values()):
+    every = range(len(stoi))
+    if missing := set(every) - {number for number in stoi.values() if number in every}:
         raise UserError(f"{path}: has {len(stoi)} characters, but none of them has the id {min(missing)}")
     if surrogates := [character for character in stoi if "\ud800" <= character <= "\udfff"]:
         raise UserError(f"{path}: {surrogates[0]!r} is half of a character (a surrogate), which no tokenizer can take")

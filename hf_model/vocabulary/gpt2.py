@@ -66,9 +66,7 @@ def read_pair(vocabulary: Path, merges: Path, special_tokens: tuple[str, ...]) -
         with no_panic_on_stderr():
             backend: Tokenizer = ByteLevelBPETokenizer(ids, _merges(_read(merges)))._tokenizer
             backend.add_special_tokens([token for token in special_tokens if token in ids])
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # tokenizers raises nothing narrower, and its panics are not even an Exception
+    except Exception as error:  # tokenizers raises nothing narrower
         raise UserError(f"{vocabulary} and {merges.name}: are no vocabulary and merges of BPE ({error})") from None
     return backend
 

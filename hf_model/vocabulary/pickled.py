@@ -7,6 +7,10 @@ from typing import Any
 from hf_model.errors import UserError
 
 MAX_BYTES = 16 * 2**20  # a hundred thousand characters take three
+MAX_OPERATIONS = 2**20  # 2^17 characters, both ways round, take eight each at most
+MAX_DEPTH = 100
+MAX_KEY = 1000  # characters of a key: equal ones are compared again and again
+MAX_NUMBER = 2**32  # of a key: wider ones can be chosen so that a dict is slow
 MAX_BITS = 63  # of an integer: wider ones are made to be slow
 
 # Opcode to the value that it puts on the stack.
@@ -46,8 +50,13 @@ def _walk(raw: bytes) -> Any:
     stack: list[Any] = []
     below: list[list[Any]] = []  # what stands under each mark
     memo: dict[int, Any] = {}
-    for opcode, argument, position in pickletools.genops(raw):
+    for number, (opcode, argument, position) in enumerate(pickletools.genops(raw)):
         name = opcode.name
+        if number >= MAX_OPERATIONS or len(below) > MAX_DEPTH:
+            raise UserError(
+                f"takes more than {MAX_OPERATIONS} steps, or holds more than {MAX_DEPTH} values in each other: too "
+                "much for a vocabulary"
+            )
         if name in VALUES:
             if isinstance(argument, int) and argument.bit_length() > MAX_BITS:
                 raise UserError("holds an integer that is no id of a vocabulary")
@@ -90,9 +99,13 @@ def _walk(raw: bytes) -> Any:
 def _pairs(items: list[Any]) -> dict[Any, Any]:
     """A dict of keys and values in turn; other keys than strings and integers can be made slow to hash."""
     keys, values = items[::2], items[1::2]
-    if len(keys) != len(values) or not all(isinstance(key, str | int) for key in keys):
+    if len(keys) != len(values) or not all(map(_is_key, keys)):
         raise ValueError("these are no pairs")
     return dict(zip(keys, values, strict=True))
+
+
+def _is_key(key: Any) -> bool:
+    return len(key) <= MAX_KEY if isinstance(key, str) else isinstance(key, int) and abs(key) < MAX_NUMBER
 
 
 def _put(target: Any, items: list[Any]) -> None:

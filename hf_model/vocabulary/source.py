@@ -23,7 +23,14 @@ from hf_model.vocabulary.characters import (
 )
 from hf_model.vocabulary.gpt2 import END_OF_TEXT, find_pair, other_half, read_pair, tiktoken_pair
 from hf_model.vocabulary.prompt import BOS, EOS, PAD, UNK, takes_instructions
-from hf_model.vocabulary.tokenizer import added_ids, check_vocabulary, no_panic_on_stderr, read_tokenizer, wrap
+from hf_model.vocabulary.tokenizer import (
+    added_ids,
+    check_regular,
+    check_vocabulary,
+    no_panic_on_stderr,
+    read_tokenizer,
+    wrap,
+)
 
 AUTO = "auto"  # in place of a path: look where the trainer put it
 GPT2 = "gpt2"
@@ -125,6 +132,7 @@ def _named(source: str | Path, model: Model, raw: bool) -> Vocabulary:
         return _of_folder(path, model, raw)
     if not path.exists():
         return _of_name(str(source), model, raw)
+    check_regular(path)
     if pair := find_pair(path):
         return _of_pair(pair, f"{pair[0]} and {pair[1].name}", model, raw)
     if other := other_half(path):
@@ -205,9 +213,7 @@ def _of_auto_tokenizer(name: str, taken: str, model: Model, raw: bool, is_local:
         # A stranger's folder may name code of its own; the library would ask on the terminal whether to run it.
         with no_panic_on_stderr():
             loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=is_local)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # whatever its files trip in the library, whose panics are not even an Exception
+    except Exception as error:  # whatever its files trip in the library
         raise UserError(f"{name}: AutoTokenizer cannot load it ({one_line(error, 150)})") from None
     if not isinstance(loaded, PreTrainedTokenizerFast):
         raise UserError(f"{name}: is a {type(loaded).__name__}, which has no fast form (a tokenizer.json)")

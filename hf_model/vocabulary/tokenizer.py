@@ -153,15 +153,33 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 @contextmanager
 def no_panic_on_stderr() -> Iterator[None]:
-    """For a block that calls into Rust: a panic there prints dozens of lines before it becomes an exception here."""
+    """For a block that calls into Rust: a panic there prints dozens of lines, and becomes no `Exception` here.
+
+    Raises:
+        RuntimeError: in place of the panic, so that nobody need catch a `BaseException`: a signal can be one too.
+    """
     with open(os.devnull, "w") as nowhere:  # noqa: PTH123
         stderr = os.dup(2)
         os.dup2(nowhere.fileno(), 2)
         try:
             yield
+        except BaseException as error:
+            if type(error).__name__ == "PanicException":  # of pyo3_runtime, a module that cannot be imported
+                raise RuntimeError(str(error)) from None
+            raise
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
+
+
+def check_regular(path: Path) -> None:
+    """Refuse what is there but is no file: it is opened more than once, and a pipe would be waited for.
+
+    Raises:
+        UserError: it is not a regular file.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is not a regular file")
 
 
 def read_tokenizer(path: str | Path) -> Tokenizer:
@@ -172,6 +190,7 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
             or truncation switched on, or ids that are left out.
     """
     path = Path(path)
+    check_regular(path)
     try:
         with path.open("rb") as file:
             # A glance first, so that a checkpoint under this name is not read whole.
@@ -198,9 +217,7 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
             backend = Tokenizer.from_str(text)
             if getattr(backend.model, "unk_token", None) != UNKNOWN:  # which would refuse these characters
                 backend.decode(backend.encode("Response: a").ids)  # some damage shows only in use
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # tokenizers raises nothing narrower, and its panics are not even an Exception
+    except Exception as error:  # tokenizers raises nothing narrower
         raise UserError(f"{path}: is a damaged tokenizer ({error})") from None
 
     vocabulary = backend.get_vocab(with_added_tokens=True)

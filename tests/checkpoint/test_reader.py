@@ -134,6 +134,32 @@ class TestDtypes:
         assert_same(checkpoint.state_dict, mixed)
 
 
+class WithState:
+    """Pickled as a tensor, with the parts of another as its state, which torch puts in its place."""
+
+    def __init__(self, tensor: torch.Tensor, state: torch.Tensor):
+        self.tensor, self.state = tensor, state
+
+    def __reduce__(self) -> tuple:
+        function, args = self.tensor.__reduce_ex__(2)
+        return function, args, (self.state.untyped_storage(), 0, self.state.size(), self.state.stride())
+
+
+def test_a_tensor_with_a_state_is_refused(weights: State, saved: Callable) -> None:
+    name = "transformer.wpe.weight"
+    path = saved({"model": weights | {name: WithState(weights[name], -weights[name])}})
+    with pytest.raises(UserError, match="damaged"):
+        read_checkpoint(path)
+
+
+class Settings(dict):
+    """As trainers have it whose settings are read as attributes too."""
+
+    def __init__(self, **settings: object):
+        super().__init__(settings)
+        self.__dict__.update(settings)
+
+
 class TestModelArgs:
     @pytest.mark.parametrize(
         "stated, expected",
@@ -144,6 +170,7 @@ class TestModelArgs:
             ({"config": {"n_head": 8, "learning_rate": 1e-3, "device": "cuda"}}, {"n_head": 8}),
             ({"model_args": argparse.Namespace(n_head=4, out_dir="out")}, {"n_head": 4}),
             ({"model_args": TrainerConfig()}, {"n_head": 4, "dropout": 0.2}),
+            ({"model_args": Settings(n_head=4, n_embd=999)}, {"n_head": 4, "n_embd": 999}),
             ({"model_args": {"n_head": np.int64(4), "dropout": np.float64(0.2)}}, {"n_head": 4, "dropout": 0.2}),
             ({"model_args": {"n_head": torch.tensor(4)}}, {"n_head": 4}),
             ({"model_args": None}, {}),
@@ -156,6 +183,7 @@ class TestModelArgs:
             "command line arguments under config",
             "a Namespace",
             "a dataclass",
+            "a dict's class",
             "NumPy scalars",
             "a tensor",
             "None",

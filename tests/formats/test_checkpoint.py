@@ -1,5 +1,6 @@
 """Back to a trainer: the file that comes out is the one that went in, and the plain reference loads it."""
 
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,6 +135,20 @@ def test_a_wrong_number_of_heads_is_noticed(refuses: Callable, monkeypatch: pyte
     assert "says n_head=2, its source 4" in refuses("checkpoint", {})
 
 
+def test_a_full_disk_is_an_error_of_the_disk_wherever_it_is_full(tmp_path: Path) -> None:
+    what = {"a": torch.zeros(100, 100), "b": {str(i): torch.zeros(10) for i in range(5)}}
+    checkpoint.save(what, path := tmp_path / "ckpt.pt")
+    whole = path.stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for size in (*range(0, whole, 997), *range(whole - 300, whole, 13)):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+            with pytest.raises(OSError, match="File too large"):
+                checkpoint.save(what, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 class TestOverwrite:
     def test_replaces_what_was_written_here(self, tmp_path: Path) -> None:
         files = save_files(tmp_path, gpt())
@@ -160,3 +175,26 @@ class TestOverwrite:
         folder = convert(*save_files(tmp_path, gpt()), tmp_path / "hf")
         with pytest.raises(UserError, match="is the source itself"):
             convert(folder, None, folder, format="gpt2", overwrite=True)
+        with pytest.raises(UserError, match="is the source itself"):
+            convert(folder, None, folder / "nowhere" / "..", format="gpt2", overwrite=True)
+
+    @pytest.mark.parametrize("by_a_link", [False, True])
+    def test_refuses_to_replace_a_folder_with_the_source_in_it(self, by_a_link: bool, tmp_path: Path) -> None:
+        files = save_files(tmp_path, gpt())
+        folder = convert(*files, tmp_path / "back", format="checkpoint")
+        source = folder / "ckpt.pt"
+        before = source.read_bytes()
+        if by_a_link:
+            source = tmp_path / "link.pt"
+            source.symlink_to(folder / "ckpt.pt")
+        with pytest.raises(UserError, match=r"back: holds 'ckpt\.pt', which is a source; choose another --output_dir"):
+            convert(source, files[1], folder, format="checkpoint", dtype="float16", overwrite=True)
+        assert (folder / "ckpt.pt").read_bytes() == before
+
+    @pytest.mark.parametrize("option", ["tokenizer_path", "characters_of", "training_data"])
+    def test_refuses_to_replace_a_folder_with_a_file_in_it_that_is_read(self, option: str, tmp_path: Path) -> None:
+        checkpoint_path, tokenizer_path = save_files(tmp_path, gpt())
+        folder = convert(checkpoint_path, tokenizer_path, tmp_path / "hf")
+        how = {"tokenizer_path": tokenizer_path} | {option: folder / "tokenizer.json"}
+        with pytest.raises(UserError, match=r"hf: holds 'tokenizer\.json', which is a source"):
+            convert(checkpoint_path, output_dir=folder, overwrite=True, **how)

@@ -140,7 +140,7 @@ def test_a_panic_of_the_tokenizer_s_library_is_one_line(
 ) -> None:
     def panic(text: str) -> None:
         os.write(2, b"thread panicked at src/lib.rs\n" * 89)
-        raise BaseException("called `Option::unwrap()` on a `None` value")
+        raise type("PanicException", (BaseException,), {})("called `Option::unwrap()` on a `None` value")
 
     monkeypatch.setattr("hf_model.vocabulary.tokenizer.Tokenizer.from_str", panic, raising=False)
     assert converts(*FILES, "--output_dir", tmp_path / "hf") == 2

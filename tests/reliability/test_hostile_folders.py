@@ -13,8 +13,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from hf_model import loading
 from hf_model.errors import UserError
-from hf_model.tokenizer_check import check_tokenizer
-from hf_model.vocabulary import read_tokenizer
+from hf_model.tokenizer_check import GROWTH, KNOWN_PATTERNS, check_tokenizer
+from hf_model.vocabulary import Model, read_tokenizer, take_vocabulary
 from tests.reliability.files import bounded
 from tests.tiny import TOKENIZER, save_tokenizer
 
@@ -148,7 +148,93 @@ class TestGeneration:
         assert load(folder)[0].generation_config.eos_token_id == 3
 
 
+class TestTokenizerConfiguration:
+    @pytest.mark.parametrize(
+        "said",
+        [
+            {"model_max_length": "x"},
+            {"model_max_length": [1]},
+            {"model_max_length": -1},
+            {"chat_template": [{"name": "../../../evil", "template": "T"}, {"name": "default", "template": "x"}]},
+            {"chat_template": [{"name": "x" * 1000, "template": "T"}]},
+            {"chat_template": {"a": 1}},
+            {"chat_template": 7},
+            {"added_tokens_decoder": {"x": {"content": "y"}}},
+            {"added_tokens_decoder": {"5": "y"}},
+            {"extra_special_tokens": 1},
+            {"extra_special_tokens": ["t"] * 20_000},
+            {"additional_special_tokens": [[]]},
+            {"padding_side": "up"},
+            {"truncation_side": ["left"]},
+            {"clean_up_tokenization_spaces": "yes"},
+            {"tokenizer_class": ["GPT2Tokenizer"]},
+            {"auto_map": "evil"},
+            {"bos_token": ["[BOS]"]},
+            {"bos_token": "b" * 10**6},
+            {"model_input_names": 3},
+            {"vocab": {"a": 0}},
+            {"post_processor": "x"},
+            {"init_inputs": ["x"]},
+            {"tokenizer_padding": {"length": 10**9}},
+            {"save_pretrained": 1},
+        ],
+        ids=lambda said: str(said)[:60],
+    )
+    def test_a_value_that_cannot_be_is_named(self, said: dict, folder: Path) -> None:
+        (folder / "chat_template.jinja").unlink()
+        say(folder, "tokenizer_config.json", **said)
+        with pytest.raises(UserError, match=rf"^{folder}: tokenizer_config\.json says '?{next(iter(said))}"):
+            load(folder)
+
+    @pytest.mark.parametrize(
+        "said",
+        [
+            {"model_max_length": int(1e30)},
+            {"bos_token": {"__type": "AddedToken", "content": "[BOS]", "lstrip": False, "normalized": False}},
+            {"added_tokens_decoder": {"2": {"content": "[BOS]", "special": True, "single_word": False}}},
+            {"additional_special_tokens": [], "extra_special_tokens": ["[PAD]"], "image_token": "[UNK]"},
+            {"chat_template": [{"name": "default", "template": "x"}, {"name": "tool_use", "template": "y"}]},
+            {"clean_up_tokenization_spaces": None, "vocab_file": None, "stride": 0, "max_length": 64},
+            {"a_switch_of_a_later_version": True, "a_number": 3},
+        ],
+        ids=lambda said: next(iter(said)),
+    )
+    def test_what_the_library_writes_is_read(self, said: dict, folder: Path) -> None:
+        say(folder, "tokenizer_config.json", **said)
+        load(folder)
+
+
 class TestPlaces:
+    @pytest.mark.parametrize("is_pipe", [False, True], ids=["link", "pipe"])
+    def test_nor_is_one_among_the_templates(self, is_pipe: bool, folder: Path, tmp_path: Path) -> None:
+        (tmp_path / "secret").write_text("secret")
+        template = folder / "additional_chat_templates" / "x.jinja"
+        template.parent.mkdir()
+        os.mkfifo(template) if is_pipe else template.symlink_to(tmp_path / "secret")
+        with pytest.raises(UserError, match=r"'x\.jinja' is (a link that leads out of the folder|not a regular file)"):
+            load(folder)
+
+    @pytest.mark.parametrize("spoil", ["many", "large", "a folder"])
+    def test_templates_are_few_and_small(self, spoil: str, folder: Path) -> None:
+        templates = folder / "additional_chat_templates"
+        templates.mkdir()
+        for number in range(200 if spoil == "many" else 1):
+            (templates / f"{number}.jinja").write_text("x" * (2**22 if spoil == "large" else 1))
+        if spoil == "a folder":
+            (templates / "x.jinja").mkdir()
+        with pytest.raises(UserError, match="additional_chat_templates holds too many files"):
+            load(folder)
+
+    def test_a_few_templates_are_read(self, folder: Path) -> None:
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text("x")
+        assert load(folder)[1].chat_template["tool_use"] == "x"
+
+    def test_a_tokenizer_s_folder_is_no_way_out_either(self, folder: Path, tmp_path: Path) -> None:
+        (folder / "vocab.txt").symlink_to("/etc/passwd")
+        with pytest.raises(UserError, match=r"'vocab\.txt' is a link that leads out of the folder"):
+            take_vocabulary(folder, Model(tmp_path / "ckpt.pt", 300, 16))
+
     @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "chat_template.jinja"])
     def test_a_link_out_of_the_folder_is_not_followed(self, name: str, folder: Path, tmp_path: Path) -> None:
         (folder / name).rename(tmp_path / name)
@@ -222,10 +308,49 @@ TOKENIZERS: dict[str, Callable[[dict], object]] = {
     ),
     "a token of a megabyte": lambda t: t["added_tokens"][0].update(content=MILLION),
     "an id of billions": lambda t: t["added_tokens"][0].update(id=2**32 - 1),
+    "byte-level again and again": lambda t: t.update(normalizer=sequence([{"type": "ByteLevel"}] * 15)),
+    "byte-level again and again, before the model": lambda t: t.update(
+        pre_tokenizer=sequence([BYTES] * 15, "pretokenizers")
+    ),
+    "both, each too little": lambda t: t.update(
+        normalizer=sequence([{"type": "ByteLevel"}] * 2), pre_tokenizer=sequence([BYTES] * 2, "pretokenizers")
+    ),
+    **{
+        f"a letter wherever {pattern} matches": lambda t, pattern=pattern: t.update(
+            normalizer=sequence([replace_regex(pattern, "a")] * 15)
+        )
+        for pattern in (r"\B", r"\b", "^", "$", r"\G", "(?s:.)", r"\K")
+    },
+    "a long text in the place of none": lambda t: t.update(normalizer=replace_regex(r"\B", "a" * 200)),
+    "texts in front": lambda t: t.update(normalizer=sequence([{"type": "Prepend", "prepend": "▁" * 8}] * 15)),
+    "bytes, not characters": lambda t: t.update(normalizer=sequence([replace("a", "🙂"), replace("🙂", "a" * 8)] * 7)),
+    "a chain of decoders": lambda t: t.update(decoder=sequence([{"type": "ByteLevel"}] * 15, "decoders")),
+    "decoders of no suffix": lambda t: t.update(
+        decoder=sequence([{"type": "BPEDecoder", "suffix": ""}] * 15, "decoders")
+    ),
+    "pieces that repeat each other": lambda t: t.update(
+        truncation={"direction": "Right", "max_length": 10**4, "strategy": "LongestFirst", "stride": 10**4 - 1}
+    ),
+    "words that take the cube of their length": lambda t: t["model"].update(max_input_chars_per_word=1000),
+    "added tokens that a normalizer multiplies": lambda t: t.update(
+        normalizer=replace("a", "a" * 199),
+        added_tokens=t["added_tokens"]
+        + [{**t["added_tokens"][0], "id": 10**5, "content": "a" * 990, "normalized": True}] * 99,
+    ),
+    "a type that is none": lambda t: t.update(normalizer={"type": ["NFC"]}),
+    "a template of numbers": lambda t: t["post_processor"].update(single=[{"Sequence": 7}]),
+    "ids that are none": lambda t: t["post_processor"]["special_tokens"]["[BOS]"].update(ids=7),
     "a part of SentencePiece": lambda t: t.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
     "no part": lambda t: t.update(normalizer=[1]),
     "a model that is none": lambda t: t.update(model={"type": "BPE"}),
 }
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+
+def sequence(parts: list, key: str = "normalizers") -> dict:
+    return {"type": "Sequence", key: parts}
 
 
 def replace(text: str, content: str) -> dict:
@@ -263,6 +388,45 @@ def test_a_tokenizer_that_would_take_time_or_memory_is_refused(
         {"normalizer": normalizers.NFC()},
         {"normalizer": normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip()])},
         {"normalizer": normalizers.Replace(" ", "▁")},
+        {  # Llama 2's, and Mistral's
+            "normalizer": normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+            "pre_tokenizer": None,
+            "decoder": decoders.Sequence(
+                [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+            ),
+        },
+        {  # the same, of a SentencePiece with its usual normalizer
+            "normalizer": normalizers.Sequence(
+                [normalizers.NFKC(), normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+            ),
+            "pre_tokenizer": None,
+        },
+        {  # BERT's
+            "normalizer": normalizers.BertNormalizer(),
+            "pre_tokenizer": pre_tokenizers.BertPreTokenizer(),
+            "decoder": decoders.WordPiece(),
+        },
+        {"pre_tokenizer": pre_tokenizers.Metaspace(), "decoder": decoders.Metaspace()},  # T5's, less its own part
+        {  # ALBERT's, likewise
+            "normalizer": normalizers.Sequence(
+                [
+                    normalizers.Replace("``", '"'),
+                    normalizers.Replace("''", '"'),
+                    *(normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()),
+                ]
+            ),
+            "pre_tokenizer": pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]),
+        },
+        {  # Llama 3's and Qwen's
+            "normalizer": normalizers.NFC(),
+            "pre_tokenizer": pre_tokenizers.Sequence(
+                [
+                    pre_tokenizers.Split(Regex(next(p for p in KNOWN_PATTERNS if "{1,3}|" in p)), "isolated"),
+                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+                ]
+            ),
+            "decoder": decoders.ByteLevel(),
+        },
         {"pre_tokenizer": None, "decoder": decoders.Fuse()},
         {"pre_tokenizer": pre_tokenizers.Split(Regex("."), "isolated")},
         {"pre_tokenizer": pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), "isolated")},
@@ -279,6 +443,21 @@ def test_tokenizers_in_use_are_read(parts: dict, tmp_path: Path) -> None:
     for name, part in parts.items():
         setattr(tokenizer, name, part)
     check_tokenizer(json.loads(tokenizer.to_str()))
+
+
+WORST: dict[str, Callable[[], normalizers.Normalizer]] = {
+    **{name: getattr(normalizers, name) for name in ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "Nmt")},
+    "BertNormalizer": normalizers.BertNormalizer,
+    "StripAccents": normalizers.StripAccents,
+    "ByteLevel": normalizers.ByteLevel,
+}
+
+
+@pytest.mark.parametrize("name", WORST)
+def test_no_character_grows_more_than_is_reckoned(name: str) -> None:
+    normalize: Callable[[str], str] = WORST[name]().normalize_str
+    for number in (*range(1, 0xD800), *range(0xE000, 0x30000)):
+        assert len(normalize(chr(number)).encode()) <= GROWTH[name] * len(chr(number).encode())
 
 
 @pytest.mark.parametrize("model", [models.Unigram([("a", 0.0)], 0), models.WordPiece({"a": 0}, unk_token="a")], ids=str)

@@ -204,13 +204,16 @@ class TestPlacesThatCannotBeWritten:
             convert(CHECKPOINT, TOKENIZER, place)
 
     @pytest.mark.parametrize("size", [100, 10_000, 1_000_000, 2_140_000])
-    def test_a_file_that_grows_past_the_limit_keeps_the_old_folder(self, size: int, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("format", ["transformers", "checkpoint"])
+    def test_a_file_that_grows_past_the_limit_keeps_the_old_folder(
+        self, format: str, size: int, tmp_path: Path
+    ) -> None:
         write(tmp_path / "hf", "old")
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
         try:
             with pytest.raises(UserError, match=r"hf: cannot be written \(.*[Ff]ile too large"):
-                convert(CHECKPOINT, TOKENIZER, tmp_path / "hf", overwrite=True)
+                convert(CHECKPOINT, TOKENIZER, tmp_path / "hf", format=format, overwrite=True)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert content_of(tmp_path / "hf") == "old"

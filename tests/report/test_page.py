@@ -195,14 +195,15 @@ def test_a_page_appears_whole_or_the_old_one_stays(tmp_path: Path, monkeypatch: 
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
-@pytest.mark.parametrize("leads_to", ["a page", "nothing"])
-def test_a_link_is_replaced_and_not_followed(leads_to: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("leads_to", ["a page", "nothing", "itself"])
+def test_a_link_is_neither_replaced_nor_followed(leads_to: str, tmp_path: Path) -> None:
     model, tokenizer = twin(gpt(**SMALL)), convert_tokenizer(TOKENIZER, model_max_length=64)
     other, link = tmp_path / "other.html", tmp_path / "report.html"
     before = page_of(model, tokenizer, other, name="other.pt") if leads_to == "a page" else None
-    link.symlink_to(other)
-    assert "ckpt.pt" in page_of(model, tokenizer, link)
-    assert not link.is_symlink()
+    link.symlink_to(link if leads_to == "itself" else other)
+    with pytest.raises(UserError, match=r"report\.html: is a symbolic link; name the file itself"):
+        page_of(model, tokenizer, link)
+    assert link.is_symlink()
     assert (other.read_text(encoding="utf-8") if other.exists() else None) == before
 
 

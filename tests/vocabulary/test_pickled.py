@@ -11,6 +11,7 @@ import pytest
 from hf_model.errors import UserError
 from hf_model.vocabulary import pickled
 from hf_model.vocabulary.pickled import read_plain_pickle
+from tests.reliability.files import bounded
 
 VALUES = {
     "a meta": {"vocab_size": 3, "stoi": {"a": 0, "Ж": 1, "🙂": 2}, "itos": {0: "a", 1: "Ж", 2: "🙂"}},
@@ -118,6 +119,30 @@ def test_what_is_made_to_take_time_is_refused(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(pickled, "MAX_BYTES", 2**20)
     with pytest.raises(UserError, match="is more than 1 MiB long"):
         read_plain_pickle(write(tmp_path / "meta.pkl", b"0" * (2**20 + 1)))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"}" * 2**24,
+        b"N" * 2**24,
+        b"(" * 2**21,
+        b"\x80\x04}X\xe9\x03\x00\x00" + b"a" * 1001 + b"Ns.",
+        pickle.dumps({2**32: 0}),
+    ],
+    ids=["dicts", "constants", "marks", "a long key", "a wide key"],
+)
+def test_a_small_file_takes_little_time_and_memory(content: bytes, tmp_path: Path) -> None:
+    with bounded(seconds=20), pytest.raises(UserError, match=r"takes more than 1048576 steps|is a damaged pickle"):
+        read_plain_pickle(write(tmp_path / "meta.pkl", content[: 2**24]))
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_the_largest_vocabulary_of_characters_is_read(protocol: int) -> None:
+    characters = [chr(0x10000 + number) for number in range(2**17)]
+    stoi = {character: number for number, character in enumerate(characters)}
+    content = pickle.dumps({"vocab_size": 2**17, "stoi": stoi, "itos": dict(enumerate(characters))}, protocol)
+    assert sum(1 for _ in pickletools.genops(content)) < pickled.MAX_OPERATIONS
 
 
 def test_every_opcode_is_known_or_refused(tmp_path: Path) -> None:

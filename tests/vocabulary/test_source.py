@@ -1,6 +1,7 @@
 """What `tokenizer_path` may name: GPT-2's two files, its name, its JSON, a folder; and what is said of all else."""
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -269,3 +270,11 @@ class TestOtherTokenizers:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
         with pytest.raises(UserError, match="AutoTokenizer cannot load it"):
             take(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "meta.pkl", "vocab.json"])
+@pytest.mark.parametrize("is_folder", [False, True], ids=["file", "folder"])
+def test_a_pipe_does_not_keep_it_waiting(name: str, is_folder: bool, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=r"is not a regular file|cannot be read as a tokenizer"):
+        take(tmp_path if is_folder else tmp_path / name)

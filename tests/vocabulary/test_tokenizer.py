@@ -1,6 +1,7 @@
 """The converted tokenizer encodes what the original's does, marks its ends as told, and survives saving and loading."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,9 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_model.errors import UserError
-from hf_model.vocabulary import convert_tokenizer, read_tokenizer, save_tokenizer
+from hf_model.vocabulary import Model, convert_tokenizer, gpt2, read_tokenizer, save_tokenizer, source
+from hf_model.vocabulary import tokenizer as tokenizer_module
+from tests import relatives
 from tests.tiny import BOS, EOS, PAD, TOKENIZER
 from tests.tiny import save_tokenizer as save_tiny_tokenizer
 
@@ -195,3 +198,35 @@ class TestOtherFiles:
     def test_no_such_file(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"tokenizer\.json: there is no such file"):
             read_tokenizer(tmp_path / "tokenizer.json")
+
+    def test_a_pipe_does_not_keep_it_waiting(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "tokenizer.json")
+        with pytest.raises(UserError, match=r"tokenizer\.json: is not a regular file"):
+            read_tokenizer(tmp_path / "tokenizer.json")
+
+
+class Signal(BaseException):
+    """As the command line raises one for SIGTERM."""
+
+
+@pytest.mark.parametrize("method", ["read_tokenizer", "read_pair", "_of_auto_tokenizer"])
+def test_a_signal_is_not_taken_for_damage(method: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise Signal
+
+    monkeypatch.setattr(tokenizer_module.Tokenizer, "from_str", interrupted, raising=False)
+    monkeypatch.setattr(gpt2, "ByteLevelBPETokenizer", interrupted)
+    monkeypatch.setattr(source.AutoTokenizer, "from_pretrained", interrupted)
+    relatives.save_gpt2_pair(tmp_path)
+    calls: dict[str, Callable[[], object]] = {
+        "read_tokenizer": lambda: read_tokenizer(TOKENIZER),
+        "read_pair": lambda: gpt2.read_pair(tmp_path / "vocab.json", tmp_path / "merges.txt", ()),
+        "_of_auto_tokenizer": lambda: source._of_auto_tokenizer(str(tmp_path), "", Model(tmp_path, 1, 1), False),
+    }
+    with pytest.raises(Signal):
+        calls[method]()
+
+
+def test_a_panic_is_an_error() -> None:
+    with pytest.raises(RuntimeError), tokenizer_module.no_panic_on_stderr():  # in place of a BaseException
+        raise type("PanicException", (BaseException,), {})
