@@ -566,6 +566,7 @@ def sparse_weights(model: CustomGPTForCausalLM) -> None:
     c_fc.weight = torch.nn.Parameter(few.to_sparse_csr(), requires_grad=False)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @pytest.mark.parametrize(
     "change",
     [
