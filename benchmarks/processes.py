@@ -35,7 +35,7 @@ save_file(state_dict, sys.argv[2])
 """
 
 IMPORTS = """
-from convert_checkpoint import no_garbage_search
+from hf_model_cli.common import no_garbage_search
 with no_garbage_search():
     import hf_model.conversion
 """
