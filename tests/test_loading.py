@@ -79,6 +79,13 @@ class TestLoad:
         assert all(torch.equal(weight, weights[name]) for name, weight in load(capitals)[0].state_dict().items())
         assert all(weight.dtype == torch.float32 for weight in weights.values())
 
+    def test_sizes_that_are_not_the_weights_are_said_to_be_that(self, capitals: Path, tmp_path: Path) -> None:
+        folder = shutil.copytree(capitals, tmp_path / "hf")
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"block_size": 32}))
+        with pytest.raises(UserError, match=r"config\.json and its weights do not belong together \(other sizes\)"):
+            load(folder, device=CPU)
+
     def test_a_file_without_a_tokenizer_is_refused(self) -> None:
         with pytest.raises(UserError, match=r"ckpt\.pt: is a file, so the tokenizer must be given too"):
             load(CHECKPOINT, None, device=CPU)
