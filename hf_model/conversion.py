@@ -10,7 +10,6 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import PreTrainedTokenizerFast
 
-from hf_model.checkpoint import widest
 from hf_model.description import describe_architecture, describe_parameters, file_size, rounding
 from hf_model.disk import check_target, resolved, whole_folder
 from hf_model.errors import UserError, memory_for, one_line
@@ -18,6 +17,7 @@ from hf_model.formats import Options, find_target
 from hf_model.formats.card_facts import About, card_facts
 from hf_model.formats.target import MissingEngineError
 from hf_model.inspection import Inspection, examine
+from hf_model.loading import check_weights
 from hf_model.report import check_page, write_page
 from hf_model.source import Loaded, Source
 
@@ -151,8 +151,8 @@ def _check_apart(output_dir: Path, sources: Iterable[str | Path | None], page: s
 
 
 def _rounding(source: Source, loaded: Loaded) -> str:
-    dtype = loaded.checkpoint.dtype if loaded.checkpoint else widest(source.weights().values())
-    return rounding(dtype, loaded.model.dtype)
+    own = loaded.checkpoint.dtype if loaded.checkpoint else check_weights(source.path, loaded.model.config)
+    return rounding(own or loaded.model.dtype, loaded.model.dtype)
 
 
 def _say(source: Source, loaded: Loaded, inspection: Inspection | None) -> Iterator[str]:

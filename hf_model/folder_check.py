@@ -165,7 +165,7 @@ def check_folder(folder: Path) -> None:
         )
     if (index := read_json(folder, "model.safetensors.index.json")) is not None:
         _check_index(folder, index.get("weight_map"))
-    check_tokenizer_in(folder)
+    _check_tokenizer(folder)
 
 
 def _check_field(folder: Path, name: str, key: str, value: Any) -> None:
@@ -188,6 +188,10 @@ def check_tokenizer_in(folder: Path) -> None:
         UserError: it is no JSON, or asks for what no tokenizer of this family needs; or a link leads out of the folder.
     """
     _check_places(folder)
+    _check_tokenizer(folder)
+
+
+def _check_tokenizer(folder: Path) -> None:
     if (tokenizer := read_json(folder, "tokenizer.json")) is not None:
         try:
             check_tokenizer(tokenizer)

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from hf_model.checkpoint import Checkpoint, read_checkpoint
+from hf_model.checkpoint import Checkpoint, read_checkpoint, widest
 from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError, memory_for, one_line
 from hf_model.folder_check import check_folder, read_config, read_generation_config
@@ -32,14 +31,10 @@ AUTO_MAP = {
 }
 
 
-DTYPES = ("float32", "float16", "bfloat16", "float64")
+# By safetensors' names, and by torch's.
+STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED.values()}
 ACTIVATIONS = ("auto", "gelu", "gelu_new", "gelu_pytorch_tanh")
-STORED = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}  # safetensors' names
 
 
 def pick_dtype(dtype: torch.dtype | str, own: torch.dtype) -> torch.dtype:
@@ -51,7 +46,7 @@ def pick_dtype(dtype: torch.dtype | str, own: torch.dtype) -> torch.dtype:
     name = str(dtype).removeprefix("torch.")
     if name != "auto" and name not in DTYPES:
         raise UserError(f"dtype={name!r} is none of auto, {', '.join(DTYPES)}")
-    return own if name == "auto" else getattr(torch, name)
+    return own if name == "auto" else DTYPES[name]
 
 
 def pick_device(name: torch.device | str | None = None) -> torch.device:
@@ -207,7 +202,7 @@ def check_weights(folder: Path, config: CustomGPTConfig) -> torch.dtype | None:
         return None
     if strange := [name for name, dtype in dtypes.items() if dtype not in STORED]:
         raise UserError(f"{folder}: the weight {strange[0]!r} is of the type {dtypes[strange[0]]}, which no GPT's is")
-    return reduce(torch.promote_types, {STORED[dtype] for dtype in dtypes.values()})
+    return widest(STORED[dtype] for dtype in dtypes.values())
 
 
 def load_tokenizer(folder: Path, config: CustomGPTConfig | None = None) -> PreTrainedTokenizerFast:

@@ -31,6 +31,7 @@ FILES = (".json", ".pkl", ".pickle", ".txt", ".bpe", ".pt", ".model")  # endings
 # The keys of hf_model.formats.FORMATS, and what some of them have to choose from; a test compares them.
 FORMATS = ("transformers", "gpt2", "gguf", "ctranslate2", "onnx", "checkpoint")
 GGUF_TYPES = ("f32", "f16", "q8_0")
+SHARD_SIZE = r"[1-9]\d{0,5}(\.\d{1,6})?[KMGT]B"
 QUANTIZATIONS = ("int8", "int8_float32", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16", "float32")
 TRAINERS = ("original", "nanogpt")
 
@@ -212,8 +213,10 @@ def _run(run: Callable[[argparse.Namespace], None], parse: Callable[[], argparse
                 show("", end="")  # what argparse has written
     except ModuleNotFoundError as error:
         return _failed(f"{error.name} is not installed for {sys.executable}: see the README")
-    except (ImportError, MemoryError) as error:  # a library's file that the memory has no place for
-        return _failed(f"the libraries cannot be loaded ({str(error) or 'there is not enough memory'})")
+    except ImportError as error:  # a library's file that the memory has no place for
+        return _failed(f"the libraries cannot be loaded ({error})")
+    except MemoryError:
+        return _failed("there is not enough memory")
     except OutputError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error.__cause__, BrokenPipeError):  # `| head`

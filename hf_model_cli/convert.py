@@ -19,6 +19,7 @@ from hf_model_cli.common import (
     GGUF_TYPES,
     HUB_NAME,
     QUANTIZATIONS,
+    SHARD_SIZE,
     TRAINERS,
     OutputError,
     Parser,
@@ -56,7 +57,7 @@ ASK = """
 
 
 def shard_size(text: str) -> str:
-    if not re.fullmatch(r"[1-9]\d{0,5}(\.\d{1,6})?[KMGT]B", text, re.ASCII | re.IGNORECASE):
+    if not re.fullmatch(SHARD_SIZE, text, re.ASCII | re.IGNORECASE):
         raise argparse.ArgumentTypeError(f"must be a size such as 500MB or 5GB, got {text}")
     return text.upper()
 

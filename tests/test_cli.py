@@ -129,13 +129,15 @@ class TestArguments:
         assert result.err.count("\n") == 1
 
     def test_the_choices_are_those_of_the_formats(self) -> None:
-        from hf_model import formats
+        from hf_model import formats, loading
         from hf_model.formats import checkpoint, gguf, target
         from hf_model_cli import common
 
         assert tuple(formats.FORMATS) == common.FORMATS
         assert tuple(gguf.ALLOWED) == target.GGUF_TYPES == common.GGUF_TYPES
         assert tuple(checkpoint.USE) == target.TRAINERS == common.TRAINERS
+        assert target.SHARD_SIZE == common.SHARD_SIZE
+        assert loading.ACTIVATIONS == ("auto", *common.ACTIVATIONS)
 
     @pytest.mark.parametrize(
         "source, format, output",

@@ -629,13 +629,6 @@ def test_a_class_whose_forward_is_wrapped_is_left_to_the_plain_forward(lean, mon
     assert lean
 
 
-def test_another_mask_under_the_same_name_is_left_to_the_plain_forward(lean, monkeypatch):
-    mask = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
-    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS, "sdpa", lambda *args, **options: mask(*args, **options))
-    model_of().generate(prompts(), max_new_tokens=3)
-    assert lean == []
-
-
 def test_blocks_in_another_order_leave_a_cache_that_is_theirs():
     model = model_of()
     blocks = model.transformer.h
@@ -665,9 +658,12 @@ def test_a_mask_is_made_where_the_model_is_whatever_the_default_device():
         assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False, **mask), expected)
 
 
-def test_another_attention_under_the_same_name_is_left_to_the_plain_forward(lean, monkeypatch):
-    attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", lambda *args, **options: attention(*args, **options))
+@pytest.mark.parametrize(
+    "functions", [ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS], ids=["attention", "mask"]
+)
+def test_another_function_under_the_same_name_is_left_to_the_plain_forward(lean, monkeypatch, functions):
+    stock = functions["sdpa"]
+    monkeypatch.setitem(functions, "sdpa", lambda *args, **options: stock(*args, **options))
     model_of().generate(prompts(), max_new_tokens=3)
     assert lean == []
 

@@ -69,7 +69,7 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         """The narrowest dtype that holds every weight without loss."""
-        return widest(self.state_dict.values())
+        return widest(tensor.dtype for tensor in self.state_dict.values())
 
 
 def read_checkpoint(path: str | Path, check_bytes: bool = True) -> Checkpoint:

@@ -34,9 +34,9 @@ DTYPES = {
 NUMBER_DTYPES = (*WEIGHT_DTYPES, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 
-def widest(tensors: Iterable[torch.Tensor]) -> torch.dtype:
+def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     """The narrowest dtype that holds all of these without loss."""
-    return reduce(torch.promote_types, {tensor.dtype for tensor in tensors})
+    return reduce(torch.promote_types, set(dtypes))
 
 
 def find_weights(content: dict[Any, Any]) -> tuple[str | None, dict[Any, Any]]:

@@ -59,6 +59,6 @@ def verify(folder: Path, source: Source, options: Options) -> str:
             if not same_bits(tensor, weights[name].to(tensor.dtype)):
                 raise UserError(f"{folder}: {name} differs from {source.path}: the disk or the memory is faulty")
             compared_bytes += tensor.nbytes
-    rounded = rounding(widest(weights.values()), tensor.dtype)
+    rounded = rounding(widest(weight.dtype for weight in weights.values()), tensor.dtype)
     equal = f"{len(names)} tensors equal bit for bit" + (f" to the source's, {rounded}" if rounded else "")
     return f"{equal}, {len(texts)} texts encoded the same"
