@@ -170,7 +170,7 @@ def load_folder(
     # The folder's files are not to be trusted in anything: whatever they trip in the library is their fault.
     except Exception as error:
         if "ignore_mismatched_sizes" in str(error):  # the library's own words speak of a table that it logs
-            raise UserError(f"{folder}: its config.json and its weights do not belong together (other sizes)") from None
+            raise UserError(f"{folder}: cannot be loaded (its config.json and its weights differ in sizes)") from None
         raise UserError(f"{folder}: cannot be loaded ({one_line(error, 200)})") from None
 
 

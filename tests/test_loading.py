@@ -83,7 +83,7 @@ class TestLoad:
         folder = shutil.copytree(capitals, tmp_path / "hf")
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"block_size": 32}))
-        with pytest.raises(UserError, match=r"config\.json and its weights do not belong together \(other sizes\)"):
+        with pytest.raises(UserError, match=r"cannot be loaded \(its config\.json and its weights differ in sizes\)"):
             load(folder, device=CPU)
 
     def test_a_file_without_a_tokenizer_is_refused(self) -> None:
