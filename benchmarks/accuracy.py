@@ -17,7 +17,7 @@ from benchmarks.processes import EXAMPLE, ROOT
 from hf_model.decoding_custom_gpt import GrowingCache
 from hf_model.loading import load_original
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.vocabulary import format_example
+from hf_model.tokenizer import format_example
 
 DTYPES = ("float32", "float16", "bfloat16")
 

@@ -10,7 +10,7 @@ from tiny_models import EXAMPLE_TOKENIZER, converted_tokenizer
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from hf_model.vocabulary import save_tokenizer
+from hf_model.tokenizer import save_tokenizer
 
 
 class ConvertedTokenizerTest(TokenizersBackendTesterMixin, TokenizerTesterMixin, unittest.TestCase):

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_model import CustomGPTConfig, CustomGPTForCausalLM, CustomGPTModel
 from hf_model.modeling_custom_gpt import CustomGPTForSequenceClassification, CustomGPTForTokenClassification
-from hf_model.vocabulary import convert_tokenizer
+from hf_model.tokenizer import convert_tokenizer
 
 MODEL_CLASSES = (
     CustomGPTModel,

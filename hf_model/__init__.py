@@ -33,14 +33,14 @@ from hf_model.modeling_custom_gpt import (
 
 if TYPE_CHECKING:
     from hf_model.batch import answer_file as answer_file
-    from hf_model.checkpoint import read_checkpoint as read_checkpoint
     from hf_model.conversion import convert as convert
     from hf_model.generation import Sampling as Sampling
     from hf_model.generation import encode as encode
     from hf_model.generation import generate as generate
     from hf_model.loading import load as load
     from hf_model.records import read_records as read_records
-    from hf_model.vocabulary import format_prompt as format_prompt
+    from hf_model.tokenizer import format_prompt as format_prompt
+    from hf_model.trainers import read_checkpoint as read_checkpoint
 
 __version__ = "0.2.0"
 
@@ -61,10 +61,10 @@ HOMES = {  # where the functions stand that are imported when they are first use
     "answer_file": "batch",
     "convert": "conversion",
     "encode": "generation",
-    "format_prompt": "vocabulary",
+    "format_prompt": "tokenizer",
     "generate": "generation",
     "load": "loading",
-    "read_checkpoint": "checkpoint",
+    "read_checkpoint": "trainers",
     "read_records": "records",
 }
 

@@ -14,14 +14,14 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from hf_model import journal
-from hf_model.disk import disk_errors
 from hf_model.errors import UserError, memory_for
 from hf_model.generation import Sampling, continue_prompts, encode
 from hf_model.journal import exists_already
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
+from hf_model.output_dir import disk_errors
 from hf_model.processes import Processes
 from hf_model.records import Record, check_records
-from hf_model.vocabulary import prompt_text, takes_instructions
+from hf_model.tokenizer import prompt_text, takes_instructions
 
 
 def answer_file(

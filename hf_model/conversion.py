@@ -11,14 +11,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import PreTrainedTokenizerFast
 
 from hf_model.description import describe_architecture, describe_parameters, file_size, rounding
-from hf_model.disk import check_target, resolved, whole_folder
 from hf_model.errors import UserError, memory_for, one_line
 from hf_model.formats import Options, find_target
 from hf_model.formats.card_facts import About, card_facts
 from hf_model.formats.target import MissingEngineError
-from hf_model.inspection import Inspection, examine
+from hf_model.learnt.inspection import Inspection, examine
+from hf_model.learnt.report import check_page, write_page
 from hf_model.loading import check_weights
-from hf_model.report import check_page, write_page
+from hf_model.output_dir import check_target, resolved, whole_folder
 from hf_model.source import Loaded, Source
 
 

@@ -2,10 +2,10 @@
 
 import torch
 
-from hf_model.checkpoint import Checkpoint
 from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.vocabulary import Vocabulary
+from hf_model.tokenizer import FoundTokenizer
+from hf_model.trainers import Checkpoint
 
 
 def describe_architecture(config: CustomGPTConfig) -> str:
@@ -20,7 +20,7 @@ def describe_parameters(model: CustomGPTForCausalLM) -> str:
     return f"{model.num_parameters():,} in {dtype_name(model.dtype)}"
 
 
-def describe_vocabulary(vocabulary: Vocabulary) -> str:
+def describe_vocabulary(vocabulary: FoundTokenizer) -> str:
     why = f", {vocabulary.why}" if vocabulary.why else ""
     return f"{vocabulary.taken} ({len(vocabulary.tokenizer)} {vocabulary.unit}{why})"
 

@@ -22,7 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError, memory_for
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.vocabulary import check_characters, is_of_characters, takes_instructions
+from hf_model.tokenizer import check_characters, is_of_characters, takes_instructions
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from hf_model.checkpoint import Checkpoint, read_checkpoint, widest
 from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError, memory_for, one_line
-from hf_model.folder_check import check_folder, read_config, read_generation_config
+from hf_model.folder import check_folder, read_config, read_generation_config
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.vocabulary import Model, Vocabulary, check_vocabulary, take_vocabulary, takes_instructions
-from hf_model.vocabulary.prompt import PROMPT_FORMAT, RAW
-from hf_model.vocabulary.tokenizer import no_panic_on_stderr
+from hf_model.tokenizer import FoundTokenizer, ModelInfo, check_fits, find_tokenizer, takes_instructions
+from hf_model.tokenizer.prompt import PROMPT_FORMAT, RAW
+from hf_model.tokenizer.wrap import no_panic_on_stderr
+from hf_model.trainers import Checkpoint, read_checkpoint, widest
 
 AUTO_MAP = {
     "AutoConfig": "configuration_custom_gpt.CustomGPTConfig",
@@ -127,7 +127,7 @@ def load_folder(
     characters_of: str | Path | None = None,
     raw: bool = False,
     needs_tokenizer: bool = True,
-) -> tuple[CustomGPTForCausalLM, Vocabulary | None]:
+) -> tuple[CustomGPTForCausalLM, FoundTokenizer | None]:
     """`load` of a folder, on the CPU. If `needs_tokenizer` is False, the vocabulary of a folder without one is None."""
     try:
         if (folder / "adapter_config.json").is_file() and not (folder / "config.json").exists():
@@ -156,10 +156,10 @@ def load_folder(
             return model, None
         if tokenizer_path is None and characters_of is None:
             vocabulary = own_vocabulary(folder, config)
-            check_vocabulary(vocabulary.tokenizer, config.vocab_size, folder, folder)
+            check_fits(vocabulary.tokenizer, config.vocab_size, folder, folder)
         else:
-            source = Model(folder, config.vocab_size, config.block_size)
-            vocabulary = take_vocabulary(tokenizer_path, source, characters_of=characters_of, raw=raw)
+            source = ModelInfo(folder, config.vocab_size, config.block_size)
+            vocabulary = find_tokenizer(tokenizer_path, source, characters_of=characters_of, raw=raw)
             model.generation_config = default_generation(vocabulary.tokenizer, config.vocab_size)
         if raw:
             vocabulary.tokenizer.init_kwargs[PROMPT_FORMAT] = RAW
@@ -215,10 +215,10 @@ def load_tokenizer(folder: Path, config: CustomGPTConfig | None = None) -> PreTr
         return AutoTokenizer.from_pretrained(folder, config=config or read_config(folder), trust_remote_code=False)
 
 
-def own_vocabulary(folder: Path, config: CustomGPTConfig | None = None) -> Vocabulary:
+def own_vocabulary(folder: Path, config: CustomGPTConfig | None = None) -> FoundTokenizer:
     """The vocabulary of a converted folder; the arguments are those of `load_tokenizer`."""
     tokenizer = load_tokenizer(folder, config)
-    return Vocabulary(tokenizer, str(folder), lambda text: tokenizer(text, verbose=False).input_ids)
+    return FoundTokenizer(tokenizer, str(folder), lambda text: tokenizer(text, verbose=False).input_ids)
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ class Original:
     """A trainer's checkpoint and its vocabulary, in memory."""
 
     model: CustomGPTForCausalLM
-    vocabulary: Vocabulary
+    vocabulary: FoundTokenizer
     checkpoint: Checkpoint
     choices: tuple[tuple[str, str], ...]
     """What the user did not say: what it is, and what was taken and why."""
@@ -275,8 +275,8 @@ def read_original(
     checkpoint = read_checkpoint(checkpoint_path)
     torch_dtype = pick_dtype(dtype, checkpoint.dtype)
     architecture = checkpoint.architecture(n_head)
-    source = Model(checkpoint.path, architecture.vocab_size, architecture.block_size, checkpoint.dataset)
-    vocabulary = take_vocabulary(tokenizer_path, source, characters_of=characters_of, raw=raw)
+    source = ModelInfo(checkpoint.path, architecture.vocab_size, architecture.block_size, checkpoint.dataset)
+    vocabulary = find_tokenizer(tokenizer_path, source, characters_of=characters_of, raw=raw)
     tokenizer = vocabulary.tokenizer
     try:
         config = CustomGPTConfig(

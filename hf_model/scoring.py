@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from hf_model.errors import UserError, memory_for
 from hf_model.generation import encode
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.vocabulary import prompt_text, takes_instructions
+from hf_model.tokenizer import prompt_text, takes_instructions
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from hf_model.checkpoint import Checkpoint, read_checkpoint
 from hf_model.description import describe_source
 from hf_model.errors import UserError
-from hf_model.folder_check import read_config
+from hf_model.folder import read_config
 from hf_model.loading import AUTO_MAP, check_weights, load_folder, own_vocabulary, prompt_choice, read_original
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.vocabulary import Model, Vocabulary, take_vocabulary
+from hf_model.tokenizer import FoundTokenizer, ModelInfo, find_tokenizer
+from hf_model.trainers import Checkpoint, read_checkpoint
 
 
 class Loaded(NamedTuple):
@@ -22,7 +22,7 @@ class Loaded(NamedTuple):
     """None for a folder without one, where none is needed."""
     checkpoint: Checkpoint | None
     """What the file held; None for a folder."""
-    vocabulary: Vocabulary | None
+    vocabulary: FoundTokenizer | None
     """Where the tokenizer was taken from."""
     choices: tuple[tuple[str, str], ...] = ()
     """What the user did not say: what it is, and what was taken and why."""
@@ -83,18 +83,18 @@ class Source:
         vocabulary = original.vocabulary
         return Loaded(original.model, vocabulary.tokenizer, original.checkpoint, vocabulary, original.choices)
 
-    def vocabulary(self) -> Vocabulary:
+    def vocabulary(self) -> FoundTokenizer:
         """The vocabulary as it stands in the source, read anew."""
         if self.is_folder and self.tokenizer_path is None and self.characters_of is None:
             return own_vocabulary(self.path)
         if self.is_folder:
             config = read_config(self.path)
-            model = Model(self.path, config.vocab_size, config.block_size)
+            model = ModelInfo(self.path, config.vocab_size, config.block_size)
         else:
             checkpoint = read_checkpoint(self.path, check_bytes=False)
             architecture = checkpoint.architecture(self.n_head)
-            model = Model(self.path, architecture.vocab_size, architecture.block_size, checkpoint.dataset)
-        return take_vocabulary(self.tokenizer_path, model, characters_of=self.characters_of, raw=self.raw)
+            model = ModelInfo(self.path, architecture.vocab_size, architecture.block_size, checkpoint.dataset)
+        return find_tokenizer(self.tokenizer_path, model, characters_of=self.characters_of, raw=self.raw)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The tensors as they stand in the source, mapped anew; a tied head among them."""

@@ -18,7 +18,7 @@ from hf_model.generation import Generation, Sampling, encode, generate
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.records import check_records
 from hf_model.scoring import ScoredToken
-from hf_model.vocabulary import prompt_text, takes_instructions
+from hf_model.tokenizer import prompt_text, takes_instructions
 from hf_model_cli.common import MOST_PROMPT_BYTES, show
 from hf_model_cli.generate import SAMPLING
 

@@ -265,7 +265,7 @@ def run(args: argparse.Namespace) -> None:
 
 def how_to_try(args: argparse.Namespace, folder: Path, tokenizer: "PreTrainedTokenizerFast") -> str:
     """Commands for the folder just written, for prompts of the model's own kind."""
-    from hf_model.vocabulary import example_prompt, takes_instructions
+    from hf_model.tokenizer import example_prompt, takes_instructions
 
     prompt = next(iter(args.example_prompt), example_prompt(tokenizer))
     if takes_instructions(tokenizer):
@@ -290,8 +290,8 @@ def quoted(prompt: str) -> str:
 
 
 def look(args: argparse.Namespace) -> None:
-    from hf_model.inspection import inspect
-    from hf_model.report import check_page, write_page
+    from hf_model.learnt.inspection import inspect
+    from hf_model.learnt.report import check_page, write_page
 
     if args.report is not None:
         check_page(args.report)

@@ -321,7 +321,7 @@ def run(args: argparse.Namespace) -> None:
         from hf_model.processes import Processes, join
         from hf_model.records import read_records
         from hf_model_cli.answers import answer_prompt, answer_records, content_of, given_prompt, score_text
-        from hf_model_cli.conversation import converse
+        from hf_model_cli.chat import converse
     logging.set_verbosity_error()  # the library's reminders about lengths and flags are answered in the README
     logging.disable_progress_bar()
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans attention anew for each length: 60 ms and more

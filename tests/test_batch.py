@@ -23,7 +23,7 @@ from hf_model.generation import Sampling, encode, generate
 from hf_model.loading import load
 from hf_model.processes import Processes
 from hf_model.records import read_records
-from hf_model.vocabulary import format_prompt
+from hf_model.tokenizer import format_prompt
 from tests.tiny import ROOT
 
 GREEDY = Sampling(temperature=0, max_new_tokens=12)

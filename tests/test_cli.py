@@ -130,12 +130,12 @@ class TestArguments:
 
     def test_the_choices_are_those_of_the_formats(self) -> None:
         from hf_model import formats, loading
-        from hf_model.formats import checkpoint, gguf, target
+        from hf_model.formats import gguf, target, trainer_checkpoint
         from hf_model_cli import common
 
         assert tuple(formats.FORMATS) == common.FORMATS
         assert tuple(gguf.ALLOWED) == target.GGUF_TYPES == common.GGUF_TYPES
-        assert tuple(checkpoint.USE) == target.TRAINERS == common.TRAINERS
+        assert tuple(trainer_checkpoint.USE) == target.TRAINERS == common.TRAINERS
         assert target.SHARD_SIZE == common.SHARD_SIZE
         assert loading.ACTIVATIONS == ("auto", *common.ACTIVATIONS)
 

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from examples.plain_gpt import GPT
 from hf_model import conversion
 from hf_model.conversion import convert, push
-from hf_model.disk import MANIFEST
 from hf_model.errors import UserError
 from hf_model.loading import load_original
+from hf_model.output_dir import MANIFEST
 from tests.tiny import BOS, CHECKPOINT, PAD, SIZES, TOKENIZER, gpt, save_files
 
 

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.capitals.train import examples
-from hf_model.vocabulary import format_prompt
+from hf_model.tokenizer import format_prompt
 from tests.tiny import CAPITALS, CHECKPOINT
 
 BATCH_SIZE = 128

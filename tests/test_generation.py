@@ -13,7 +13,7 @@ from examples.plain_gpt import save_checkpoint
 from hf_model.errors import UserError
 from hf_model.generation import Generation, Sampling, TokenStream, encode, generate
 from hf_model.loading import load
-from hf_model.vocabulary import convert_tokenizer
+from hf_model.tokenizer import convert_tokenizer
 from tests.tiny import BOS, EOS, PAD, TOKENIZER, gpt, save_tokenizer, twin
 
 CPU = torch.device("cpu")

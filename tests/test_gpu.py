@@ -8,7 +8,7 @@ import torch
 import generate
 from hf_model import CustomGPTForCausalLM
 from hf_model.loading import load_original
-from hf_model.vocabulary import format_prompt
+from hf_model.tokenizer import format_prompt
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "capitals"
 FILES = (EXAMPLE / "ckpt.pt", EXAMPLE / "tokenizer.json")

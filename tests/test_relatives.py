@@ -15,7 +15,7 @@ from hf_model.conversion import convert
 from hf_model.errors import UserError
 from hf_model.generation import Sampling, encode, generate
 from hf_model.loading import load, load_original
-from hf_model.vocabulary import takes_instructions
+from hf_model.tokenizer import takes_instructions
 from tests import relatives
 from tests.relatives import CHARACTERS, TEXT
 
@@ -302,7 +302,7 @@ class TestFinding:
     ) -> None:
         relatives.save_gpt2_pair(tmp_path / "cache")
         pair = tmp_path / "cache" / "vocab.json", tmp_path / "cache" / "merges.txt"
-        monkeypatch.setattr("hf_model.vocabulary.source.tiktoken_pair", lambda: pair)
+        monkeypatch.setattr("hf_model.tokenizer.find.tiktoken_pair", lambda: pair)
         path = relatives.save_nanogpt(tmp_path, relatives.gpt(vocab_size=vocab_size, n_embd=4, n_head=1), "openwebtext")
         expected = f"gpt2, from tiktoken's cache (a vocabulary of {vocab_size} is GPT-2's)"
         assert self.taken(path) == expected

@@ -9,10 +9,10 @@ import torch
 
 from hf_model.errors import UserError
 from hf_model.scoring import score, score_text
-from hf_model.vocabulary import convert_tokenizer, format_prompt
+from hf_model.tokenizer import convert_tokenizer, format_prompt
 from hf_model_cli import generate as generate_command
+from tests.learnt.test_diagnosis import SMALL
 from tests.test_cli import EXAMPLE, Result, call  # noqa: F401
-from tests.test_diagnosis import SMALL
 from tests.tiny import CAPITALS, TOKENIZER, gpt, save_tokenizer, twin
 
 

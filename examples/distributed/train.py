@@ -19,7 +19,7 @@ from transformers import (
 import hf_model  # noqa: F401 (registers the Auto classes)
 from examples.evaluation.questions import QUESTIONS
 from hf_model.records import Record, read_records
-from hf_model.vocabulary import format_example, format_prompt
+from hf_model.tokenizer import format_example, format_prompt
 
 BATCH_SIZE = 8
 

@@ -13,11 +13,11 @@ from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
 from examples.capitals.train import Record, examples
-from hf_model.diagnosis import diagnose
 from hf_model.generation import Sampling, continue_prompts, encode
+from hf_model.learnt.diagnosis import diagnose
 from hf_model.loading import load_original
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.vocabulary import format_prompt, save_tokenizer
+from hf_model.tokenizer import format_prompt, save_tokenizer
 
 
 def conversation(record: Record) -> dict[str, list[dict[str, str]]]:

@@ -27,7 +27,7 @@ FORMATS = {
     "gguf": "gguf",
     "ctranslate2": "ctranslate2",
     "onnx": "onnx",
-    "checkpoint": "checkpoint",
+    "checkpoint": "trainer_checkpoint",
 }
 
 

@@ -8,10 +8,10 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedTokenizerBase
 
-from hf_model.checkpoint import Checkpoint
 from hf_model.errors import one_line
-from hf_model.inspection import Inspection
-from hf_model.vocabulary import example_prompt
+from hf_model.learnt.inspection import Inspection
+from hf_model.tokenizer import example_prompt
+from hf_model.trainers import Checkpoint
 
 MISSING = "[More Information Needed]"  # what the Hub's own template has where its author is to write
 STAGES = ("finetune", "pretrain", "sft")  # a folder of this name says how, and the one above it what

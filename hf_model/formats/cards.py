@@ -12,7 +12,7 @@ from hf_model.description import describe_architecture
 from hf_model.formats.card_facts import CardFacts
 from hf_model.formats.target import Options
 from hf_model.source import Loaded
-from hf_model.vocabulary import format_example, format_prompt, is_of_characters, prompt_text, takes_instructions
+from hf_model.tokenizer import format_example, format_prompt, is_of_characters, prompt_text, takes_instructions
 
 FOLDER_CARD = """\
 # {{ facts.title }}

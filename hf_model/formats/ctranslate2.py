@@ -17,7 +17,7 @@ from hf_model.formats.target import (
     Options,
     blamed_on,
     check,
-    check_tokenizer,
+    check_written_tokenizer,
     difference,
     exact,
     in_float32,
@@ -29,7 +29,7 @@ from hf_model.formats.target import (
 )
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.source import Loaded, Source
-from hf_model.vocabulary import save_tokenizer
+from hf_model.tokenizer import save_tokenizer
 
 ACTIVATIONS = ("gelu", "gelu_fast", "gelu_new", "gelu_python", "gelu_pytorch_tanh", "relu", "silu", "swish")
 # What rounding the weights may change, of the spread. Measured: 0.004 in float16, 0.02 in bfloat16 and int16, 0.06 in
@@ -129,7 +129,7 @@ def verify(folder: Path, source: Source, options: Options) -> str:
     if absent := missing(["ctranslate2"], "ctranslate2"):
         raise MissingEngineError(absent)
     model, tokenizer, *_ = source.load()
-    texts_encoded = check_tokenizer(folder, tokenizer)
+    texts_encoded = check_written_tokenizer(folder, tokenizer)
     quantization = options.quantization or "float32"
     found = compared(folder, model, "float32")
     kind = next((kind for kind in ALLOWED if quantization.startswith(kind)), None)

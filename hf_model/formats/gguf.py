@@ -32,7 +32,7 @@ from hf_model.formats.target import (
 )
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.source import Loaded, Source
-from hf_model.vocabulary import is_of_characters, probes
+from hf_model.tokenizer import is_of_characters, probes
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

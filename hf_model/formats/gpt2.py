@@ -13,7 +13,7 @@ from hf_model.formats.target import (
     Options,
     blamed_on,
     check,
-    check_tokenizer,
+    check_written_tokenizer,
     difference,
     exact,
     in_float32,
@@ -26,7 +26,7 @@ from hf_model.formats.target import (
 from hf_model.loading import default_generation
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.source import Loaded, Source
-from hf_model.vocabulary import save_tokenizer
+from hf_model.tokenizer import save_tokenizer
 
 TRANSPOSED = (
     ".c_attn.weight",
@@ -130,7 +130,7 @@ def verify(folder: Path, source: Source, options: Options) -> str:
         stock = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
     if not isinstance(stock, GPT2LMHeadModel) or stock.dtype != model.dtype:
         raise UserError(f"{folder}: came back as {type(stock).__name__} in {stock.dtype}")
-    texts_encoded = check_tokenizer(folder, tokenizer)
+    texts_encoded = check_written_tokenizer(folder, tokenizer)
     written = stock.state_dict()
     expected = stock_weights(model)
     for name, tensor in expected.items():

@@ -24,7 +24,7 @@ from hf_model.formats.target import (
     Options,
     blamed_on,
     check,
-    check_tokenizer,
+    check_written_tokenizer,
     difference,
     exact,
     in_float32,
@@ -33,7 +33,7 @@ from hf_model.formats.target import (
 )
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.source import Loaded, Source
-from hf_model.vocabulary import save_tokenizer
+from hf_model.tokenizer import save_tokenizer
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -139,7 +139,7 @@ def verify(folder: Path, source: Source, options: Options) -> str:
     import onnxruntime
 
     model, tokenizer, *_ = source.load()
-    texts_encoded = check_tokenizer(folder, tokenizer)
+    texts_encoded = check_written_tokenizer(folder, tokenizer)
     with blamed_on(f"{folder}: onnxruntime does not load it"):
         session = onnxruntime.InferenceSession(str(folder / FILE))
     reference = in_float32(model)

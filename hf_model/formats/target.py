@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from hf_model.errors import UserError, one_line
 from hf_model.formats.card_facts import CardFacts
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.vocabulary import probes
+from hf_model.tokenizer import probes
 
 TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate")
 GGUF_TYPES = ("f32", "f16", "q8_0")
@@ -186,7 +186,7 @@ def check_ids(text: str, expected: list[int], got: list[int]) -> None:
         raise UserError(f"the tokenizer encodes {text!r} as {got[:20]}, its source as {expected[:20]}")
 
 
-def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+def check_written_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
     """Check that the tokenizer in a folder encodes the probes as its source does; how many those are, in words.
 
     Raises:

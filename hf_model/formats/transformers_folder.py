@@ -4,13 +4,13 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_model.checkpoint import widest
 from hf_model.description import rounding
 from hf_model.errors import UserError
 from hf_model.formats.cards import model_card
 from hf_model.formats.target import Options, same_bits, save_weights
 from hf_model.source import Loaded, Source
-from hf_model.vocabulary import probes, save_tokenizer
+from hf_model.tokenizer import probes, save_tokenizer
+from hf_model.trainers import widest
 
 VERIFY_BYTES = 256 * 2**20  # how much is compared before memory is let go
 

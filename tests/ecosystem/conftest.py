@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_model.vocabulary import format_example
+from hf_model.tokenizer import format_example
 
 # Two facts that the example has not learnt.
 NEW_FACTS = (("What is the capital of Atlantis?", "Poseidon"), ("What is the capital of Narnia?", "Cair Paravel"))

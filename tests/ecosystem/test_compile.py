@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CompileConfig, PreTrainedModel, StaticCache
 
-from hf_model.vocabulary import format_prompt
+from hf_model.tokenizer import format_prompt
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler on the CPU"

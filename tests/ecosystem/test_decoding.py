@@ -13,7 +13,7 @@ from transformers import (
 )
 from transformers.generation.continuous_batching.requests import RequestStatus
 
-from hf_model.vocabulary import format_prompt
+from hf_model.tokenizer import format_prompt
 
 COUNTRIES = {"France": "Paris", "Bosnia and Herzegovina": "Sarajevo", "Peru": "Lima"}
 SMALL = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)  # the default is sized for a GPU's memory

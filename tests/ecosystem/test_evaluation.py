@@ -12,7 +12,7 @@ from examples.evaluation.questions import QUESTIONS
 from hf_model.batch import answer_file
 from hf_model.generation import Sampling
 from hf_model.records import read_records
-from hf_model.vocabulary import save_tokenizer
+from hf_model.tokenizer import save_tokenizer
 from tests.tiny import ROOT
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed (the `ecosystem` extra)")

@@ -12,7 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from examples.serving.process import running
-from hf_model.vocabulary import format_prompt
+from hf_model.tokenizer import format_prompt
 from tests.tiny import CHECKPOINT, ROOT, TOKENIZER
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed (the `ecosystem` extra)")

@@ -7,9 +7,9 @@ import torch
 from transformers import PreTrainedModel
 
 from examples.evaluation.questions import QUESTIONS
-from hf_model.diagnosis import STUTTER_MASS, diagnose
+from hf_model.learnt.diagnosis import STUTTER_MASS, diagnose
 from hf_model.records import read_records
-from hf_model.vocabulary import format_example, format_prompt
+from hf_model.tokenizer import format_example, format_prompt
 from tests.ecosystem.conftest import NEW_FACTS, answer
 
 datasets = pytest.importorskip("datasets", reason="datasets is not installed (the `ecosystem` extra)")

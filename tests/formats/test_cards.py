@@ -17,7 +17,7 @@ from hf_model import CustomGPTConfig
 from hf_model.conversion import convert
 from hf_model.formats.card_facts import About, CardFacts, place_of, title_of
 from hf_model.formats.cards import model_card
-from hf_model.vocabulary import convert_tokenizer
+from hf_model.tokenizer import convert_tokenizer
 from hf_model_cli.convert import parse_arguments
 from tests import relatives
 from tests.tiny import CHECKPOINT, TOKENIZER

@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_model.conversion import convert
-from hf_model.disk import MANIFEST
 from hf_model.errors import UserError
 from hf_model.formats.gguf_vocabulary import express
+from hf_model.output_dir import MANIFEST
 from tests.formats.conftest import Exported
 from tests.tiny import SIZES, gpt
 

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_model import disk, journal
-from hf_model.disk import MANIFEST, whole_folder
+from hf_model import journal, output_dir
 from hf_model.errors import UserError
+from hf_model.output_dir import MANIFEST, whole_folder
 
 LIBRARY = ctypes.CDLL(None)
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES)
@@ -40,9 +40,9 @@ def content_of(target: Path) -> str | None:
     """What a folder says, which must be whole; None where there is none."""
     if not target.exists():
         return None
-    listed = disk.read_manifest(target)
+    listed = output_dir.read_manifest(target)
     assert listed and {path.name for path in target.iterdir()} == {*listed, MANIFEST}, list(target.iterdir())
-    assert all(disk.is_unchanged(target / name, digest) for name, digest in listed.items())
+    assert all(output_dir.is_unchanged(target / name, digest) for name, digest in listed.items())
     return (target / "config.json").read_text()[:3]
 
 
@@ -65,7 +65,7 @@ class Folder:
         return root / "hf" if self.has_old else root / "deep" / "hf"
 
     def prepare(self, root: Path) -> None:
-        disk._exchange = exchange if self.in_one_step else lambda one, other: False
+        output_dir._exchange = exchange if self.in_one_step else lambda one, other: False
         if self.has_old:
             write(self.target(root), "old")
 
@@ -83,7 +83,7 @@ class Folder:
             assert [path.name for path in target.parent.iterdir()] in ([target.name], []), list(root.rglob("*"))
 
 
-exchange = disk._exchange
+exchange = output_dir._exchange
 
 
 class Answers:

@@ -142,7 +142,7 @@ def test_a_panic_of_the_tokenizer_s_library_is_one_line(
         os.write(2, b"thread panicked at src/lib.rs\n" * 89)
         raise type("PanicException", (BaseException,), {})("called `Option::unwrap()` on a `None` value")
 
-    monkeypatch.setattr("hf_model.vocabulary.tokenizer.Tokenizer.from_str", panic, raising=False)
+    monkeypatch.setattr("hf_model.tokenizer.wrap.Tokenizer.from_str", panic, raising=False)
     assert converts(*FILES, "--output_dir", tmp_path / "hf") == 2
     assert "is a damaged tokenizer (called" in the_line(capfd)
 

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_model
 from hf_model import CustomGPTForCausalLM, generation, loading
-from hf_model.checkpoint import read_checkpoint
 from hf_model.generation import Sampling, encode
-from hf_model.vocabulary import format_prompt
+from hf_model.tokenizer import format_prompt
+from hf_model.trainers import read_checkpoint
 from tests.reliability.files import save, weights
 from tests.tiny import CHECKPOINT, TOKENIZER
 

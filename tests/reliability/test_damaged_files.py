@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, trainers
 
 from hf_model import loading
-from hf_model.checkpoint import read_checkpoint
 from hf_model.conversion import convert
 from hf_model.errors import UserError
+from hf_model.trainers import read_checkpoint
 from tests.reliability.files import State, rezip, save, weights
 from tests.tiny import CHECKPOINT, ROOT, TOKENIZER
 

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from hf_model.checkpoint import read_checkpoint
 from hf_model.errors import UserError
-from hf_model.vocabulary import read_tokenizer
+from hf_model.tokenizer import read_tokenizer
+from hf_model.trainers import read_checkpoint
 from tests.reliability.files import bounded, rezip, save, weights
 from tests.tiny import save_tokenizer
 

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from hf_model.checkpoint import read_checkpoint
-from hf_model.checkpoint.scan import MAX_PICKLE_BYTES
 from hf_model.errors import MAX_MESSAGE, UserError
+from hf_model.trainers import read_checkpoint
+from hf_model.trainers.pickle_reader import MAX_PICKLE_BYTES
 from tests.reliability.files import Calls, bounded, plain_pickle, rezip, save, save_pickle, view, weights
 
 

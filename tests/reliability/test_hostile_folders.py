@@ -13,8 +13,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from hf_model import loading
 from hf_model.errors import UserError
-from hf_model.tokenizer_check import GROWTH, KNOWN_PATTERNS, check_tokenizer
-from hf_model.vocabulary import Model, read_tokenizer, take_vocabulary
+from hf_model.tokenizer import ModelInfo, find_tokenizer, read_tokenizer
+from hf_model.tokenizer.check import GROWTH, KNOWN_PATTERNS, check_tokenizer
 from tests.reliability.files import bounded
 from tests.tiny import TOKENIZER, save_tokenizer
 
@@ -233,7 +233,7 @@ class TestPlaces:
     def test_a_tokenizer_s_folder_is_no_way_out_either(self, folder: Path, tmp_path: Path) -> None:
         (folder / "vocab.txt").symlink_to("/etc/passwd")
         with pytest.raises(UserError, match=r"'vocab\.txt' is a link that leads out of the folder"):
-            take_vocabulary(folder, Model(tmp_path / "ckpt.pt", 300, 16))
+            find_tokenizer(folder, ModelInfo(tmp_path / "ckpt.pt", 300, 16))
 
     @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "chat_template.jinja"])
     def test_a_link_out_of_the_folder_is_not_followed(self, name: str, folder: Path, tmp_path: Path) -> None:

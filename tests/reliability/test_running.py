@@ -18,7 +18,7 @@ import generate as command_line
 from hf_model import generation, loading
 from hf_model.errors import UserError
 from hf_model.generation import Sampling, encode
-from hf_model.vocabulary import format_prompt, read_tokenizer
+from hf_model.tokenizer import format_prompt, read_tokenizer
 from tests.reliability.files import save, weights
 from tests.tiny import CHECKPOINT, EOS, ROOT, TOKENIZER
 

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import pytest
 
-from hf_model import disk
+from hf_model import output_dir
 from hf_model.conversion import convert
-from hf_model.disk import MANIFEST, whole_folder
 from hf_model.errors import UserError
+from hf_model.output_dir import MANIFEST, whole_folder
 from tests.tiny import CHECKPOINT, ROOT, TOKENIZER
 
 KILLS = int(os.environ.get("WRITING_KILLS", "100"))
@@ -32,7 +32,7 @@ FILES = ("config.json", *(f"model-{i}.safetensors" for i in range(8)))
 def replaced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How a folder is replaced: where the system can swap two of them, and where it cannot."""
     if request.param == "in two steps":
-        monkeypatch.setattr(disk, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(output_dir, "_exchange", lambda one, other: False)
     elif sys.platform != "linux":
         pytest.skip("only Linux swaps folders")
     return request.param

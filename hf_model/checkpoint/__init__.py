@@ -1,7 +1,0 @@
-"""What a trainer wrote: an archive, scanned, to named tensors and sizes. Nothing here knows of transformers."""
-
-from hf_model.checkpoint.architecture import Architecture, infer_architecture
-from hf_model.checkpoint.reader import Checkpoint, read_checkpoint
-from hf_model.checkpoint.tensors import widest
-
-__all__ = ["Architecture", "Checkpoint", "infer_architecture", "read_checkpoint", "widest"]

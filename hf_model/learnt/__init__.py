@@ -1,0 +1,1 @@
+"""What a model has learnt: the diagnosis, the training data, the inspection, and the page that shows them."""

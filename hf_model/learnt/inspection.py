@@ -1,0 +1,225 @@
+"""All that the converter has to say of a checkpoint or a folder, gathered once: as lines, or as values for JSON."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from hf_model.description import (
+    describe_architecture,
+    describe_parameters,
+    describe_vocabulary,
+    dtype_name,
+)
+from hf_model.errors import memory_for
+from hf_model.learnt.diagnosis import Diagnosis, diagnose, non_finite
+from hf_model.learnt.training_data import Measurement, measure
+from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
+from hf_model.source import Loaded, Source
+from hf_model.tokenizer import PAD, is_of_characters, takes_instructions
+
+SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "tie_word_embeddings", "dropout")
+READ_KEYS = ("iter_num", "step", "loss", "best_val_loss", "val_loss", "model_args")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A value of the architecture, and where it was found."""
+
+    value: int | float | bool | str
+    origin: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a checkpoint or a folder is, and what its model has learnt."""
+
+    path: str
+    source: str
+    """The line that says what it is."""
+    weights_key: str | None
+    progress: dict[str, Any]
+    other_keys: tuple[str, ...]
+    """What else the file holds, the optimizer's state perhaps."""
+    architecture: dict[str, Found]
+    architecture_line: str
+    parameters: int
+    parameters_line: str
+    dtype: str
+    tokenizer_path: str
+    tokenizer_line: str
+    tokens: int
+    choices: tuple[tuple[str, str], ...]
+    """What the user did not say: what it is, and what was taken and why."""
+    notes: tuple[str, ...]
+    non_finite: tuple[str, ...]
+    diagnosis: Diagnosis | None
+    """None where weights are not finite: nothing can be asked of such a model."""
+    measurement: Measurement | None
+    """What the training data tells, where it was given."""
+
+    @property
+    def has_optimizer(self) -> bool:
+        return any("optimizer" in key for key in self.other_keys)
+
+    def head(self) -> list[str]:
+        """The lines that the converter begins with."""
+        return [
+            f"source        {self.source}",
+            f"architecture  {self.architecture_line}",
+            f"parameters    {self.parameters_line}",
+            f"tokenizer     {self.tokenizer_line}",
+            *(f"{item:<14}{text}" for item, text in self.choices),
+            *self.findings(),
+        ]
+
+    def findings(self) -> list[str]:
+        """What a user should know before trusting the weights."""
+        lines = list(self.notes)
+        if bad := self.non_finite:
+            more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+            lines.append(
+                f"warning: there are NaN or infinite values in {', '.join(bad[:3])}{more}: the model cannot work"
+            )
+        if self.diagnosis is not None and self.diagnosis.verdict != "nothing":
+            lines.append(f"warning: {self.diagnosis.line()}")
+        if self.measurement is not None:
+            lines += self.measurement.lines()
+        return lines
+
+    def lines(self) -> list[str]:
+        """All of it, with where each value was found."""
+        head = self.head()
+        origins: dict[str, list[str]] = {}
+        for name, found in self.architecture.items():
+            origins.setdefault(found.origin, []).append(name)
+        found_in = [f"              {', '.join(names)}: by {origin}" for origin, names in origins.items()]
+        state = "its state is in the file; a conversion leaves it out" if self.has_optimizer else "no state of it"
+        beside = [f"also there    {', '.join(self.other_keys)}"] if self.other_keys else []
+        verdict = []
+        if self.diagnosis is not None and self.diagnosis.verdict == "nothing":  # which a conversion need not say
+            verdict = [f"diagnosis     {self.diagnosis.line()}"]
+        return [*head[:2], *found_in, *head[2:4], f"optimizer     {state}", *beside, *verdict, *head[4:]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold: numbers that are not finite become None."""
+        diagnosis = None if self.diagnosis is None else {**asdict(self.diagnosis), "text": self.diagnosis.line()}
+        return plain(
+            {
+                "path": self.path,
+                "source": {
+                    "weights_key": self.weights_key,
+                    "progress": self.progress,
+                    "optimizer": self.has_optimizer,
+                    "other_keys": self.other_keys,
+                },
+                "architecture": {name: asdict(found) for name, found in self.architecture.items()},
+                "parameters": self.parameters,
+                "dtype": self.dtype,
+                "tokenizer": {"path": self.tokenizer_path, "tokens": self.tokens},
+                "notes": self.notes,
+                "non_finite": self.non_finite,
+                "diagnosis": diagnosis,
+                "training_data": None if self.measurement is None else self.measurement.as_dict(),
+            }
+        )
+
+
+def plain(value: Any) -> Any:
+    """The same value of what JSON knows: lists, dicts, strings, finite numbers."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+@memory_for("to look at the model")
+def inspect(
+    checkpoint_path: str | Path,
+    tokenizer_path: str | Path | None = None,
+    *,
+    dtype: str = "auto",
+    n_head: int | None = None,
+    activation: str = "auto",
+    characters_of: str | Path | None = None,
+    raw: bool = False,
+    training_data: str | Path | None = None,
+) -> tuple[Inspection, CustomGPTForCausalLM, PreTrainedTokenizerFast]:
+    """Look at a checkpoint file or a converted folder; nothing is written.
+
+    Args:
+        checkpoint_path, tokenizer_path, dtype, n_head, activation, characters_of, raw: as in `loading.load`.
+        training_data: the records or the text that the model was trained on, to be measured against.
+
+    Returns:
+        What there is to say, the model on the CPU and its tokenizer.
+
+    Raises:
+        UserError: a file or the folder is not what it should be.
+    """
+    source = Source(Path(checkpoint_path), tokenizer_path, dtype, n_head, activation, characters_of, raw)
+    loaded = source.load()
+    return examine(source, loaded, training_data), loaded.model, loaded.tokenizer
+
+
+def examine(source: Source, loaded: Loaded, training_data: str | Path | None = None) -> Inspection:
+    """What there is to say of a model that was loaded with its tokenizer.
+
+    Raises:
+        UserError: the training data cannot be read.
+    """
+    model, tokenizer, checkpoint, vocabulary = loaded.model, loaded.tokenizer, loaded.checkpoint, loaded.vocabulary
+    assert vocabulary is not None
+    bad = tuple(non_finite(dict(model.named_parameters())))
+    return Inspection(
+        path=str(source.path),
+        source=source.describe(checkpoint),
+        weights_key=None if checkpoint is None else checkpoint.weights_key,
+        progress={} if checkpoint is None else checkpoint.progress,
+        other_keys=() if checkpoint is None else tuple(key for key in checkpoint.other_keys if key not in READ_KEYS),
+        architecture=_architecture(source, loaded),
+        architecture_line=describe_architecture(model.config),
+        parameters=model.num_parameters(),
+        parameters_line=describe_parameters(model),
+        dtype=dtype_name(model.dtype),
+        tokenizer_path=vocabulary.taken,
+        tokenizer_line=describe_vocabulary(vocabulary),
+        tokens=len(tokenizer),
+        choices=loaded.choices,
+        notes=tuple(_notes(loaded)),
+        non_finite=bad,
+        diagnosis=None if bad else diagnose(model, tokenizer),
+        measurement=None if training_data is None or bad else measure(model, tokenizer, Path(training_data)),
+    )
+
+
+def _architecture(source: Source, loaded: Loaded) -> dict[str, Found]:
+    """Each size and option, and what told it."""
+    config, checkpoint, chosen = loaded.model.config, loaded.checkpoint, dict(loaded.choices)
+    if checkpoint is None:
+        return {name: Found(getattr(config, name), "its config.json") for name in (*SIZES, "activation_function")}
+    default = "the trainer's default (the file does not tell)"
+    origin = dict.fromkeys(SIZES, "the weights") | {
+        "n_head": "--n_head" if source.n_head is not None else chosen.get("heads", "model_args"),
+        "dropout": "model_args" if "dropout" in checkpoint.model_args else default,
+        "activation_function": "--activation" if source.activation != "auto" else chosen.get("activation", default),
+    }
+    return {name: Found(getattr(config, name), why) for name, why in origin.items()}
+
+
+def _notes(loaded: Loaded) -> Iterator[str]:
+    tokenizer, is_instruction = loaded.tokenizer, takes_instructions(loaded.tokenizer)
+    if loaded.checkpoint is not None and loaded.checkpoint.is_pretrained and is_instruction:
+        yield "note: this is a pre-training file, whose model knows no instructions; --raw makes it one of raw text"
+    if is_instruction and PAD not in tokenizer.get_vocab():
+        yield f"note: the tokenizer has no {PAD}; {tokenizer.eos_token} serves as the padding token"
+    if unused := loaded.model.config.vocab_size - len(tokenizer):
+        yield f"note: the weights' vocabulary is padded: {unused} ids have no token and are kept from being sampled"
+        if is_of_characters(tokenizer):
+            yield "note: few trainers pad a vocabulary of characters: these may be the characters of another text"

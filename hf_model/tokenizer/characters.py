@@ -1,0 +1,124 @@
+"""Vocabularies of characters: nanoGPT's meta.pkl, and the text that a model was trained on."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerBase
+
+from hf_model.errors import UserError
+from hf_model.tokenizer.plain_pickle import read_plain_pickle
+
+# Named as the unknown token and left out of the vocabulary, so that an unknown character is an error wherever the
+# tokenizer is used. Without one, the library would leave such characters out without a word.
+UNKNOWN = "(any character that the model was not trained on)"
+CHARACTERS = "characters"  # what tokenizer_config.json of such a vocabulary says under "vocabulary"
+CHUNK = 2**20
+MOST_CHARACTERS = 2**30  # of a training text
+
+
+def read_meta(path: Path) -> dict[str, int]:
+    """Character to id, from nanoGPT's meta.pkl, which is never unpickled.
+
+    Raises:
+        UserError: the file holds code or something else, or its ids are not 0, 1, … for one character each.
+    """
+    meta = read_plain_pickle(path)
+    if not isinstance(meta, dict) or not isinstance(stoi := meta.get("stoi", _inverse(meta.get("itos"))), dict):
+        keys = f"; its keys are {', '.join(map(repr, list(meta)[:10]))}" if isinstance(meta, dict) else ""
+        raise UserError(f"{path}: has no 'stoi', the dict of characters and their ids that nanoGPT saves{keys}")
+    for character, number in stoi.items():
+        if not isinstance(character, str) or len(character) != 1:
+            raise UserError(f"{path}: {character!r} in its 'stoi' is not one character")
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise UserError(f"{path}: the id of {character!r} is {_shown(number)}, not an integer")
+    _check_ids(path, stoi)
+    if "itos" in meta and not _is_inverse(meta["itos"], stoi):
+        raise UserError(f"{path}: its 'itos' is not the inverse of its 'stoi'")
+    size = meta.get("vocab_size", len(stoi))
+    if size != len(stoi):
+        raise UserError(f"{path}: says vocab_size={_shown(size)}, but has {len(stoi)} characters")
+    return stoi
+
+
+def _shown(value: Any) -> str:
+    """A value, or its kind where it holds others: printed, a few lists in each other could be longer than memory."""
+    return repr(value) if isinstance(value, str | int | float) else f"a {type(value).__name__}"
+
+
+def _check_ids(path: Path, stoi: Mapping[str, int]) -> None:
+    if not stoi:
+        raise UserError(f"{path}: has no characters")
+    every = range(len(stoi))
+    if missing := set(every) - {number for number in stoi.values() if number in every}:
+        raise UserError(f"{path}: has {len(stoi)} characters, but none of them has the id {min(missing)}")
+    if surrogates := [character for character in stoi if "\ud800" <= character <= "\udfff"]:
+        raise UserError(f"{path}: {surrogates[0]!r} is half of a character (a surrogate), which no tokenizer can take")
+
+
+def _inverse(itos: Any) -> dict[Any, Any] | None:
+    """Character to id of an `itos`, a dict or a list; None if it is none."""
+    itos = dict(enumerate(itos)) if isinstance(itos, list | tuple) else itos
+    if not isinstance(itos, dict) or not all(isinstance(character, str) for character in itos.values()):
+        return None
+    return {character: number for number, character in itos.items()}
+
+
+def _is_inverse(itos: Any, stoi: Mapping[str, int]) -> bool:
+    return isinstance(itos, dict | list | tuple) and len(itos) == len(stoi) and _inverse(itos) == stoi
+
+
+def characters_in(path: Path) -> dict[str, int]:
+    """Character to id of a training text: its sorted characters, as the trainers of character models number them.
+
+    Raises:
+        UserError: the file cannot be read, is no UTF-8, is empty, or does not end.
+    """
+    found: set[str] = set()
+    length = 0
+    try:
+        with path.open(encoding="utf-8") as file:
+            while chunk := file.read(CHUNK):
+                found.update(chunk)
+                length += len(chunk)
+                if length > MOST_CHARACTERS:
+                    raise UserError(f"{path}: is more than {MOST_CHARACTERS} characters long; a part of it will do")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    stoi = {character: number for number, character in enumerate(sorted(found))}
+    _check_ids(path, stoi)
+    return stoi
+
+
+def character_backend(stoi: Mapping[str, int]) -> Tokenizer:
+    """A tokenizer that gives each character its id, and an error for any other: BPE of this vocabulary, no merges."""
+    backend = Tokenizer(models.BPE(vocab=dict(stoi), merges=[], unk_token=UNKNOWN))
+    backend.decoder = decoders.Fuse()
+    return backend
+
+
+def is_of_characters(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return tokenizer.init_kwargs.get("vocabulary") == CHARACTERS
+
+
+def check_characters(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    """Check that a tokenizer of characters knows all of a text's.
+
+    Raises:
+        UserError: it does not; the message names the first ones and where they stand.
+    """
+    known = tokenizer.get_vocab()
+    unknown: dict[str, int] = {}  # to its first position
+    for position, character in enumerate(text):
+        if character not in known:
+            unknown.setdefault(character, position)
+    if unknown:
+        named = [f"{char!r} (U+{ord(char):04X}) in position {position}" for char, position in unknown.items()]
+        more = f" and {len(named) - 3} more" if len(named) > 3 else ""
+        raise UserError(
+            f"the text holds {', '.join(named[:3])}{more}: not among the {len(known)} characters that the model knows "
+            "(the first position is 0)"
+        )

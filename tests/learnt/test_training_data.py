@@ -1,0 +1,173 @@
+"""What is measured against training data, held against the plain model's own losses."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerFast
+
+from examples.plain_gpt import GPT, GPTConfig
+from hf_model.errors import UserError
+from hf_model.learnt.training_data import Alternative, measure
+from hf_model.loading import load_original
+from hf_model.tokenizer import convert_tokenizer, format_prompt
+from tests.learnt.test_diagnosis import SMALL, characters, copier
+from tests.tiny import CHECKPOINT, ROOT, TOKENIZER, gpt, twin
+
+QUESTIONS = ROOT / "examples" / "evaluation" / "questions.jsonl"
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return convert_tokenizer(TOKENIZER, model_max_length=64)
+
+
+def write(path: Path, *records: dict) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def few(tmp_path: Path) -> Path:
+    """The first questions of the example's."""
+    lines = QUESTIONS.read_text(encoding="utf-8").splitlines()
+    return write(tmp_path / "few.jsonl", *map(json.loads, lines[:40]))
+
+
+def reference(model: GPT, tokenizer: PreTrainedTokenizerFast, path: Path) -> tuple[float, float, float]:
+    """The answers' loss, and where the labels differ the loss with labels shifted and not, a record at a time."""
+    every, shifted, unshifted = [], [], []
+    for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        prompt = tokenizer(format_prompt(record["instruction"], record["input"])).input_ids
+        ids = prompt + tokenizer(f" {record['output']}[EOS]", add_special_tokens=False).input_ids
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]))[0][0]
+        for t in range(len(prompt) - 1, len(ids) - 1):
+            loss = float(cross_entropy(logits[t], torch.tensor(ids[t + 1])))
+            every.append(loss)
+            if t >= len(prompt) and ids[t] != ids[t + 1]:
+                shifted.append(loss)
+                unshifted.append(float(cross_entropy(logits[t], torch.tensor(ids[t]))))
+    return tuple(sum(losses) / len(losses) for losses in (every, shifted, unshifted))
+
+
+@pytest.mark.parametrize("kind", ["random", "copier"])
+def test_the_losses_are_those_of_the_plain_model(kind: str, few: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = copier(SMALL) if kind == "copier" else gpt(**SMALL)
+    measured = measure(twin(model), tokenizer, few)
+    every, shifted, unshifted = reference(model, tokenizer, few)
+    assert (measured.loss, measured.loss_shifted, measured.loss_unshifted) == pytest.approx(
+        (every, shifted, unshifted), rel=1e-4
+    )
+    assert measured.as_dict()["perplexity"] == pytest.approx(math.exp(every), rel=1e-3)
+    assert (measured.n_used, measured.n_all) == (40, 40)
+
+
+def test_a_stutterer_is_called_one(few: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    measured = measure(twin(copier(SMALL)), tokenizer, few)
+    text = "\n".join(measured.lines())
+    assert measured.repeats
+    assert f"answers' loss {measured.loss_shifted:.2f} with labels shifted by one, " in text
+    assert "labels not shifted: this model was trained to repeat its current token" in text
+    assert f"exact answers 0 of {measured.n_asked}" in text
+
+
+def test_the_example_knows_its_data(few: Path) -> None:
+    model, tokenizer, _ = load_original(CHECKPOINT, TOKENIZER)
+    measured = measure(model, tokenizer, few)
+    assert not measured.repeats
+    assert measured.loss < 0.1 < 5 < measured.loss_unshifted
+    assert measured.n_exact == measured.n_asked == 32
+    assert measured.better == []
+
+
+def test_a_wrong_number_of_heads_is_found(few: Path) -> None:
+    model, tokenizer, _ = load_original(CHECKPOINT, TOKENIZER, n_head=12)
+    measured = measure(model, tokenizer, few)
+    assert [(other.option, other.value) for other in measured.better] == [("n_head", 3)]
+    assert any("--n_head 3 fits better than 12" in line for line in measured.lines())
+    assert model.config.n_head == 12
+
+
+def test_a_form_of_gelu_that_fits_is_told_from_one_that_does_not(few: Path) -> None:
+    model, tokenizer, _ = load_original(CHECKPOINT, TOKENIZER)
+    measured = measure(model, tokenizer, few)
+    for gain, said in ((0.01, "warning: --activation gelu_new fits better than gelu: "), (-0.01, "gelu fits best: ")):
+        other = Alternative("activation_function", "gelu_new", measured.chosen_loss - gain, math.copysign(5, gain))
+        assert any(said in line for line in replace(measured, alternatives=(other,)).lines())
+
+
+@pytest.mark.parametrize("chosen, other", [("gelu", "gelu_new"), ("gelu_new", "gelu"), ("gelu_pytorch_tanh", "gelu")])
+def test_a_tie_between_the_forms_of_gelu_is_said_to_be_one(chosen: str, other: str, few: Path) -> None:
+    model, tokenizer, _ = load_original(CHECKPOINT, TOKENIZER, activation=chosen)
+    measured = measure(model, tokenizer, few)
+    (line,) = [line for line in measured.lines() if line.startswith("activation")]
+    assert line.startswith(f"activation    {chosen} and {other} tie: loss ")
+    assert line.endswith("the data does not tell them apart")
+    assert measured.better == []
+
+
+def test_a_difference_that_is_certain_but_next_to_nothing_is_a_tie(few: Path) -> None:
+    model, tokenizer, _ = load_original(CHECKPOINT, TOKENIZER)
+    measured = measure(model, tokenizer, few)
+    for ahead in (50.0, -50.0):
+        loss = measured.chosen_loss - math.copysign(1e-6, ahead)
+        close = replace(measured, alternatives=(Alternative("activation_function", "gelu_new", loss, ahead),))
+        assert close.better == []
+        assert any("gelu and gelu_new tie: " in line for line in close.lines())
+
+
+def test_a_loss_above_an_even_choice_is_named(few: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = GPT(GPTConfig(**SMALL))
+    model.lm_head.weight.data.normal_(std=2)
+    (warning,) = [line for line in measure(twin(model), tokenizer, few).lines() if "even choice among" in line]
+    assert warning.startswith("warning: ")
+
+
+def test_raw_text_is_measured_at_every_token(tmp_path: Path) -> None:
+    text = "to be or not to be, that is the question\n" * 4
+    tokenizer = characters(text)
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    model = gpt(**SMALL | {"vocab_size": len(tokenizer), "block_size": 16})
+    measured = measure(twin(model), tokenizer, tmp_path / "text.txt")
+    ids = torch.tensor(tokenizer(text).input_ids)
+    losses = []
+    for stretch in ids.split(16):
+        with torch.no_grad():
+            losses += cross_entropy(model(stretch[None, :-1])[0][0], stretch[1:], reduction="none").tolist()
+    assert measured.loss == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    assert measured.n_exact is None
+    assert measured.is_text
+
+
+def test_the_same_sample_is_drawn_each_time_and_is_bounded(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_model.learnt.training_data.MOST_TOKENS", 500)
+    model = twin(gpt(**SMALL))
+    first, second = (measure(model, tokenizer, QUESTIONS) for _ in range(2))
+    assert first == second
+    assert first.n_tokens <= 500 and first.n_used < first.n_all == 900
+    assert f"({first.n_used} of 900 records, {first.n_tokens} tokens, seed 0)" in first.lines()[0]
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("", "holds nothing to measure"),
+        ('{"instruction": "a"}\n', "line 1: training data needs the answer too"),
+        ('{"instruction": "a", "output": 3}\n', "line 1: training data needs the answer too"),
+        ("no json\n", "line 1: is not a JSON object"),
+        (json.dumps({"instruction": "long " * 500, "output": "x"}), "holds nothing to measure"),
+    ],
+)
+def test_data_that_cannot_be_measured_is_refused_in_one_line(
+    content: str, said: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    (tmp_path / "data.jsonl").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=said):
+        measure(twin(gpt(**SMALL)), tokenizer, tmp_path / "data.jsonl")

@@ -1,0 +1,142 @@
+"""The table of names and shapes: what it cleans, what it reads from the weights, and what it refuses."""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from hf_model.errors import UserError
+from hf_model.trainers.architecture import clean_names, infer_architecture
+from tests.tiny import SIZES, gpt
+
+MODEL_ARGS = {**SIZES, "bias": True, "dropout": 0.1}
+
+
+def weights(**changes) -> dict[str, torch.Tensor]:
+    return dict(gpt(**changes).state_dict())
+
+
+class TestCleanNames:
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "transformer.ln_f.weight",
+            "_orig_mod.transformer.ln_f.weight",
+            "module.transformer.ln_f.weight",
+            "module._orig_mod.transformer.ln_f.weight",
+            "_orig_mod.module.transformer.ln_f.weight",
+            "_orig_mod._orig_mod.module.transformer.ln_f.weight",
+            "transformer.module.ln_f._orig_mod.weight",
+        ],
+    )
+    def test_wrappers_are_stripped_in_any_order_and_depth(self, name: str) -> None:
+        weight = torch.ones(2)
+        assert clean_names({name: weight}) == {"transformer.ln_f.weight": weight}
+
+    def test_causal_masks_are_left_out_and_biases_are_not(self) -> None:
+        state_dict = {
+            "_orig_mod.transformer.h.0.attn.bias": torch.ones(1, 1, 4, 4),
+            "transformer.h.11.attn.bias": torch.ones(1, 1, 4, 4),
+            "transformer.h.0.attn.c_attn.bias": torch.ones(4),
+        }
+        assert list(clean_names(state_dict)) == ["transformer.h.0.attn.c_attn.bias"]
+
+    def test_two_names_for_one_weight_are_refused(self) -> None:
+        with pytest.raises(UserError, match=r"the weights 'lm_head\.weight' and 'module\.lm_head\.weight' are both"):
+            clean_names({"lm_head.weight": torch.ones(1), "module.lm_head.weight": torch.ones(1)})
+
+    def test_a_key_that_is_no_name_is_refused(self) -> None:
+        with pytest.raises(UserError, match="has the key 7, which is not a name"):
+            clean_names({7: torch.ones(1)})
+
+
+class TestInferArchitecture:
+    @pytest.mark.parametrize("tied", [False, True])
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_the_weights_tell_everything_but_heads_and_dropout(self, bias: bool, tied: bool) -> None:
+        sizes = {"n_layer": 3, "n_embd": 24, "block_size": 10, "vocab_size": 40}
+        state_dict = weights(**sizes, n_head=2, bias=bias, tied=tied)
+        told = {"bias": bias, "tie_word_embeddings": tied}
+        assert asdict(infer_architecture(state_dict, {}, n_head=2)) == sizes | told | {"n_head": 2, "dropout": 0.1}
+
+    def test_the_file_tells_heads_and_dropout(self) -> None:
+        architecture = infer_architecture(weights(), MODEL_ARGS | {"n_head": 8, "dropout": 0.25})
+        assert (architecture.n_head, architecture.dropout) == (8, 0.25)
+
+    def test_the_number_of_heads_that_is_given_wins(self) -> None:
+        assert infer_architecture(weights(), MODEL_ARGS, n_head=2).n_head == 2
+
+    def test_biases_in_the_weights_win_over_model_args(self) -> None:
+        assert infer_architecture(weights(bias=False), MODEL_ARGS | {"bias": True}).bias is False
+        assert infer_architecture(weights(bias=True), MODEL_ARGS | {"bias": False}).bias is True
+
+    def test_a_head_is_tied_by_memory_or_absence_and_not_by_equal_values(self) -> None:
+        tied = weights(tied=True)
+        equal = tied | {"lm_head.weight": tied["lm_head.weight"].clone()}
+        headless = {name: weight for name, weight in tied.items() if name != "lm_head.weight"}
+        assert infer_architecture(tied, MODEL_ARGS).tie_word_embeddings
+        assert infer_architecture(headless, MODEL_ARGS).tie_word_embeddings
+        assert not infer_architecture(equal, MODEL_ARGS).tie_word_embeddings
+
+    @pytest.mark.parametrize("bias, tied", [(True, False), (False, True)])
+    def test_the_shapes_are_those_of_the_model(self, bias: bool, tied: bool) -> None:
+        state_dict = weights(bias=bias, tied=tied)
+        shapes = infer_architecture(state_dict, MODEL_ARGS).shapes()
+        expected = {name: tuple(weight.shape) for name, weight in state_dict.items()}
+        if tied:
+            del expected["lm_head.weight"]
+        assert shapes == expected
+
+    @pytest.mark.parametrize(
+        "model_args, message",
+        [
+            ({"n_layer": 3}, "model_args says n_layer=3, but the weights say 2: one of them belongs to another model"),
+            ({"n_embd": 64}, "model_args says n_embd=64, but the weights say 32"),
+            ({"block_size": 1024}, "model_args says block_size=1024, but the weights say 16"),
+            ({"vocab_size": 32000}, "model_args says vocab_size=32000, but the weights say 300"),
+            ({"n_head": None}, "do not tell the number of attention heads: give it with --n_head"),
+            ({"n_head": 5}, "n_head=5 does not divide n_embd=32: give the right number with --n_head"),
+            ({"n_head": 0}, "n_head=0 does not divide"),
+            ({"n_head": -4}, "n_head=-4 does not divide"),
+            ({"n_head": True}, "n_head=True does not divide"),
+            ({"n_head": "4"}, "n_head='4' does not divide"),
+            ({"dropout": 1.0}, r"model_args says dropout=1.0, which is not in \[0, 1\)"),
+            ({"dropout": -0.1}, "model_args says dropout=-0.1"),
+            ({"dropout": float("nan")}, "model_args says dropout=nan"),
+            ({"dropout": "0.1"}, "model_args says dropout='0.1'"),
+        ],
+        ids=str,
+    )
+    def test_model_args_that_cannot_be_are_refused(self, model_args: dict, message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            infer_architecture(weights(), MODEL_ARGS | model_args)
+
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            ({"transformer.wte.weight": None}, "no 'transformer.wte.weight' among its 28 tensors .* not a GPT of this"),
+            ({"transformer.wpe.weight": None}, "no 'transformer.wpe.weight' among its 28 tensors"),
+            ({"transformer.wte.weight": torch.ones(300)}, r"'transformer.wte.weight' has shape \(300,\), not that of"),
+            ({"transformer.wpe.weight": torch.ones(0, 32)}, r"'transformer.wpe.weight' has shape \(0, 32\), not that"),
+            ({"transformer.ln_f.weight": None}, "it lacks 'transformer.ln_f.weight'"),
+            ({"transformer.ln_f.bias": None}, "it lacks 'transformer.ln_f.bias'"),
+            ({"lm_head.bias": torch.ones(300)}, "it holds 'lm_head.bias', which this model has no place for"),
+            (
+                {f"transformer.h.5.{name}": torch.ones(1) for name in "abcdefg"},
+                r"it lacks 'transformer\.h\.2\.ln_1\.weight', .* and 7 more",
+            ),
+            (
+                {f"extra.{name}": torch.ones(1) for name in "abcdefg"},
+                r"it holds 'extra\.a', 'extra\.b', 'extra\.c', 'extra\.d', 'extra\.e' and 2 more",
+            ),
+            (
+                {"transformer.h.1.attn.c_attn.weight": torch.ones(32, 96)},
+                r"'transformer.h.1.attn.c_attn.weight' has shape \(32, 96\), expected \(96, 32\)",
+            ),
+            ({"lm_head.weight": torch.ones(299, 32)}, r"'lm_head.weight' has shape \(299, 32\), expected \(300, 32\)"),
+        ],
+    )
+    def test_weights_that_are_not_this_model_s_are_refused(self, change: dict, message: str) -> None:
+        state_dict = {name: weight for name, weight in (weights() | change).items() if weight is not None}
+        with pytest.raises(UserError, match=message):
+            infer_architecture(state_dict, {"n_head": 4})
