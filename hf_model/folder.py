@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedTokenizerFa
 
 from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError
-from hf_model.strict_json import parse_json
+from hf_model.reading import parse_json
 from hf_model.tokenizer.check import MAX_TOKEN_LENGTH, MAX_TOKENS, check_tokenizer
 
 MAX_BYTES = {"tokenizer.json": 2**27, "model.safetensors.index.json": 2**25}

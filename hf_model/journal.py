@@ -18,7 +18,7 @@ from pathlib import Path
 
 from hf_model.errors import UserError
 from hf_model.output_dir import WRITER, create_file, disk_errors, lock, publish, sync, write_synced
-from hf_model.strict_json import parse_json
+from hf_model.reading import parse_json
 
 HEADER = re.compile(rf'\{{"written_by": "{WRITER}", "run": "([0-9a-f]{{64}})"\}}\n'.encode())
 HEADER_BYTES = 128

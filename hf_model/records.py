@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from hf_model.errors import UserError
-from hf_model.strict_json import parse_json
+from hf_model.reading import parse_json
 
 Record = dict[str, Any]
 MAX_LINE = 2**26  # characters

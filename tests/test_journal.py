@@ -8,7 +8,7 @@ import pytest
 
 from hf_model import journal
 from hf_model.errors import UserError
-from hf_model.strict_json import parse_json
+from hf_model.reading import parse_json
 
 RUN, OTHER = "a" * 64, "b" * 64
 

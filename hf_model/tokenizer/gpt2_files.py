@@ -9,7 +9,7 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 from hf_model.errors import UserError
-from hf_model.strict_json import parse_json
+from hf_model.reading import parse_json
 from hf_model.tokenizer.wrap import no_panic_on_stderr
 
 END_OF_TEXT = "<|endoftext|>"

