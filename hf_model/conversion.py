@@ -16,7 +16,7 @@ from hf_model.formats import Options, find_target
 from hf_model.formats.card_facts import About, card_facts
 from hf_model.formats.target import MissingEngineError
 from hf_model.learnt.inspection import Inspection, examine
-from hf_model.learnt.report import check_page, write_page
+from hf_model.learnt.page import check_page, write_page
 from hf_model.loading import check_weights
 from hf_model.output_dir import check_target, resolved, whole_folder
 from hf_model.source import Loaded, Source

@@ -19,7 +19,7 @@ from examples.plain_gpt import GPT, GPTConfig
 from hf_model.errors import UserError
 from hf_model.learnt.content import gather
 from hf_model.learnt.inspection import Inspection, examine
-from hf_model.learnt.report import write_page
+from hf_model.learnt.page import write_page
 from hf_model.loading import load_original
 from hf_model.source import Loaded, Source
 from hf_model.tokenizer import FoundTokenizer, convert_tokenizer
