@@ -125,7 +125,7 @@ def gather(inspection: Inspection, model: CustomGPTForCausalLM, tokenizer: PreTr
 
 
 class Words:
-    """Token ids as text. The bytes of a token that is only a part of a character are shown as numbers, as in ‹E2 80›."""
+    """Token ids as text. Bytes that are only a part of a character are shown as numbers, as in "\\xe2\\x80"."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         self.tokenizer = tokenizer
@@ -141,7 +141,7 @@ class Words:
         name = str(self.tokenizer.convert_ids_to_tokens(token))
         if "�" in name or not all(char in self.bytes for char in name):
             return name
-        return f"‹{' '.join(f'{self.bytes[char]:02X}' for char in name)}›"
+        return bytes(self.bytes[char] for char in name).decode("utf-8", "backslashreplace")
 
 
 def _prompts(inspection: Inspection, tokenizer: PreTrainedTokenizerFast) -> Iterator[Prompt]:

@@ -145,10 +145,10 @@ def diagnose(model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerBase) ->
     more pass or twenty more steps. The random state is left unchanged.
     """
     steps = min(RUN_STEPS, model.config.block_size // 2 - 1)
-    longest = model.config.block_size - 1 - max(steps, 0)
-    prompts = [ids[-longest:] for ids in own_prompts(tokenizer) if longest > 0]
+    longest = model.config.block_size - 1 - steps
+    prompts = [ids[-longest:] for ids in own_prompts(tokenizer)]
     ordinary = _ordinary_tokens(tokenizer)
-    if not prompts or len(ordinary) < 2:
+    if steps < 1 or not prompts or len(ordinary) < 2:
         return Diagnosis("unknown")
 
     rows = Rows(model, prompts, len(tokenizer))
@@ -163,7 +163,7 @@ def diagnose(model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerBase) ->
         flat_below=max(FLAT, FLAT_BY_WIDTH * model.config.n_embd),
         most_flatness=math.log(len(tokenizer) - 1),
     )
-    copies = found.copy_mass >= STUTTER_MASS and steps > 0
+    copies = found.copy_mass >= STUTTER_MASS
     # A trained model may be flat too, if it learnt only to copy or has few tokens; a fresh one with a tied head may
     # copy by chance. In these cases the norms decide.
     may_be_flat = copies or len(tokenizer) < FEW_TOKENS
@@ -222,7 +222,7 @@ def _raw_prompts(tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
     letters = (token for token in ordinary if any(char.isalpha() for char in tokenizer.decode([token])))
     words = list(islice(letters, N_WORDS)) or ordinary[:N_WORDS]
     chooser = random.Random(0)
-    for _ in INSTRUCTIONS:
+    for _ in INSTRUCTIONS if words else ():
         yield first + chooser.choices(words, k=6)
 
 

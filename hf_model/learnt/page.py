@@ -146,7 +146,9 @@ def judge(content: Content) -> Judgement:
     diagnosis, measured = content.inspection.diagnosis, content.inspection.measurement
     if diagnosis is None:
         names = ", ".join(content.inspection.non_finite[:5])
-        return Judgement("broken", "bad", "It cannot work: NaN or infinite weights", f"These weights hold some: {names}")
+        return Judgement(
+            "broken", "bad", "It cannot work: NaN or infinite weights", f"These weights hold some: {names}"
+        )
     if diagnosis.is_harm:
         headline = {"stutters": "It stutters", "untrained": "It is untrained"}
         tone = "warn" if diagnosis.verdict == "untrained" else "bad"
@@ -187,7 +189,7 @@ def gauges(found: Diagnosis) -> list[Gauge]:
     if not found.probes:
         return []
     copies = Gauge(
-        "Repeats what it has just read",
+        "Repeats itself",
         f"{found.copy_mass:.0%}",
         found.copy_mass,
         1.0,
@@ -205,7 +207,7 @@ def gauges(found: Diagnosis) -> list[Gauge]:
         f"The mark: a model that stutters is at {STUTTER_RUN:.0%} or above.",
     )
     knows = Gauge(
-        "Knows what comes next",
+        "Is confident",
         f"{found.flatness:.1f} of {found.most_flatness:.1f} nats",
         found.flatness,
         found.most_flatness,

@@ -153,9 +153,7 @@ class Measurement:
                 f"shifted: {meaning}",
             )
         perplexity = f"{math.exp(self.loss):,.2f}" if self.loss < 20 else f"e^{self.loss:.0f}"
-        yield Finding(
-            "perplexity", f"{perplexity} (loss {self.loss:.3f}; an even choice has {self.even_choice:.2f})"
-        )
+        yield Finding("perplexity", f"{perplexity} (loss {self.loss:.3f}; an even choice has {self.even_choice:.2f})")
         if self.fits_badly:
             yield Finding(
                 "warning",

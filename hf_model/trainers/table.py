@@ -64,7 +64,9 @@ def find_trainer(
     if weights_key == "model" and keys >= {"model_args", "iter_num", "best_val_loss"}:
         if "bias" not in model_args:
             return Trainer(WRITTEN_OUT_TANH, "nanoGPT's default until January 2023: its model_args have no bias")
-        return Trainer(EXACT, "nanoGPT's default since June 2023; if it trained with an older one: --activation gelu_new")
+        return Trainer(
+            EXACT, "nanoGPT's default since June 2023; if it trained with an older one: --activation gelu_new"
+        )
     if weights_key is None and has_masks and has_biases and not is_tied:
         return Trainer(WRITTEN_OUT_TANH, "minGPT's default: a bare state dict with causal masks and biases")
     return Trainer(is_known=False)
