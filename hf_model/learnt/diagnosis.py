@@ -172,8 +172,7 @@ def diagnose(model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerBase) ->
         return replace(found, verdict="untrained")
     if not copies:
         return found
-    n_rows = len(rows.mask) // len(prompts)
-    rows.select(range(0, len(rows.mask), n_rows))  # the likeliest candidate of each prompt
+    rows.select(torch.arange(0, len(rows.mask), len(rows.mask) // len(prompts)))  # each prompt's likeliest candidate
     likeliest = torch.tensor([probe.candidates[0] for probe in probes])
     run = _share_repeated(rows, likeliest, steps, tokenizer.eos_token_id)
     return replace(found, verdict="stutters" if run >= STUTTER_RUN else "healthy", run=run)
@@ -189,11 +188,11 @@ def _ask(rows: "Rows", prompts: list[list[int]], ordinary: list[int]) -> list[Pr
     allowed = torch.full_like(rest, -math.inf).index_fill_(1, torch.tensor(ordinary), 0)
     top = (rest + allowed).topk(min(N_CANDIDATES, len(ordinary) - 1))  # (B, K)
     candidates, weights = top.indices, top.values.softmax(dim=-1)
-    rows.repeat_interleave(candidates.shape[1])
+    rows.select(torch.arange(len(prompts)).repeat_interleave(candidates.shape[1]))
     rows.step(candidates.flatten())
     repeats = rows.next_logits.softmax(dim=-1).gather(1, candidates.reshape(-1, 1)).view_as(candidates)  # (B, K)
     columns = zip(prompts, candidates.tolist(), weights.tolist(), repeats.tolist(), flatness.tolist(), strict=True)
-    return [Probe(*map(tuple, lists), flatness=flat) for *lists, flat in columns]
+    return [Probe(tuple(ids), tuple(top), tuple(share), tuple(again), flat) for ids, top, share, again, flat in columns]
 
 
 def norms_moved(model: CustomGPTForCausalLM) -> float:
@@ -277,13 +276,7 @@ class Rows:
         self.cache.crop(-n)
         self.mask = self.mask[:, :-n]
 
-    def repeat_interleave(self, times: int) -> None:
-        """Repeat every row `times` times, side by side."""
-        self.cache.batch_repeat_interleave(times)
-        self.mask = self.mask.repeat_interleave(times, dim=0)
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Keep these rows only."""
-        indices = torch.tensor(rows)
-        self.cache.batch_select_indices(indices.to(self.model.device))
-        self.mask, self.next_logits = self.mask[indices], self.next_logits[indices]
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep these rows; a row that is named several times is copied."""
+        self.cache.batch_select_indices(rows.to(self.model.device))
+        self.mask, self.next_logits = self.mask[rows], self.next_logits[rows]

@@ -5,10 +5,8 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -17,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 import hf_model
 from hf_model.errors import UserError, memory_for
 from hf_model.learnt.content import Content, Head, gather
-from hf_model.learnt.diagnosis import STUTTER_MASS, STUTTER_RUN, Diagnosis
+from hf_model.learnt.diagnosis import STUTTER_MASS, STUTTER_RUN
 from hf_model.learnt.inspection import Inspection
 from hf_model.learnt.training_data import Measurement
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
@@ -27,6 +25,17 @@ MARK = "<!doctype html><!-- what a checkpoint has learnt -->"  # only files that
 VISIBLE = {"\n": "⏎", "\t": "⇥", "\r": "␍", "\0": "␀"}
 FIRST_SHOWN = 240  # characters of a record
 FLAT_LINE = 0.05  # nats; a loss below it at every position is not drawn
+# For each verdict, its tone and the first words of the page.
+HEADLINES = {
+    "broken": ("bad", "It cannot work: NaN or infinite weights"),
+    "no numbers": ("bad", "Its predictions are NaN or infinite"),
+    "stutters": ("bad", "It stutters"),
+    "untrained": ("warn", "It is untrained"),
+    "misfit": ("warn", "It does not fit its training data"),
+    "weights": ("warn", "Some of its weights stand out"),
+    "unknown": ("warn", "Unknown"),
+    "healthy": ("good", "Healthy"),
+}
 HEADS_OF_A_HABIT = 4  # drawn; the others are folded where there are more than HEADS_UNFOLDED in all
 HEADS_UNFOLDED = 12
 
@@ -73,8 +82,9 @@ def render(content: Content) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "number": number, "shade": shade, "squares": squares}
+    environment.filters |= {"percent": percent, "number": number, "share": share, "shade": shade, "squares": squares}
     inspection = content.inspection
+    key, text = judge(content)
     distinctive, folded = distinguish(content.attention)
     return environment.get_template("page.html.jinja").render(
         mark=Markup(MARK),
@@ -82,9 +92,12 @@ def render(content: Content) -> str:
         inspection=inspection,
         diagnosis=inspection.diagnosis,
         measured=inspection.measurement,
-        verdict=judge(content),
-        gauges=gauges(inspection.diagnosis) if inspection.diagnosis else (),
-        loss_gauges=loss_gauges(inspection.measurement) if inspection.measurement else (),
+        key=key,
+        text=text,
+        tone=HEADLINES[key][0],
+        headline=HEADLINES[key][1],
+        stutter_mass=STUTTER_MASS,
+        stutter_run=STUTTER_RUN,
         line=loss_line(inspection.measurement) if inspection.measurement else None,
         faults=[weight for weight in content.weights if weight.fault],
         kinds=list(dict.fromkeys(weight.kind for weight in content.weights if weight.layer >= 0)),
@@ -106,12 +119,17 @@ def visible(value: object) -> object:
     return "".join(VISIBLE.get(char, char if char.isprintable() else ascii(char)[1:-1]) for char in str(value))
 
 
-def percent(share: float) -> str:
-    return f"{share:.0%}" if share >= 0.995 else f"{share:.1%}" if share >= 0.001 else "<0.1%"
+def percent(value: float) -> str:
+    return f"{value:.0%}" if value >= 0.995 else f"{value:.1%}" if value >= 0.001 else "<0.1%"
 
 
 def number(value: float) -> str:
     return f"{value:.3g}" if math.isfinite(value) else "NaN"
+
+
+def share(value: float, most: float) -> str:
+    """How far a value is on the way from 0 to `most`, as a length in CSS."""
+    return f"{100 * min(max(value / most, 0.0), 1.0) if most > 0 else 0:.1f}%"
 
 
 def shade(ratio: float) -> str:
@@ -131,129 +149,34 @@ def squares(weights: Sequence[Sequence[float]]) -> str:
     return "".join(path)
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """The page's first words; `key` chooses in the template what to do next."""
-
-    key: str
-    tone: str
-    headline: str
-    text: str
-
-
-def judge(content: Content) -> Judgement:
-    """The worst that is known of the model."""
-    diagnosis, measured = content.inspection.diagnosis, content.inspection.measurement
-    if diagnosis is None:
-        names = ", ".join(content.inspection.non_finite[:5])
-        return Judgement(
-            "broken", "bad", "It cannot work: NaN or infinite weights", f"These weights hold some: {names}"
-        )
-    if diagnosis.is_harm:
-        headline = {"stutters": "It stutters", "untrained": "It is untrained"}
-        tone = "warn" if diagnosis.verdict == "untrained" else "bad"
-        words = headline.get(diagnosis.verdict, "Its predictions are NaN or infinite")
-        return Judgement(diagnosis.verdict, tone, words, diagnosis.details())
+def judge(content: Content) -> tuple[str, str]:
+    """The worst that is known of the model: a key of HEADLINES, and the text below the headline."""
+    inspection, measured = content.inspection, content.inspection.measurement
+    if inspection.diagnosis is None:
+        return "broken", f"there are NaN or infinite values in {', '.join(inspection.non_finite[:5])}"
+    verdict, details = inspection.diagnosis.verdict, inspection.diagnosis.details()
+    if inspection.diagnosis.is_harm:
+        return verdict, details
     if measured and measured.repeats:
-        text = "its training data fits far better with labels that are not shifted: it was trained to repeat a token"
-        return Judgement("stutters", "bad", "It stutters", text)
+        return "stutters", "its training data fits far better with labels that are not shifted by one"
     if measured and (measured.better or measured.fits_badly):
         warnings = [finding.text for finding in measured.findings() if finding.about == "warning"]
-        return Judgement("misfit", "warn", "It does not fit its training data", ". ".join(warnings))
-    if any(weight.fault for weight in content.weights):
-        return Judgement("weights", "warn", "Some of its weights stand out", diagnosis.details())
-    if diagnosis.verdict == "unknown":
-        return Judgement("unknown", "warn", "Unknown", diagnosis.details())
-    return Judgement("healthy", "good", "Healthy", diagnosis.details())
+        return "misfit", ". ".join(warnings)
+    return "weights" if any(weight.fault for weight in content.weights) else verdict, details
 
 
-@dataclass(frozen=True)
-class Gauge:
-    """A value from 0 to `most`, and a mark on the way."""
+def loss_line(measured: Measurement) -> tuple[str, float, float] | None:
+    """The points of the loss by position in a square of 100 by 100, the loss at its top, an even choice's height.
 
-    name: str
-    shown: str
-    value: float
-    most: float
-    limit: float
-    is_bad: bool
-    note: str
-
-    def width(self, value: float) -> str:
-        share = value / self.most if self.most > 0 else 0.0
-        return f"{100 * min(max(share, 0.0), 1.0):.1f}%"
-
-
-def gauges(found: Diagnosis) -> list[Gauge]:
-    """What the diagnosis measured."""
-    if not found.probes:
-        return []
-    copies = Gauge(
-        "Repeats itself",
-        f"{found.copy_mass:.0%}",
-        found.copy_mass,
-        1.0,
-        STUTTER_MASS,
-        found.copy_mass >= STUTTER_MASS,
-        f"The mark: a model that stutters is at {STUTTER_MASS:.0%} or above.",
-    )
-    goes_on = Gauge(
-        "Goes on repeating",
-        f"{found.run or 0:.0%}",
-        found.run or 0.0,
-        1.0,
-        STUTTER_RUN,
-        (found.run or 0.0) >= STUTTER_RUN,
-        f"The mark: a model that stutters is at {STUTTER_RUN:.0%} or above.",
-    )
-    knows = Gauge(
-        "Is confident",
-        f"{found.flatness:.1f} of {found.most_flatness:.1f} nats",
-        found.flatness,
-        found.most_flatness,
-        found.flat_below,
-        found.flatness < found.flat_below,
-        f"The mark: an untrained model is below {found.flat_below:.2f}. At the right end: certain of every token.",
-    )
-    return [copies, knows] if found.run is None else [copies, goes_on, knows]
-
-
-def loss_gauges(measured: Measurement) -> list[Gauge]:
-    """The two losses, whose lower one says what the model was trained on."""
-    shifted, unshifted, even = measured.loss_shifted, measured.loss_unshifted, measured.even_choice
-    if shifted is None or unshifted is None:
-        return []
-    return [
-        Gauge(name, f"{loss:.2f} nats", loss, max(shifted, unshifted, even), even, is_bad, "")
-        for name, loss, is_bad in (
-            ("Loss, labels shifted by one", shifted, measured.loss > even),
-            ("Loss, labels not shifted", unshifted, measured.repeats),
-        )
-    ]
-
-
-@dataclass(frozen=True)
-class Line:
-    """The loss by position in a square of 100 by 100, its origin at the top left."""
-
-    first: int
-    last: int
-    most: float
-    points: str
-    even: float | None
-    """The height of an even choice's loss; None where it lies above the square."""
-
-
-def loss_line(measured: Measurement) -> Line | None:
-    """None where there is nothing to be seen: a single position, or hardly any loss."""
+    None where there is nothing to be seen: a single position, or hardly any loss.
+    """
     points = measured.by_position
     highest = max(loss for _, loss in points)
     if len(points) < 2 or not FLAT_LINE <= highest < math.inf:
         return None
-    first, last, most = points[0][0], points[-1][0], 1.1 * highest
-    at = [(100 * (start - first) / (last - first), 100 - 100 * loss / most) for start, loss in points]
-    even = 100 - 100 * measured.even_choice / most
-    return Line(first, last, most, " ".join(f"{x:.1f},{y:.1f}" for x, y in at), even if even > 0 else None)
+    first, last, top = points[0][0], points[-1][0], 1.1 * highest
+    at = [(100 * (start - first) / (last - first), 100 - 100 * loss / top) for start, loss in points]
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in at), top, 100 - 100 * measured.even_choice / top
 
 
 def distinguish(heads: Sequence[Head]) -> tuple[list[Head], list[Head]]:
