@@ -12,10 +12,10 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
-from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError
 from hf_model.generation import Sampling, continue_prompts, encode
 from hf_model.learnt.diagnosis import Finding
+from hf_model.loading import with_weights
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.records import read_records
 from hf_model.tokenizer import format_example, format_prompt, takes_instructions
@@ -350,15 +350,6 @@ def _alternatives(
         ahead = gain.mean().item() / error if error > 0 else 0.0
         found.append(Alternative(option, value, other.mean().item(), ahead))
     return chosen.mean().item(), tuple(found)
-
-
-def with_weights(config: CustomGPTConfig, state_dict: dict[str, torch.Tensor]) -> CustomGPTForCausalLM:
-    """A model of this configuration around these tensors, which are not copied."""
-    with torch.device("meta"):
-        model = CustomGPTForCausalLM(config)
-    model.load_state_dict(state_dict, assign=True)
-    model.tie_weights()
-    return model.eval()
 
 
 def _own_answers(model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> list[str]:

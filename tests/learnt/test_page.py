@@ -22,11 +22,10 @@ from hf_model.errors import UserError
 from hf_model.learnt.content import Head, Words, gather
 from hf_model.learnt.inspection import Inspection, examine
 from hf_model.learnt.page import render, write_page
-from hf_model.loading import load_original
-from hf_model.source import Loaded, Source
+from hf_model.loading import Loaded, Source
 from hf_model.tokenizer import FoundTokenizer, convert_tokenizer
 from tests.learnt.test_diagnosis import SMALL, characters, copier
-from tests.tiny import CHECKPOINT, ROOT, TOKENIZER, gpt, twin
+from tests.tiny import CHECKPOINT, ROOT, TOKENIZER, gpt, load_plain, twin
 
 QUESTIONS = ROOT / "examples" / "evaluation" / "questions.jsonl"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -34,7 +33,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 
 def examined(model, tokenizer, name: str = "ckpt.pt", training_data: Path | None = None) -> Inspection:
     vocabulary = FoundTokenizer(tokenizer, "tokenizer.json", lambda text: tokenizer(text).input_ids)
-    return examine(Source(Path(name)), Loaded(model, tokenizer, None, vocabulary), training_data)
+    return examine(Source(Path(name)), Loaded(model, vocabulary), training_data)
 
 
 def page_of(model, tokenizer, path: Path, name: str = "ckpt.pt", training_data: Path | None = None) -> str:
@@ -51,7 +50,7 @@ def kind(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, str, Path
     questions, data = tmp_path / "questions.jsonl", None
     questions.write_text("".join(QUESTIONS.open(encoding="utf-8").readlines()[:20]), encoding="utf-8")
     if request.param == "sane":
-        model, tokenizer, _ = load_original(CHECKPOINT, TOKENIZER)
+        model, tokenizer = load_plain(CHECKPOINT, TOKENIZER)
         data = questions
     elif request.param == "raw":
         tokenizer = characters("to be or not to be\n")
@@ -133,7 +132,7 @@ def test_what_files_and_models_hold_stays_text(tmp_path: Path) -> None:
 
 
 def test_the_answer_is_what_greedy_decoding_gives(tmp_path: Path) -> None:
-    model, tokenizer, _ = load_original(CHECKPOINT, TOKENIZER)
+    model, tokenizer = load_plain(CHECKPOINT, TOKENIZER)
     content = gather(examined(model, tokenizer), model, tokenizer)
     for answer in content.answers:
         ids = tokenizer(answer.prompt, add_special_tokens=False, return_tensors="pt").input_ids
@@ -146,7 +145,7 @@ def test_the_answer_is_what_greedy_decoding_gives(tmp_path: Path) -> None:
 
 
 def test_the_attention_is_the_model_s(tmp_path: Path) -> None:
-    model, tokenizer, _ = load_original(CHECKPOINT, TOKENIZER)
+    model, tokenizer = load_plain(CHECKPOINT, TOKENIZER)
     before = model.config._attn_implementation
     content = gather(examined(model, tokenizer), model, tokenizer)
     assert model.config._attn_implementation == before
@@ -156,7 +155,7 @@ def test_the_attention_is_the_model_s(tmp_path: Path) -> None:
 
 
 def test_of_many_heads_the_distinctive_ones_are_drawn_and_the_others_are_folded() -> None:
-    model, tokenizer, _ = load_original(CHECKPOINT, TOKENIZER)
+    model, tokenizer = load_plain(CHECKPOINT, TOKENIZER)
     content = gather(examined(model, tokenizer), model, tokenizer)
     heads = [Head(i // 12, i % 12, ((1.0,), (0.2, 0.8)), "looks here and there", 0.0) for i in range(144)]
     for i in range(20):
@@ -167,7 +166,7 @@ def test_of_many_heads_the_distinctive_ones_are_drawn_and_the_others_are_folded(
 
 
 def test_a_chart_of_nothing_is_not_drawn(tmp_path: Path) -> None:
-    model, tokenizer, _ = load_original(CHECKPOINT, TOKENIZER)
+    model, tokenizer = load_plain(CHECKPOINT, TOKENIZER)
     inspection = examined(model, tokenizer, training_data=QUESTIONS)
     content = gather(inspection, model, tokenizer)
     for loss, is_drawn in ((0.0, False), (3.0, True)):
