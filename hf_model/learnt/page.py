@@ -9,7 +9,6 @@ from datetime import date
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from transformers import PreTrainedTokenizerFast
 
 import hf_model
@@ -87,7 +86,7 @@ def render(content: Content) -> str:
     key, text = judge(content)
     distinctive, folded = distinguish(content.attention)
     return environment.get_template("page.html.jinja").render(
-        mark=Markup(MARK),
+        mark=MARK,
         content=content,
         inspection=inspection,
         diagnosis=inspection.diagnosis,
@@ -113,8 +112,8 @@ def render(content: Content) -> str:
 
 
 def visible(value: object) -> object:
-    """A value as text in which every character can be seen; directions of writing do not leak out of it."""
-    if isinstance(value, Markup):
+    """A value as text in which every character can be seen, and none turns the direction of writing."""
+    if hasattr(value, "__html__"):  # a part of the template, rendered already
         return value
     return "".join(VISIBLE.get(char, char if char.isprintable() else ascii(char)[1:-1]) for char in str(value))
 
