@@ -155,7 +155,11 @@ def _number(value: Any, file: archive.Archive, default: Any = None) -> int | flo
     if isinstance(value, StandIn) and len(value.args) == 2 and isinstance(value.args[0], StandIn):
         dtype, raw = value.args
         if isinstance(raw, StandIn) and raw.name == "_codecs.encode" and raw.args:  # bytes in protocol 2
-            raw = raw.args[0].encode("latin1") if isinstance(raw.args[0], str) and len(raw.args[0]) <= 8 else None
+            raw = (
+                raw.args[0].encode("latin1", "ignore")
+                if isinstance(raw.args[0], str) and len(raw.args[0]) <= 8
+                else None
+            )
         code = NUMPY_FORMATS.get(dtype.args[0]) if dtype.args and isinstance(dtype.args[0], str) else None
         if code and isinstance(raw, bytes) and struct.calcsize(code) == len(raw):
             return struct.unpack("<" + code, raw)[0]
