@@ -17,7 +17,7 @@ from typing import IO, Any
 import torch
 
 from hf_model.errors import UserError, memory_for, one_line
-from hf_model.trainers.pickle_reader import ADVICE, MAX_PICKLE_BYTES, StoredBytes, read_pickle
+from hf_model.trainers.pickle_reader import MAX_PICKLE_BYTES, StoredBytes, read_pickle
 
 ZIP = b"PK\x03\x04"
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of torch's magic number
@@ -28,6 +28,8 @@ OTHER_FORMATS = {
     b"\x1f\x8b": "is gzip-compressed: unpack it first",
     b"{": "is a JSON file, not a checkpoint",
 }
+ADVICE = "Save only the weights and plain values: torch.save({'model': model.state_dict(), 'model_args': {...}}, path)"
+TOO_MUCH = f"holds more than {MAX_PICKLE_BYTES // 2**20} MiB of values beside its tensors. {ADVICE}"
 MAX_DIRECTORY_BYTES = 16 * 2**20  # of a zip file; a storage takes about a hundred
 DESCRIPTOR_BYTES = 24  # the most that may stand behind an entry: its CRC32 and sizes once more
 NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE, which Python's mmap has no name for
@@ -113,6 +115,13 @@ def distrust() -> Iterator[None]:
         raise UserError(f"is damaged or was not written to its end ({one_line(error, 120)})") from None
 
 
+def _value(file: bytes | IO[bytes] | mmap.mmap) -> tuple[Any, list[StoredBytes]]:
+    try:
+        return read_pickle(file)
+    except UserError as error:
+        raise UserError(f"{error}. {ADVICE}") from None
+
+
 def _map(file: IO[bytes]) -> mmap.mmap:
     """Map the file for reading. What somebody writes to the memory stays private and never reaches the file.
 
@@ -140,7 +149,7 @@ def _load_zip(file: IO[bytes]) -> Archive:
     order = _bytes(content, entries[prefix + "byteorder"]) if prefix + "byteorder" in entries else b"little"
     if order not in (b"little", b"big"):
         raise ValueError("an unknown byte order")
-    value, _ = read_pickle(_bytes(content, entries[pickles[0]]))
+    value, _ = _value(_bytes(content, entries[pickles[0]]))
     data = prefix + "data/"
     storages = {name.removeprefix(data): entry for name, entry in entries.items() if name.startswith(data)}
     return Archive(content, value, storages, is_big_endian=order == b"big")
@@ -149,7 +158,7 @@ def _load_zip(file: IO[bytes]) -> Archive:
 def _bytes(content: mmap.mmap, entry: Entry) -> bytes:
     """A small entry's bytes, compared with its CRC32."""
     if entry.length > MAX_PICKLE_BYTES:
-        raise UserError(f"holds {entry.length:,} bytes beside its tensors, too many to read. {ADVICE}")
+        raise UserError(TOO_MUCH)
     raw = content[entry.start : entry.start + entry.length]
     if entry.crc and zlib.crc32(raw) != entry.crc:
         raise ValueError("the CRC32 of its values differs")
@@ -225,7 +234,12 @@ def _load_legacy(file: IO[bytes]) -> Archive:
     content = _map(file)
     with mmap.mmap(file.fileno(), min(len(content), MAX_PICKLE_BYTES), access=mmap.ACCESS_READ) as head:
         head.seek(len(LEGACY))
-        (_, _), (_, _), (value, stored), (keys, _) = (read_pickle(head) for _ in range(4))
+        try:
+            (_, _), (_, _), (value, stored), (keys, _) = (_value(head) for _ in range(4))
+        except ValueError:
+            if head.tell() == MAX_PICKLE_BYTES:
+                raise UserError(TOO_MUCH) from None
+            raise
         place = head.tell()
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise ValueError("no list of storages")

@@ -10,11 +10,12 @@ import sys
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from mmap import mmap
 from typing import IO, Any
 
 from hf_model.errors import UserError, one_line
 
-MAX_PICKLE_BYTES = 256 * 2**20
+MAX_PICKLE_BYTES = 64 * 2**20
 MAX_STEPS = 10_000_000  # about ten seconds, and at most 1 GB of memory
 MAX_NAME = 1000
 MAX_DEPTH = 100
@@ -22,8 +23,6 @@ MAX_DIMENSIONS = 8
 # A dict compares long equal keys in full, and chosen large integers can make it search all its keys for each one.
 MAX_KEY_LENGTH = 1000
 MAX_KEY_NUMBER = 2**18
-
-ADVICE = "Save only the weights and plain values: torch.save({'model': model.state_dict(), 'model_args': {...}}, path)"
 
 # What holds data in the standard library, where other classes start processes or run code, and what holds data in
 # torch and NumPy although its name begins with a small letter.
@@ -35,10 +34,10 @@ DATA = re.compile(
     r"|[A-Z]\w*)|argparse\.Namespace|types\.(SimpleNamespace|MappingProxyType|\w+Alias|(None|Union|Ellipsis)Type)"
     r"|copyreg\._reconstructor|_codecs\.encode|functools\.partial|re\._compile|_?operator\.getitem"
     r"|_?io\.(Bytes|String)IO|time\.struct_time|torch\.(device|bool|half|float|double|short|int|long|strided|sparse_\w+"
-    r"|([qu]*int|b?float|complex|bits)\d\w*|(contiguous|preserve|channels_last)\w*|per_(tensor|channel)_\w+)"
+    r"|([qu]*int|b?float|complex|bits)\d\w*|per_(tensor|channel)_\w+)"
     r"|torch\.(serialization\._get_layout|nn\.functional\.\w+|_C\._nn\.\w+)|numpy\.(dtype|ndarray|recarray|record|matrix"
     r"|(bool|u?int|u?long|u?short|u?byte|float|double|half|single|complex|str|bytes|object|void|datetime|timedelta)\w*"
-    r"|_?core\.multiarray\.(scalar|_reconstruct)|_?core\.numeric\._frombuffer|_?core\.records\.rec\w+"
+    r"|_?core\.multiarray\.(scalar|_reconstruct)|_?core\.numeric\._frombuffer|(_?core\.records|rec)\.rec\w+"
     r"|ma\.core\._mareconstruct|random\._pickle\.__\w+_ctor)"
 )
 # The functions by which libraries put their own objects together again, such as `torch._utils._rebuild_tensor_v2`.
@@ -96,7 +95,7 @@ def dict_of(value: Any) -> Any:
     return value.content if isinstance(value, StandIn) and isinstance(value.content, dict) else value
 
 
-def read_pickle(file: bytes | IO[bytes]) -> tuple[Any, list[StoredBytes]]:
+def read_pickle(file: bytes | IO[bytes] | mmap) -> tuple[Any, list[StoredBytes]]:
     """The value of the pickle at the file's position, which moves to the pickle's end, and the storages it refers to.
 
     Raises:
@@ -104,7 +103,7 @@ def read_pickle(file: bytes | IO[bytes]) -> tuple[Any, list[StoredBytes]]:
         Exception: of any kind, if it is damaged.
     """
     machine = _Machine()
-    for opcode, argument, _ in pickletools.genops(file):
+    for opcode, argument, _ in pickletools.genops(file):  # type: ignore[arg-type]  # which an mmap serves too
         machine.count(1)
         if opcode.name == "STOP":
             break
@@ -117,7 +116,7 @@ def read_pickle(file: bytes | IO[bytes]) -> tuple[Any, list[StoredBytes]]:
         name, place = (found[0].name, found[1]) if found else (next(iter(machine.refused)), "")
         raise UserError(
             f"{place}{': ' if place else ''}refers to {one_line(name, 100)}. Functions, and classes that can "
-            f"act, are not read, since a file can use them to run code (nothing was run). {ADVICE}"
+            f"act, are not read, since a file can use them to run code (nothing was run)"
         )
     return value, machine.storages
 
@@ -136,7 +135,7 @@ def find(
     if not isinstance(value, (dict, list, tuple, StandIn)) or id(value) in seen:
         return None
     if len(path) > MAX_DEPTH:
-        raise UserError(f"holds values that are nested more than {MAX_DEPTH} deep. {ADVICE}")
+        raise UserError(f"holds values that are nested more than {MAX_DEPTH} deep")
     seen.add(id(value))
     found = (find(inner, is_wanted, (*path, key), seen) for key, inner in _parts(value))
     return next(filter(None, found), None)
@@ -191,7 +190,7 @@ class _Machine:
     def count(self, steps: int) -> None:
         self.steps += steps
         if self.steps > MAX_STEPS:
-            raise UserError(f"holds more than about {MAX_STEPS:,} values beside its tensors. {ADVICE}")
+            raise UserError(f"holds more than about {MAX_STEPS:,} values")
 
     def push(self, value: Any) -> None:
         self.stack.append(value)

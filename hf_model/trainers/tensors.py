@@ -1,7 +1,6 @@
 """Finds the weights among a file's values, and checks that each is a tensor of its own that the file really holds."""
 
 import math
-import mmap
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -169,14 +168,15 @@ class _Storages:
         return torch.empty(0, dtype=dtype).set_(self.made[key], stored.offset, stored.shape, stored.stride)
 
     def _storage(self, key: str, dtype: torch.dtype) -> torch.UntypedStorage:
-        entry = self.archive.storages[key]
-        content: mmap.mmap | bytearray = self.archive.content
+        entry, content = self.archive.storages[key], self.archive.content
         if not entry.length:
             return torch.UntypedStorage(0)
-        place = {"count": entry.length, "offset": entry.start}
-        if memoryview(content).readonly:  # torch warns of tensors that must not be written to
-            content, place = bytearray(content[entry.start : entry.start + entry.length]), {}
-        storage = torch.frombuffer(content, dtype=torch.uint8, **place).untyped_storage()
+        if memoryview(content).readonly:  # torch warns of tensors in memory that nobody may write to
+            copy = bytearray(content[entry.start : entry.start + entry.length])
+            storage = torch.frombuffer(copy, dtype=torch.uint8).untyped_storage()
+        else:
+            whole = torch.frombuffer(content, dtype=torch.uint8, count=entry.length, offset=entry.start)
+            storage = whole.untyped_storage()
         if self.archive.is_big_endian != (sys.byteorder == "big"):
             storage = storage.clone()
             storage.byteswap(dtype)
