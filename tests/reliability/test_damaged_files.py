@@ -158,6 +158,15 @@ class TestCheckpoints:
         with pytest.raises(UserError, match=r"ckpt\.pt: is a safetensors file"):
             read_checkpoint(tmp_path / "ckpt.pt")
 
+    @pytest.mark.parametrize("make", [torch.jit.script, lambda model: torch.jit.trace(model, torch.ones(1, 2))])
+    @pytest.mark.filterwarnings("ignore:.*torch.jit")
+    def test_a_torchscript_archive_says_how_to_save_its_weights(self, make: Callable, tmp_path: Path) -> None:
+        torch.jit.save(make(torch.nn.Linear(2, 2)), tmp_path / "model.pt")
+        with pytest.raises(
+            UserError, match=r"is a TorchScript archive.*torch\.save\(torch\.jit\.load\(path\)\.state_dict"
+        ):
+            read_checkpoint(tmp_path / "model.pt")
+
     def test_a_zip_of_the_checkpoint_says_to_unpack_it(self, zipped: Path, tmp_path: Path) -> None:
         with zipfile.ZipFile(tmp_path / "ckpt.zip", "w", zipfile.ZIP_DEFLATED) as archive:
             archive.write(zipped, "ckpt.pt")
