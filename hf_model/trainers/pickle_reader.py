@@ -16,7 +16,7 @@ from typing import IO, Any
 from hf_model.errors import UserError, one_line
 
 MAX_PICKLE_BYTES = 64 * 2**20
-MAX_STEPS = 10_000_000  # about ten seconds, and at most 1 GB of memory
+MAX_STEPS = 5_000_000  # some seconds, and for the worst file 600 MB of memory
 MAX_NAME = 1000
 MAX_DEPTH = 100
 MAX_DIMENSIONS = 8
@@ -24,14 +24,16 @@ MAX_DIMENSIONS = 8
 MAX_KEY_LENGTH = 1000
 MAX_KEY_NUMBER = 2**18
 
-# What holds data in the standard library, where other classes start processes or run code, and what holds data in
-# torch and NumPy although its name begins with a small letter.
+# Modules of the standard library whose classes hold data. Classes of other modules can start processes or run code.
+DATA_MODULES = {
+    *("abc", "array", "collections", "collections.abc", "dataclasses", "datetime", "decimal", "_decimal", "_pydecimal"),
+    *("enum", "fractions", "ipaddress", "numbers", "pathlib", "pathlib._local", "random", "typing", "uuid", "zoneinfo"),
+}
+# Other names that stand for data, most of them with a small first letter.
 DATA = re.compile(
-    r"(abc|array|collections(\.abc)?|dataclasses|datetime|_?(py)?decimal|enum|fractions|ipaddress|numbers"
-    r"|pathlib(\._local)?|random|typing|uuid|zoneinfo)"
-    r"\.(_?[A-Z]\w*|_?array\w*|defaultdict|deque|date|time|datetime|timedelta|timezone)"
-    r"|builtins\.(object|type|bool|int|float|complex|str|bytes|bytearray|tuple|list|dict|(frozen)?set|range|slice"
-    r"|[A-Z]\w*)|argparse\.Namespace|types\.(SimpleNamespace|MappingProxyType|\w+Alias|(None|Union|Ellipsis)Type)"
+    r"builtins\.(object|type|bool|int|float|complex|str|bytes|bytearray|tuple|list|dict|(frozen)?set|range|slice"
+    r"|[A-Z]\w*)|collections\.(defaultdict|deque)|datetime\.(date|time|datetime|timedelta|timezone)|array\._?array\w*"
+    r"|argparse\.Namespace|types\.(SimpleNamespace|MappingProxyType|GenericAlias|(None|Union|Ellipsis)Type)"
     r"|copyreg\._reconstructor|_codecs\.encode|functools\.partial|re\._compile|_?operator\.getitem"
     r"|_?io\.(Bytes|String)IO|time\.struct_time|torch\.(device|bool|half|float|double|short|int|long|strided|sparse_\w+"
     r"|([qu]*int|b?float|complex|bits)\d\w*|per_(tensor|channel)_\w+)"
@@ -45,7 +47,7 @@ REBUILDS = re.compile(r"_rebuild_\w+|_reconstruct\w*|_new_[A-Z]\w*|_unpickle_\w+
 STANDARD_LIBRARY = sys.stdlib_module_names | {"popen2", "new", "pipes", "imp", "distutils"}  # with what it once had
 
 
-@dataclass(eq=False, slots=True, repr=False)  # a repr would go through all that the object holds
+@dataclass(eq=False, slots=True, repr=False)
 class StandIn:
     """Takes the place of a class, a function or an object: keeps what was pickled, without the class's code."""
 
@@ -57,6 +59,9 @@ class StandIn:
     """The attributes, mostly a dict."""
     content: Any = None
     """The items of an object that is a dict, a list or a set."""
+
+    def __repr__(self) -> str:
+        return kind_of(self)  # what the object holds could be too long to print
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +83,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: str | None = None
-    """The name of a torch dtype, where the storage does not tell."""
+    """The name of a torch dtype, if it is not that of the storage."""
     is_plain: bool = True
     """Whether its values are the storage's own, not their negatives or conjugates."""
 
@@ -157,11 +162,12 @@ def _is_data(module: str, name: str) -> bool:
 
     A name that begins with a capital letter is taken for a class.
     """
+    is_class = all(part.lstrip("_")[:1].isupper() for part in name.split("."))
     if DATA.fullmatch(f"{module}.{name}"):
         return True
     if module.partition(".")[0] in STANDARD_LIBRARY:
-        return False
-    return REBUILDS.fullmatch(name) is not None or all(part.lstrip("_")[:1].isupper() for part in name.split("."))
+        return is_class and module in DATA_MODULES
+    return is_class or REBUILDS.fullmatch(name) is not None
 
 
 def _key(value: Any) -> Any:

@@ -308,7 +308,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pickle in place of safetensors": (as_a_pickle, "cannot be loaded"),
     "a weight missing": (
         edit_weights(lambda state: state.pop("transformer.h.1.ln_2.weight")),
-        r"its config\.json and its weights do not belong together \(transformer\.h\.1\.ln_2\.weight\)",
+        r"its config\.json and its weights do not belong together .*transformer\.h\.1\.ln_2\.weight",
     ),
     "a weight too many": (
         edit_weights(lambda state: state.update({"transformer.h.9.ln_2.weight": torch.ones(96)})),
@@ -316,7 +316,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a weight of another shape": (
         edit_weights(lambda state: state.update({"transformer.ln_f.weight": torch.ones(97)})),
-        "cannot be loaded",
+        "its config.json and its weights do not belong together",
     ),
     "a layer more in config.json": (edit_json("config.json", n_layer=4), "its config.json and its weights do not bel"),
     "a billion layers in config.json": (edit_json("config.json", n_layer=10**9), "its config.json and its weights do"),
@@ -331,11 +331,11 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "an unknown type of model": (edit_json("config.json", model_type="xyzzy", auto_map={}), "cannot be loaded"),
     "code of its own": (
         edit_json("config.json", model_type="xyzzy", auto_map={"AutoConfig": "evil.Config"}),
-        "cannot be loaded .* custom code to be run",
+        "cannot be loaded .*code of its own, which is not run",
     ),
     "a tokenizer with code of its own": (
         edit_json("tokenizer_config.json", tokenizer_class="Evil", auto_map={"AutoTokenizer": ["evil.Evil", None]}),
-        "cannot be loaded .* custom code to be run",
+        "tokenizer_config.json says tokenizer_class=.Evil., which is not supported",
     ),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "holds no tokenizer"),
     "tokenizer.json cut short": (cut("tokenizer.json", 20_000), "cannot be loaded"),
