@@ -112,7 +112,8 @@ def is_complete(output_file: str | Path, records: list[Record], overwrite: bool 
         if output.is_symlink():
             raise UserError(f"{output}: is a symbolic link; name the file itself")
     try:
-        found = [parse_json(line) for line in read_text(output, MAX_OUTPUT_BYTES).split("\n") if line]
+        text = read_text(output, MAX_OUTPUT_BYTES)
+        found = [parse_json(line) for line in text.removesuffix("\n").split("\n")] if text else []
     except ValueError:  # also a UserError: not a file, not UTF-8, too large
         found = [None]
     if not all(isinstance(record, dict) and isinstance(record.get("response"), str) for record in found):
@@ -275,6 +276,5 @@ def _answer(line: bytes) -> tuple[str, str] | None:
         key, response = answer["record"], answer["response"]
     except (ValueError, TypeError, KeyError):
         return None
-    return (
-        (key, response) if isinstance(key, str) and isinstance(response, str) and line == _line(key, response) else None
-    )
+    is_text = isinstance(key, str) and isinstance(response, str)
+    return (key, response) if is_text and line.rstrip(b"\n") + b"\n" == _line(key, response) else None
