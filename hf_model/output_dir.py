@@ -69,13 +69,14 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def whole_folder(target: Path, overwrite: bool = False, warn: Callable[[str], None] = warnings.warn) -> Iterator[Path]:
+def whole_folder(target: Path, overwrite: bool = False, say: Callable[[str], None] = warnings.warn) -> Iterator[Path]:
     """Give a folder to write into, and put it in the target's place when the block ends without an error.
 
     Args:
         target: the folder to make. Its missing parents are made too, and removed again if the block fails.
         overwrite: replace a folder that exists. It is deleted or kept, as the top of this module says.
-        warn: called with a line that names the folder under which an older one was kept, or what could not be deleted.
+        say: called with a line that names the folder under which an older one was kept, or a warning: something could
+            not be deleted, or not be synced.
 
     Raises:
         UserError: as `check_target`, the place cannot be written, or another run is writing the same target.
@@ -83,7 +84,7 @@ def whole_folder(target: Path, overwrite: bool = False, warn: Callable[[str], No
     with disk_errors(target):
         target = resolved(target)
         check_target(target, overwrite)
-        with _parents(target.parent), _workplace(target, warn) as place:
+        with _parents(target.parent), _workplace(target, say) as place:
             new = place / "new"
             new.mkdir()
             yield new
@@ -96,7 +97,7 @@ def whole_folder(target: Path, overwrite: bool = False, warn: Callable[[str], No
                 for folder in (place, target.parent):
                     sync(folder)
             except OSError as error:
-                warn(f"{target}: is complete, but may not outlast a loss of power ({error.strerror})")
+                say(f"warning: {target}: is complete, but may not outlast a loss of power ({error.strerror})")
 
 
 def resolved(path: Path) -> Path:
@@ -184,20 +185,20 @@ def _parents(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _workplace(target: Path, warn: Callable[[str], None]) -> Iterator[Path]:
+def _workplace(target: Path, say: Callable[[str], None]) -> Iterator[Path]:
     """A locked folder beside the target for this run alone. It is gone when the block ends."""
     place = target.with_name(f".{target.name}.{secrets.token_hex(8)}.partial")
     place.mkdir()
     try:
         with locked(place / MARK, os.O_CREAT | os.O_EXCL) as descriptor:
-            if descriptor is None or not _clear_leftovers(target, place, warn):
+            if descriptor is None or not _clear_leftovers(target, place, say):
                 raise UserError(f"{target}: another conversion is writing it")
             yield place
     finally:
-        _clear(place, target, warn)
+        _clear(place, target, say)
 
 
-def _clear_leftovers(target: Path, mine: Path, warn: Callable[[str], None]) -> bool:
+def _clear_leftovers(target: Path, mine: Path, say: Callable[[str], None]) -> bool:
     """Clear the places of killed runs on this target; False if one of the runs is still alive."""
     name = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{16}\.partial")
     for place in list(target.parent.iterdir()):
@@ -208,17 +209,17 @@ def _clear_leftovers(target: Path, mine: Path, warn: Callable[[str], None]) -> b
         with suppress(OSError), locked(place / MARK) as descriptor:  # without a MARK the folder is not ours
             if descriptor is None:
                 return False
-            _clear(place, target, warn)
+            _clear(place, target, say)
     return True
 
 
-def _clear(place: Path, target: Path, warn: Callable[[str], None]) -> None:
+def _clear(place: Path, target: Path, say: Callable[[str], None]) -> None:
     """End a run: bring `old` back, keep it beside the target, or delete it; delete the rest of the place."""
     new, old = place / "new", place / "old"
     try:
         for path in (new, old):
             if path.is_symlink() or (path.exists() and not path.is_dir()):  # no run of ours makes these
-                warn(f"{place}: is left alone: {path.name!r} in it is not a folder")
+                say(f"warning: {place}: is left alone: {path.name!r} in it is not a folder")
                 return
         if old.exists() and not os.path.lexists(target):
             old.rename(target)
@@ -228,7 +229,7 @@ def _clear(place: Path, target: Path, warn: Callable[[str], None]) -> None:
             names = (target.with_name(f"{target.name}.{number}") for number in itertools.count(1))
             kept = next(name for name in names if not os.path.lexists(name))
             old.rename(kept)
-            warn(f"kept  {kept} (the folder that stood there: {reason})")
+            say(f"kept          {kept} (the folder that stood there: {reason})")
         elif old.exists():
             old.rename(new)  # should the deletion be interrupted, the next run goes on with it
             shutil.rmtree(new)
@@ -237,7 +238,7 @@ def _clear(place: Path, target: Path, warn: Callable[[str], None]) -> None:
     except FileNotFoundError:
         pass  # another run has cleared the place
     except OSError as error:
-        warn(f"{place}: is left over and cannot be deleted ({error.strerror})")
+        say(f"warning: {place}: is left over and cannot be deleted ({error.strerror})")
 
 
 def _put_in_place(place: Path, target: Path) -> None:

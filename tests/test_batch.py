@@ -135,7 +135,7 @@ class TestResuming:
         assert [record["response"] for record in written(out)] == ANSWERS
         assert list(tmp_path.iterdir()) == [out]  # no journal is left
 
-    @pytest.mark.parametrize("lost", [1, 10, 25])
+    @pytest.mark.parametrize("lost", [2, 10, 25])
     def test_a_half_written_line_is_answered_again(
         self, model_and_tokenizer: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: int
     ) -> None:

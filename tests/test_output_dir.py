@@ -100,7 +100,7 @@ class TestWhatThisProgramDidNotWriteIsKept:
 
     @staticmethod
     def replace(target: Path, said: list[str]) -> None:
-        with whole_folder(target, overwrite=True, warn=said.append) as work:
+        with whole_folder(target, overwrite=True, say=said.append) as work:
             write(work, "config.json")
         assert names_in(target) == {"config.json"}
 
@@ -117,7 +117,7 @@ class TestWhatThisProgramDidNotWriteIsKept:
         kept = tmp_path / "hf.1"
         assert (kept / name).is_dir() if name.endswith("/") else (kept / name).read_text() == "mine"
         assert (kept / "config.json").read_text() == "config.json"
-        assert said == [f"kept  {kept} (the folder that stood there: {name.rstrip('/')} was added)"]
+        assert said == [f"kept          {kept} (the folder that stood there: {name.rstrip('/')} was added)"]
         assert names_in(tmp_path) == {"hf", "hf.1"}
 
     def test_a_file_that_was_edited(self, tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ class TestWhatThisProgramDidNotWriteIsKept:
         (target / "README.md").write_text("README.MD")  # of the same size
         self.replace(target, said)
         assert (tmp_path / "hf.1" / "README.md").read_text() == "README.MD"
-        assert said == [f"kept  {tmp_path / 'hf.1'} (the folder that stood there: README.md was changed)"]
+        assert said == [f"kept          {tmp_path / 'hf.1'} (the folder that stood there: README.md was changed)"]
 
     def test_a_link_to_the_same_content(self, tmp_path: Path) -> None:
         target, said = written(tmp_path / "hf", "config.json"), []
@@ -139,7 +139,7 @@ class TestWhatThisProgramDidNotWriteIsKept:
         target, said = write(tmp_path / "hf", "thesis.tex"), []
         self.replace(target, said)
         assert names_in(tmp_path / "hf.1") == {"thesis.tex"}
-        assert f"kept  {tmp_path / 'hf.1'} (the folder that stood there: it has no valid {MANIFEST})" in said
+        assert f"kept          {tmp_path / 'hf.1'} (the folder that stood there: it has no valid {MANIFEST})" in said
 
     @pytest.mark.parametrize("content", ["", "[]", "{}", '{"written_by": 1, "sha256": []}', "[" * 10**5, "\xff"])
     def test_a_folder_whose_list_of_files_is_damaged(self, content: str, tmp_path: Path) -> None:
@@ -216,9 +216,9 @@ class TestLinksInWhatAKilledRunLeft:
         link = self.left_over(tmp_path) / name
         link.symlink_to(leads_to if leads_to.startswith("..") else tmp_path / leads_to)
         said: list[str] = []
-        with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "hf", warn=said.append):
+        with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "hf", say=said.append):
             raise ZeroDivisionError
-        assert said == [f"{link.parent}: is left alone: '{name}' in it is not a folder"]
+        assert said == [f"warning: {link.parent}: is left alone: '{name}' in it is not a folder"]
         assert link.is_symlink()
         assert names_in(precious) == {"config.json", "model.safetensors"}
         assert names_in(tmp_path) == {"precious", link.parent.name}
@@ -230,7 +230,7 @@ class TestLinksInWhatAKilledRunLeft:
         (folder / "config.json").unlink()
         (folder / "config.json").symlink_to(precious / "config.json")
         (folder / "folder").symlink_to(precious)
-        with whole_folder(tmp_path / "hf", overwrite=True, warn=lambda line: None) as work:
+        with whole_folder(tmp_path / "hf", overwrite=True, say=lambda line: None) as work:
             write(work, "config.json")
         assert names_in(precious) == {"config.json", "model.safetensors"}
         assert (tmp_path / "hf" / "config.json").read_text() == "config.json"
@@ -290,7 +290,7 @@ def test_a_folder_that_cannot_be_tidied_up_is_a_warning(tmp_path: Path, monkeypa
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(shutil, "rmtree", refuse)
-    with whole_folder(target, overwrite=True, warn=said.append) as work:
+    with whole_folder(target, overwrite=True, say=said.append) as work:
         write(work, "model.safetensors")
     assert names_in(target) == {"model.safetensors"}
     (line,) = said

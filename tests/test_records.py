@@ -164,10 +164,10 @@ class TestJournal:
         header, first, _ = whole.splitlines(keepends=True)
         for length in range(len(whole)):
             path.write_bytes(whole[:length])
-            expected = {0: "one"} if length >= len(header + first) - 1 else {}  # less a newline it is whole
-            assert answers(output) == expected
-            begun(output, {1: "two again"})
-            assert answers(output) == expected | {1: "two again"}
+            n_whole = (length >= len(header + first) - 1) + (length == len(whole) - 1)  # whole but for the newline
+            assert answers(output) == dict([(0, "one"), (1, "two")][:n_whole])
+            begun(output, {2: "three"})
+            assert answers(output) == dict([(0, "one"), (1, "two")][:n_whole]) | {2: "three"}
 
     @pytest.mark.parametrize(
         "line",

@@ -34,7 +34,7 @@ RECORDS = [{"prompt": key} for key in KEYS]
 
 
 def write(target: Path, content: str, names: tuple[str, ...] = ("config.json", "model.safetensors")) -> None:
-    with whole_folder(target, overwrite=True, warn=lambda line: None) as work:
+    with whole_folder(target, overwrite=True, say=lambda line: None) as work:
         for name in names:
             (work / name).write_text(content * 1000)
 
@@ -51,7 +51,7 @@ def content_of(target: Path) -> str | None:
 def next_run(target: Path) -> None:
     """A run that clears what an earlier one left, and writes nothing."""
     try:
-        with whole_folder(target, overwrite=True, warn=lambda line: None):
+        with whole_folder(target, overwrite=True, say=lambda line: None):
             raise ZeroDivisionError
     except ZeroDivisionError:
         pass
