@@ -18,7 +18,7 @@ from hf_model.learnt.diagnosis import STUTTER_MASS, STUTTER_RUN
 from hf_model.learnt.inspection import Inspection
 from hf_model.learnt.training_data import Measurement
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.output_dir import disk_errors, replace_file
+from hf_model.writing import disk_errors, write_file
 
 MARK = "<!doctype html><!-- what a checkpoint has learnt -->"  # only files that begin with it are replaced
 VISIBLE = {"\n": "⏎", "\t": "⇥", "\r": "␍", "\0": "␀"}
@@ -67,7 +67,7 @@ def write_page(
     page = render(gather(inspection, model, tokenizer))
     check_page(path)  # drawing took a while
     with disk_errors(path):
-        replace_file(path, page.encode("utf-8", "replace"))
+        write_file(path, page.encode("utf-8", "replace"), overwrite=True)
 
 
 def render(content: Content) -> str:
