@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from hf_model.description import describe_architecture, describe_parameters, file_size, rounding
 from hf_model.errors import UserError, memory_for, one_line
 from hf_model.formats import Options, find_target
-from hf_model.formats.card_facts import About, card_facts
+from hf_model.formats.cards import About, card_facts
 from hf_model.formats.target import MissingEngineError
 from hf_model.learnt.inspection import Inspection, examine
 from hf_model.learnt.report import check_page, write_page
