@@ -148,7 +148,7 @@ class About:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the cards of all formats have in common. All texts but `place` are Markdown."""
+    """What the cards of all formats have in common. The last three are Markdown."""
 
     title: str = NAMELESS
     place: str = f"./{NAMELESS}"
@@ -184,7 +184,7 @@ def card_facts(
             data.append(f"The checkpoint names its data {code(checkpoint.dataset)}.")
     evaluation = [f"The checkpoint tells: {markdown(progress)}."] if progress else []
     return CardFacts(
-        title=markdown(about.model_name or (about.repo or "").rpartition("/")[2] or title_of(folder, source)),
+        title=about.model_name or (about.repo or "").rpartition("/")[2] or title_of(folder, source),
         place=place_of(folder),
         about=about,
         base_model=f"{GPT2_OWNER}/{started_from}" if started_from else None,
@@ -286,7 +286,7 @@ def write_card(
     text = Template(CARD).render(
         metadata=metadata.to_yaml(),
         facts=facts,
-        title=facts.title,
+        title=markdown(facts.title),
         architecture=describe_architecture(config),
         block_size=config.block_size,
         what=what,

@@ -13,7 +13,7 @@ from hf_model.formats import gpt2
 from hf_model.formats.cards import write_card
 from hf_model.formats.comparison import Difference, check_tokenizer_files, compare, compared_with, reference_logits
 from hf_model.formats.example import TRY_EXAMPLE, USE_EXAMPLE, write_example
-from hf_model.formats.target import Options, engine_errors, require_engine, require_writer, write_tokenizer
+from hf_model.formats.target import MissingEngineError, Options, engine_errors, require, write_tokenizer
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.source import Loaded, Source
 
@@ -58,7 +58,7 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
         UserError: CTranslate2 is not installed, or does not take the model.
         OSError: the disk is full.
     """
-    require_writer(["ctranslate2"], "ctranslate2")
+    require(["ctranslate2"], "ctranslate2")
     config = loaded.model.config
     check_supported(loaded.model)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -126,7 +126,7 @@ def verify(folder: Path, source: Source, options: Options) -> str:
         MissingEngineError: CTranslate2 is not installed.
         UserError: something differs.
     """
-    require_engine(["ctranslate2"], "ctranslate2")
+    require(["ctranslate2"], "ctranslate2", MissingEngineError)
     model = source.load().model
     texts = check_tokenizer_files(folder, source)
     quantization = options.quantization or "float32"

@@ -12,11 +12,13 @@ from hf_model.tokenizer import takes_instructions
 FILE = "example.py"
 TRY_EXAMPLE = "python {script} {prompt}"
 USE_EXAMPLE = """\
+In this folder:
+
 ```console
 $ python example.py "A prompt"
 ```
 
-`example.py` is in this folder:
+This is `example.py`:
 
 ```python
 {{ script }}

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from hf_model.formats import ollama
 from hf_model.formats.cards import code, write_card
 from hf_model.formats.comparison import check_ids, compare, compared_with, reference_logits
 from hf_model.formats.gguf_tokenizer import GgufTokenizer, to_gguf
-from hf_model.formats.target import TANH_GELU, Options, engine_errors, require_engine, require_writer
+from hf_model.formats.target import TANH_GELU, MissingEngineError, Options, engine_errors, require
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.source import Loaded, Source
 from hf_model.tokenizer import is_of_characters, probes
@@ -45,12 +45,12 @@ GELU = ("gelu", "gelu_python", *TANH_GELU)
 ALLOWED = {"f32": 0.01, "f16": 0.02, "q8_0": 0.15}
 # Texts that byte-level tokenizers split differently: spaces, contractions, numbers, scripts, emoji, control characters.
 TORTURE = [
-    *["", " ", "  ", "\n", "\n\n  \n", "\t tab", " leading", "trailing ", "a  b   c    d", "\r\n", "\xa0\u2003\u3000x"],
-    *["I'm you're he'll we've I'd can't DON'T 'twas ''s", "x'S x'T", "1234567890", "3.14e-10", "½ ² ٣ Ⅷ ௧"],
-    *["日本語のテキスト。", "한국어 텍스트", "ไทย ภาษา", "हिन्दी में", "עברית", "é café café", "ﬁ ﬀ ŉ ß ẞ İ ı"],
-    *["👩\u200d👩\u200d👧 🏳️\u200d🌈 🇫🇷", "\x00\x01\x1f\x7f\x80", "\ufeffbom�", "𝕳𝖊 𐍈 \U0010ffff"],
-    *["if (a<=b) { return !c; } // {{x}}", "<|endoftext|>", "[UNK][PAD]x[EOS]y", "[BOS]x", "[EO S] [bos]"],
-    "a" * 300,
+    *["", " ", "  ", "\n", "\n\n  \n", "\t tab", " leading", "trailing ", "a  b   c    d", "\u00a0\u2003\u3000x"],
+    *["I'm you're he'll we've I'd can't DON'T 'twas ''s", "x'S x'T", "1234567890", "3.14e-10", "½ ² ٣ Ⅷ ௧", "\r\n"],
+    *["日本語のテキスト。", "한국어 텍스트", "ไทย ภาษา", "हिन्दी में", "עברית", "e\u0301 cafe\u0301 café"],
+    *["ﬁ ﬀ ŉ ß ẞ İ \u0131"],
+    *["👩\u200d👩\u200d👧 🏳️\u200d🌈 🇫🇷", "\0\x01\x1f\x7f\x80", "\ufeffbom\ufffd", "\U0001d573\U0001d58a 𐍈 \U0010ffff"],
+    *["if (a<=b) { return !c; } // {{x}}", "<|endoftext|>", "[UNK][PAD]x[EOS]y", "[BOS]x", "[EO S] [bos]", "a" * 300],
 ]
 
 # `--ctx-size 0` is the context that the file names.
@@ -106,12 +106,12 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
         UserError: the package `gguf` is not installed, or llama.cpp cannot express the model or its tokenizer.
         OSError: the disk is full.
     """
-    require_writer(["gguf"], "gguf")
+    require(["gguf"], "gguf")
     model, file = loaded.model, file_name(options)
     check_supported(model, options.gguf_type)
     tokenizer = to_gguf(loaded.tokenizer, model.config.vocab_size)
     with engine_errors("the package gguf cannot write the model", folder):
-        write_file(folder / file, model, options.gguf_type, tokenizer, options.card.title)
+        write_file(folder / file, model, options.gguf_type, tokenizer, one_line(options.card.title))
     text = ollama.modelfile(file, model, loaded.tokenizer, tokenizer.adds_bos)
     (folder / ollama.FILE).write_text(text, encoding="utf-8")
     notes = [*tokenizer.notes, *gelu_notes(model)]
@@ -199,7 +199,11 @@ def write_file(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
+    (file,) = writer.fout or []
+    size = file.tell()
     writer.close()
+    if path.stat().st_size != size:  # NumPy drops the error of a last small write to a full disk
+        raise OSError(f"{path.name} is incomplete")
 
 
 def _add_sizes(writer: "GGUFWriter", config: CustomGPTConfig, gguf_type: str, name: str) -> None:
@@ -223,14 +227,8 @@ def _add_tokenizer(writer: "GGUFWriter", tokenizer: GgufTokenizer) -> None:
         writer.add_token_merges(tokenizer.merges)
     writer.add_token_list(tokenizer.tokens)
     writer.add_token_types(tokenizer.types)
-    adders: dict[str, Any] = {
-        "bos": writer.add_bos_token_id,
-        "eos": writer.add_eos_token_id,
-        "unk": writer.add_unk_token_id,
-        "pad": writer.add_pad_token_id,
-    }
     for kind, token_id in tokenizer.special.items():
-        adders[kind](token_id)
+        getattr(writer, f"add_{kind}_token_id")(token_id)
     writer.add_add_bos_token(tokenizer.adds_bos)
     writer.add_add_eos_token(False)
     if tokenizer.chat_template:
@@ -267,7 +265,7 @@ def verify(folder: Path, source: Source, options: Options) -> str:
         MissingEngineError: llama-cpp-python is not installed.
         UserError: something differs, or llama.cpp does not take the file.
     """
-    require_engine(["llama_cpp"], "gguf")
+    require(["llama_cpp"], "gguf", MissingEngineError)
     loaded = source.load()
     activation = None if loaded.model.config.activation_function in TANH_GELU else "gelu_pytorch_tanh"
     ids, expected = reference_logits(loaded.model, activation)

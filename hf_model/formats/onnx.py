@@ -21,7 +21,7 @@ from hf_model.formats.cards import write_card
 from hf_model.formats.comparison import Difference, check_tokenizer_files, compare, compared_with, in_float32
 from hf_model.formats.example import TRY_EXAMPLE, USE_EXAMPLE, write_example
 from hf_model.formats.gpt2 import stock_config, stock_generation
-from hf_model.formats.target import Options, engine_errors, require_engine, require_writer, write_tokenizer
+from hf_model.formats.target import MissingEngineError, Options, engine_errors, require, write_tokenizer
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.source import Loaded, Source
 
@@ -51,7 +51,7 @@ tokenizer = AutoTokenizer.from_pretrained(str(folder))
 # The cache begins empty: keys and values of each layer, of shape (1, heads, 0, size).
 inputs = {put.name: put for put in session.get_inputs() if len(put.shape) == 4}
 kind = np.float16 if any("float16" in put.type for put in inputs.values()) else np.float32
-cache = {name: np.zeros((1, put.shape[1], 0, put.shape[3]), kind) for name, put in inputs.items()}
+cache = {name: np.zeros((1, int(put.shape[1]), 0, int(put.shape[3])), kind) for name, put in inputs.items()}
 answer, new = [], ids
 while len(ids) + len(answer) < {{ block_size }} and tokenizer.eos_token_id not in answer:
     mask = np.ones((1, len(ids) + len(answer)), np.int64)
@@ -79,7 +79,7 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
         UserError: the packages are not installed, or the exporter does not take the model.
         OSError: the disk is full.
     """
-    require_writer(["onnx", "onnxscript"], "onnx")
+    require(["onnx", "onnxscript"], "onnx")
     config = loaded.model.config
     if loaded.model.dtype not in (torch.float32, torch.float16):
         raise UserError("onnxruntime computes in float32 and float16 on a CPU: add --dtype float32 or --dtype float16")
@@ -136,7 +136,7 @@ def verify(folder: Path, source: Source, options: Options) -> str:
         MissingEngineError: onnxruntime is not installed.
         UserError: something differs.
     """
-    require_engine(["onnxruntime"], "onnx")
+    require(["onnxruntime"], "onnx", MissingEngineError)
     import onnxruntime
 
     model = source.load().model

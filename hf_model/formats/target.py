@@ -50,24 +50,12 @@ class MissingEngineError(Exception):
     """The engine that verifies a format is not installed. The message says how to install it."""
 
 
-def missing(packages: Sequence[str], extra: str) -> str:
-    """A line that names the packages that are not installed, and the remedy; "" if all are installed."""
+def require(packages: Sequence[str], extra: str, error: type[Exception] = UserError) -> None:
+    """Raise `error`, with the remedy, if one of these packages is not installed."""
     absent = [package for package in packages if importlib.util.find_spec(package) is None]
-    if not absent:
-        return ""
-    return f'{" and ".join(absent)} not installed for {sys.executable}: pip install "custom-gpt-hf[{extra}]"'
-
-
-def require_writer(packages: Sequence[str], extra: str) -> None:
-    """Raise UserError if a package that writes the format is not installed."""
-    if absent := missing(packages, extra):
-        raise UserError(absent)
-
-
-def require_engine(packages: Sequence[str], extra: str) -> None:
-    """Raise MissingEngineError if a package that verifies the format is not installed."""
-    if absent := missing(packages, extra):
-        raise MissingEngineError(absent)
+    if absent:
+        names = " and ".join(absent)
+        raise error(f'{names} not installed for {sys.executable}: pip install "custom-gpt-hf[{extra}]"')
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from hf_model.conversion import convert
 from hf_model.formats.cards import About, place_of, title_of
 from hf_model_cli.convert import parse_arguments
 from tests import relatives
-from tests.tiny import CHECKPOINT, TOKENIZER
+from tests.tiny import CHECKPOINT, TOKENIZER, gpt, save_files
 
 
 @pytest.fixture
@@ -196,6 +196,11 @@ class TestName:
             parse_arguments([option, words])
         assert f"argument {option}: " in capsys.readouterr().err
 
+    @pytest.mark.parametrize("name", ["hf", "my-model", "a b"])
+    def test_on_the_disk_is_never_one_on_the_hub(self, name: str, tmp_path: Path) -> None:
+        for folder in (tmp_path / name, Path(name), Path("out") / name):
+            assert place_of(folder).startswith("./")
+
     def test_cannot_break_the_card(self, tmp_path: Path) -> None:
         folder = convert(
             CHECKPOINT, TOKENIZER, tmp_path / 'a "quoted" {{ name }}\n---', about=About(model_name="{{ 7*7 }}\n---")
@@ -204,3 +209,65 @@ class TestName:
         assert card.data.library_name == "transformers"
         assert loads(card) == {f"./{folder.name}"}
         assert "49" not in card.text.splitlines()[0]
+
+
+HOSTILE = "x`\n# Heading\n<script>alert(1)</script>\x1b[31m**bold** [link](http://a)"
+
+
+class TestTextsFromFilesAreQuoted:
+    """Nothing that a file holds makes a heading, an element of HTML or an escape sequence of a terminal."""
+
+    @staticmethod
+    def assert_plain(card: ModelCard) -> None:
+        outside_code = re.sub(r"^```.*?^```", "", card.text, flags=re.DOTALL | re.MULTILINE)
+        outside_code = re.sub(r"\\.", "", outside_code)
+        outside_code = re.sub(r"(`+)(?!`).*?[^`]\1(?!`)", "", outside_code)
+        assert "<script" not in outside_code
+        assert "# Heading" not in card.text.splitlines()
+        assert "](http://a" not in outside_code
+        assert "\x1b" not in card.content
+
+    def test_a_token(self, tmp_path: Path) -> None:
+        files = save_files(tmp_path, gpt())
+        content = files[1].read_text(encoding="utf-8").replace("[BOS]", "start")
+        files[1].write_text(content.replace("[EOS]", json.dumps(HOSTILE)[1:-1]), encoding="utf-8")
+        card = card_of(convert(*files, tmp_path / "hf", raw=True))
+        assert "A text ends at" in card.text
+        self.assert_plain(card)
+
+    def test_the_name_of_the_data(self, tmp_path: Path) -> None:
+        path = relatives.save_nanogpt(tmp_path, relatives.nano_character_model())
+        content = torch.load(path, weights_only=True)
+        torch.save(content | {"config": content["config"] | {"dataset": HOSTILE}}, path)
+        card = card_of(convert(path, relatives.save_meta(tmp_path / "meta.pkl"), tmp_path / "hf"))
+        assert "names its data" in card.text
+        self.assert_plain(card)
+
+    def test_the_name_of_the_folder_and_the_prompt(self, tmp_path: Path) -> None:
+        about = About(example_prompts=(HOSTILE,))
+        folder = convert(CHECKPOINT, TOKENIZER, tmp_path / HOSTILE.replace("/", "-"), about=about)
+        card = card_of(folder)
+        self.assert_plain(card)
+        assert loads(card) == {f"./{folder.name}"}
+
+    def test_the_training_data_s_own_name(self, tmp_path: Path) -> None:
+        data = tmp_path / f"{HOSTILE.replace('/', '-')}.jsonl"
+        data.write_text('{"instruction": "What is the capital of France?", "output": "Paris"}\n' * 3)
+        self.assert_plain(card_of(convert(CHECKPOINT, TOKENIZER, tmp_path / "hf", training_data=data)))
+
+
+class TestClaims:
+    """A card claims what was compared: the file; and the loss on the user's data, where there are any."""
+
+    def test_the_file_alone_is_said_to_be_that(self, capitals: Path) -> None:
+        assert "compares its result with the checkpoint file, not with" in section(card_of(capitals), "Evaluation")
+
+    def test_of_a_folder_too(self, capitals: Path, tmp_path: Path) -> None:
+        card = card_of(convert(capitals, None, tmp_path / "out", format="gpt2"))
+        assert "with the source folder, not with" in section(card, "Evaluation")
+
+    def test_the_loss_on_data_is_added(self, tmp_path: Path) -> None:
+        data = tmp_path / "data.jsonl"
+        data.write_text('{"instruction": "What is the capital of France?", "output": "Paris"}\n' * 3)
+        card = card_of(convert(CHECKPOINT, TOKENIZER, tmp_path / "hf", training_data=data))
+        assert re.search(r"The loss on `data\.jsonl`.* is \d+\.\d{3}\.", section(card, "Evaluation"))

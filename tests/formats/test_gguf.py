@@ -40,10 +40,7 @@ def test_gives_the_log_probabilities_of_the_plain_reference(shape: dict, gguf_ty
     got = run(folder / f"model-{gguf_type}.gguf", ids[0].tolist())
     assert (expected - got).abs().max() < ALLOWED[gguf_type]
     said = "\n".join(lines)
-    assert (
-        "verified      by llama.cpp, compared with the file: the log-probabilities of 16 positions differ by at most"
-        in said
-    )
+    assert "verified      by llama.cpp, compared with the file: the log-probabilities of 16 positions differ" in said
     assert ("llama.cpp's GELU is the tanh form" in said) == (shape.get("activation") != "gelu_new")
 
 
