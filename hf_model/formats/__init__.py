@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_model.errors import UserError
 from hf_model.formats.target import Options
-from hf_model.source import Loaded, Source
+from hf_model.loading import Loaded, Source
 from hf_model.tokenizer import example_prompt, takes_instructions
 
 FORMATS = {
@@ -32,7 +32,7 @@ FORMATS = {
 N_TOKENS = 20  # asked of a server: with a short prompt, they stay within any context
 
 
-class Target(Protocol):
+class Format(Protocol):
     """What a module of the table has."""
 
     TRY_IT: str
@@ -43,7 +43,7 @@ class Target(Protocol):
     def verify(self, folder: Path, source: Source, options: Options) -> str: ...
 
 
-def find_target(name: str) -> Target:
+def find_format(name: str) -> Format:
     """The module of a format. It imports its engine only when it uses it.
 
     Raises:
@@ -74,14 +74,14 @@ def how_to_try(
         tokenizer_path: the tokenizer that goes with a checkpoint, which holds none itself.
         generate: the command that answers prompts.
     """
-    target, options = find_target(name), options or Options()
+    module, options = find_format(name), options or Options()
     path = Path(folder).as_posix()
     # Without "./" in front, a server could read the path as the name of a repository on the Hub.
     path = path if Path(folder).is_absolute() or path.startswith(".") else f"./{path}"
     if not prompt and tokenizer is not None:
         prompt = example_prompt(tokenizer)
     is_instructed = tokenizer is not None and takes_instructions(tokenizer)
-    commands = (target.TRY_IT if is_instructed else target.TRY_IT_RAW).format(
+    commands = (module.TRY_IT if is_instructed else module.TRY_IT_RAW).format(
         generate=generate,
         folder=shlex.quote(path),
         file=shlex.quote(f"{path}/model-{options.gguf_type}.gguf"),

@@ -13,10 +13,9 @@ from huggingface_hub import ModelCardData
 from jinja2 import Template
 from transformers import PreTrainedTokenizerBase
 
-from hf_model.description import describe_architecture
 from hf_model.errors import one_line
 from hf_model.learnt.inspection import Inspection
-from hf_model.source import Loaded
+from hf_model.loading import Loaded, describe_architecture
 from hf_model.tokenizer import (
     example_prompt,
     format_example,
@@ -265,7 +264,8 @@ def write_card(
             `takes_instructions` and those of `fields`.
         notes: what a user must know, as Markdown.
     """
-    facts, config, tokenizer = options.card, loaded.model.config, loaded.tokenizer
+    facts, config = options.card, loaded.model.config
+    tokenizer = None if loaded.found is None else loaded.tokenizer
     examples = () if tokenizer is None else facts.about.examples(tokenizer)
     is_instructed = tokenizer is not None and takes_instructions(tokenizer)
     fields |= {

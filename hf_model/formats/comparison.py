@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError
+from hf_model.loading import Source, with_weights
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.source import Source
 from hf_model.tokenizer import FoundTokenizer, probes
 
 MAX_LOGITS = 2**27  # compared at most: half a gigabyte on either side
@@ -42,15 +41,6 @@ def in_float32(model: CustomGPTForCausalLM, activation: str | None = None) -> Cu
     config.dtype = torch.float32
     config.activation_function = activation or config.activation_function
     return with_weights(config, {name: tensor.float() for name, tensor in model.state_dict().items()})
-
-
-def with_weights(config: CustomGPTConfig, state_dict: dict[str, torch.Tensor]) -> CustomGPTForCausalLM:
-    """A model that holds these tensors themselves, not copies."""
-    with torch.device("meta"):
-        model = CustomGPTForCausalLM(config)
-    model.load_state_dict(state_dict, assign=True)
-    model.tie_weights()
-    return model.eval()
 
 
 def reference_logits(model: CustomGPTForCausalLM, activation: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,7 +118,7 @@ def check_ids(found: FoundTokenizer, texts: Sequence[str], encoded: Sequence[lis
 
 def check_tokenizer_files(folder: Path, source: Source) -> str:
     """`check_ids` for the tokenizer that AutoTokenizer loads from a folder."""
-    found = source.vocabulary()
+    found = source.find_tokenizer()
     written = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     texts = probes(found.tokenizer)
     return check_ids(found, texts, [written(text, verbose=False).input_ids for text in texts])

@@ -6,7 +6,7 @@ from jinja2 import Template
 
 from hf_model.formats.cards import python_literal
 from hf_model.formats.target import Options
-from hf_model.source import Loaded
+from hf_model.loading import Loaded
 from hf_model.tokenizer import takes_instructions
 
 FILE = "example.py"

@@ -19,8 +19,8 @@ from hf_model.formats.cards import code, write_card
 from hf_model.formats.comparison import check_ids, compare, compared_with, reference_logits
 from hf_model.formats.gguf_tokenizer import GgufTokenizer, to_gguf
 from hf_model.formats.target import TANH_GELU, MissingEngineError, Options, engine_errors, require
+from hf_model.loading import Loaded, Source
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.source import Loaded, Source
 from hf_model.tokenizer import is_of_characters, probes
 
 if TYPE_CHECKING:
@@ -271,7 +271,7 @@ def verify(folder: Path, source: Source, options: Options) -> str:
     ids, expected = reference_logits(loaded.model, activation)
     texts = [*probes(loaded.tokenizer), *([] if is_of_characters(loaded.tokenizer) else TORTURE)]
     logits, encoded = run_llama_cpp(folder / file_name(options), ids[0].tolist(), len(expected), texts)
-    same_texts = check_ids(source.vocabulary(), texts, encoded)
+    same_texts = check_ids(source.find_tokenizer(), texts, encoded)
     got = torch.from_numpy(logits).log_softmax(-1)
     found = compare("the log-probabilities", expected.log_softmax(-1), got)
     found.check(ALLOWED[options.gguf_type] * found.spread)

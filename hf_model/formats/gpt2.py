@@ -19,9 +19,8 @@ from hf_model.formats.comparison import (
     same_bits,
 )
 from hf_model.formats.target import Options, engine_errors, save_model, write_tokenizer
-from hf_model.loading import default_generation
+from hf_model.loading import FROM_PRETRAINED, Loaded, Source, default_generation
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.source import Loaded, Source
 
 TRANSPOSED = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # Conv1D has (in, out), Linear (out, in)
 
@@ -121,15 +120,15 @@ def verify(folder: Path, source: Source, options: Options) -> str:
         UserError: something differs.
     """
     model = source.load().model
-    with engine_errors(f"{folder}: cannot be read back"):
+    with FROM_PRETRAINED, engine_errors("cannot be read back"):
         stock = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
     if not isinstance(stock, GPT2LMHeadModel) or stock.dtype != model.dtype:
-        raise UserError(f"{folder}: was read back as {type(stock).__name__} in {stock.dtype}")
+        raise UserError(f"was read back as {type(stock).__name__} in {stock.dtype}")
     texts = check_tokenizer_files(folder, source)
     written, expected = stock.state_dict(), stock_weights(model)
     for name, tensor in expected.items():
         if name not in written or not same_bits(tensor, written[name]):
-            raise UserError(f"{folder}: {name} differs from {source.path}: the disk or the memory is faulty")
+            raise UserError(f"{name} differs from {source.path}: the disk or the memory is faulty")
     ids, logits = reference_logits(model)
     found = compare("the logits", logits, logits_of(stock.float(), ids, len(logits)))
     found.check(found.rounding)

@@ -22,8 +22,8 @@ from hf_model.formats.comparison import Difference, check_tokenizer_files, compa
 from hf_model.formats.example import TRY_EXAMPLE, USE_EXAMPLE, write_example
 from hf_model.formats.gpt2 import stock_config, stock_generation
 from hf_model.formats.target import MissingEngineError, Options, engine_errors, require, write_tokenizer
+from hf_model.loading import Loaded, Source
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.source import Loaded, Source
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -141,7 +141,7 @@ def verify(folder: Path, source: Source, options: Options) -> str:
 
     model = source.load().model
     texts = check_tokenizer_files(folder, source)
-    with engine_errors(f"{folder}: onnxruntime does not load it"):
+    with engine_errors("onnxruntime does not load it"):
         session = onnxruntime.InferenceSession(str(folder / FILE))
     reference = in_float32(model)
     T = model.config.block_size

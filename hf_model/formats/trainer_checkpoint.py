@@ -10,8 +10,8 @@ from hf_model.errors import UserError
 from hf_model.formats.cards import write_card
 from hf_model.formats.comparison import compared_with, equal_tensors, same_bits
 from hf_model.formats.target import TANH_GELU, Options, engine_errors
+from hf_model.loading import Loaded, Source
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.source import Loaded, Source
 from hf_model.trainers import read_checkpoint
 
 FILE = "ckpt.pt"
@@ -145,17 +145,17 @@ def verify(folder: Path, source: Source, options: Options) -> str:
     Raises:
         UserError: something differs.
     """
-    path, model = folder / FILE, source.load(needs_tokenizer=False).model
-    written, expected = read_checkpoint(path), model.state_dict()
+    model = source.load(needs_tokenizer=False).model
+    written, expected = read_checkpoint(folder / FILE), model.state_dict()
     sizes = asdict(written.architecture())
     for name, value in sizes.items():
         if value != getattr(model.config, name):
-            raise UserError(f"{path}: says {name}={value}, its source {getattr(model.config, name)}")
+            raise UserError(f"{FILE}: says {name}={value}, its source {getattr(model.config, name)}")
     if unmatched := written.state_dict.keys() ^ expected.keys():
-        raise UserError(f"{path}: {', '.join(sorted(unmatched))} is on one side only")
+        raise UserError(f"{FILE}: {', '.join(sorted(unmatched))} is on one side only")
     for name, tensor in expected.items():
         got = written.state_dict[name]
         if got.dtype != tensor.dtype or not same_bits(tensor.contiguous(), got):
-            raise UserError(f"{path}: {name} differs from {source.path}: the disk or the memory is faulty")
+            raise UserError(f"{FILE}: {name} differs from {source.path}: the disk or the memory is faulty")
     equal = equal_tensors(len(expected), options.rounded)
     return f"{compared_with(source)}{equal}, {len(sizes)} sizes and settings the same"

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
+import torch
 from transformers import AutoModelForCausalLM
 
-from hf_model.description import rounding
 from hf_model.errors import UserError
 from hf_model.formats.cards import GENERATE, write_card
 from hf_model.formats.comparison import check_tokenizer_files, compared_with, equal_tensors, same_bits
 from hf_model.formats.target import Options, save_model, write_tokenizer
-from hf_model.source import Loaded, Source
+from hf_model.loading import FROM_PRETRAINED, Loaded, Source, describe_rounding
 from hf_model.trainers import widest
 
 VERIFY_BYTES = 256 * 2**20  # compared before the memory is freed
@@ -59,20 +59,25 @@ def verify(folder: Path, source: Source, options: Options) -> str:
         UserError: a weight or a token differs.
     """
     texts = check_tokenizer_files(folder, source)
-    names = list(AutoModelForCausalLM.from_pretrained(folder).state_dict())
+    names = list(_written(folder))
     remaining = list(names)
     while remaining:
         # Each round maps both sides anew, so that memory never holds a whole file.
-        written = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        written = _written(folder)
         weights = source.weights()
         if unmatched := written.keys() ^ weights.keys():
-            raise UserError(f"{folder}: {', '.join(sorted(unmatched))} is on one side only")
+            raise UserError(f"{', '.join(sorted(unmatched))} is on one side only")
         n_bytes = 0
         while remaining and n_bytes < VERIFY_BYTES:
             name = remaining.pop()
             tensor = written[name]
             if not same_bits(tensor, weights[name].to(tensor.dtype)):
-                raise UserError(f"{folder}: {name} differs from {source.path}: the disk or the memory is faulty")
+                raise UserError(f"{name} differs from {source.path}: the disk or the memory is faulty")
             n_bytes += tensor.nbytes
-    rounded = rounding(widest(weight.dtype for weight in weights.values()), tensor.dtype)
+    rounded = describe_rounding(widest(weight.dtype for weight in weights.values()), tensor.dtype)
     return f"{compared_with(source)}{equal_tensors(len(names), rounded)}, {texts}"
+
+
+def _written(folder: Path) -> dict[str, torch.Tensor]:
+    with FROM_PRETRAINED:
+        return AutoModelForCausalLM.from_pretrained(folder).state_dict()
