@@ -95,7 +95,7 @@ def stock_weights(model: CustomGPTForCausalLM) -> dict[str, torch.Tensor]:
 
 
 def stock_model(model: CustomGPTForCausalLM) -> GPT2LMHeadModel:
-    """The library's GPT-2 with the model's weights. It can be saved, but not run: its buffers hold no values."""
+    """The library's GPT-2 with the model's weights."""
     with torch.device("meta"):
         stock = GPT2LMHeadModel(stock_config(model.config))
     stock.load_state_dict(stock_weights(model), assign=True)
