@@ -2,9 +2,9 @@
 
     python -m examples.serving.throughput questions.jsonl --url http://localhost:8000/v1 --model capitals-hf
 
-Any server that speaks OpenAI's chat completions will do: `vllm serve`, `transformers serve`, `llama-server`. Answers are
-greedy. The first request is not measured, because some servers load or compile on it. The records are those of
-`generate.py --prompts_file`, {"instruction": …}. If a record has an "output", an answer that equals it counts as right.
+The server may be any that speaks OpenAI's chat completions: `vllm serve`, `transformers serve`, `llama-server`.
+Answers are greedy. The first request is not measured, because some servers load or compile on it. The records are
+those of `generate.py --prompts_file`, {"instruction": …}; an answer that equals a record's "output" counts as right.
 """
 
 import argparse

@@ -253,6 +253,7 @@ def write_card(
     library: str,
     use: str,
     notes: Sequence[str] = (),
+    quantized: str = "",
     **fields: Any,
 ) -> None:
     """Write a model's card.
@@ -263,6 +264,7 @@ def write_card(
         use: how the model is run, as a Jinja template. Its fields are `name`, `prompt` (both Python literals),
             `takes_instructions` and those of `fields`.
         notes: what a user must know, as Markdown.
+        quantized: how the format rounds the weights further, such as "rounded to q8_0".
     """
     facts, config = options.card, loaded.model.config
     tokenizer = None if loaded.found is None else loaded.tokenizer
@@ -283,6 +285,7 @@ def write_card(
         datasets=list(facts.about.datasets) or None,
         widget=_widget(examples, is_instructed) if library == "transformers" else None,
     )
+    changes = [change for change in (options.rounded, quantized) if change]
     text = Template(CARD).render(
         metadata=metadata.to_yaml(),
         facts=facts,
@@ -290,7 +293,7 @@ def write_card(
         architecture=describe_architecture(config),
         block_size=config.block_size,
         what=what,
-        weights=f"with its weights {options.rounded}" if options.rounded else "without changing a weight",
+        weights=f"with its weights {' and '.join(changes)}" if changes else "without changing a weight",
         use=Template(use).render(fields),
         prompts=MISSING if tokenizer is None else _prompts(tokenizer),
         notes=notes,

@@ -14,7 +14,7 @@ from hf_model.formats.cards import write_card
 from hf_model.formats.comparison import Difference, check_tokenizer_files, compare, compared_with, reference_logits
 from hf_model.formats.example import TRY_EXAMPLE, USE_EXAMPLE, write_example
 from hf_model.formats.target import MissingEngineError, Options, engine_errors, require, write_tokenizer
-from hf_model.loading import Loaded, Source
+from hf_model.loading import Loaded, Source, dtype_name
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 
 ACTIVATIONS = ("gelu", "gelu_fast", "gelu_new", "gelu_python", "gelu_pytorch_tanh", "relu", "silu", "swish")
@@ -76,8 +76,19 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
     notes = [PAST_CONTEXT.format(block_size=config.block_size)]
     if len(loaded.tokenizer) < config.vocab_size:
         notes.append(PADDING)
+    own = dtype_name(loaded.model.dtype)
     what = f"to CTranslate2 ({options.quantization or 'not quantized'})"
-    write_card(folder, loaded, options, what=what, library="ctranslate2", use=USE_EXAMPLE, script=script, notes=notes)
+    write_card(
+        folder,
+        loaded,
+        options,
+        what=what,
+        library="ctranslate2",
+        use=USE_EXAMPLE,
+        script=script,
+        notes=notes,
+        quantized=f"rounded to {kind}" if (kind := options.quantization) not in (None, "float32", own) else "",
+    )
     return []
 
 

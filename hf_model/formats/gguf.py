@@ -43,6 +43,7 @@ GELU = ("gelu", "gelu_python", *TANH_GELU)
 # Allowed difference, as a share of the spread. llama.cpp rounds activations too: to half precision in its GELU, to the
 # matrices' type in products. Measured: 0.002, 0.004 and 0.1; and 0.2 to 2 for a wrong file with half of the heads.
 ALLOWED = {"f32": 0.01, "f16": 0.02, "q8_0": 0.15}
+GGUF_DTYPES = {torch.float32: "f32", torch.float16: "f16"}
 # Texts that byte-level tokenizers split differently: spaces, contractions, numbers, scripts, emoji, control characters.
 TORTURE = [
     *["", " ", "  ", "\n", "\n\n  \n", "\t tab", " leading", "trailing ", "a  b   c    d", "\u00a0\u2003\u3000x"],
@@ -126,6 +127,9 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
         notes=[PAST_CONTEXT.format(block_size=model.config.block_size), *bos, *notes],
         file=file,
         block_size=model.config.block_size,
+        quantized=""
+        if options.gguf_type in ("f32", GGUF_DTYPES.get(model.dtype))
+        else f"rounded to {options.gguf_type}",
         can_be_quantized=options.gguf_type != "q8_0",
     )
     return [f"note: {note}" for note in notes]

@@ -32,7 +32,7 @@ class Options:
 
     card: CardFacts = field(default_factory=CardFacts)
     rounded: str = ""
-    """How the weights were rounded, as `description.rounding` tells; "" if they were not."""
+    """How the weights were rounded, as `describe_rounding` tells; "" if they were not."""
     max_shard_size: str = "5GB"
     gguf_type: str = "f32"
     quantization: str | None = None
