@@ -7,7 +7,8 @@
 vLLM runs a stock folder (`--format gpt2`) with its own GPT-2, and a folder with custom code with its Transformers
 backend. Without `--server`, vLLM computes the log-probabilities of random prompts. With `--server`, `vllm serve`
 answers the `openai` client: completions and, if the folder has a chat template, a question and a conversation. Each
-answer comes with its ids and their log-probabilities, which are compared too. docs/serving.md tells how to install vLLM on a CPU.
+answer comes with its ids and their log-probabilities, which are compared too. docs/serving.md tells how to install
+vLLM on a CPU.
 """
 
 import argparse

@@ -198,9 +198,10 @@ def _learnt(inspection: Inspection) -> list[str]:
     if inspection.measurement is not None:
         name = Path(inspection.measurement.path).name
         inspection = replace(inspection, measurement=replace(inspection.measurement, path=name))
-    diagnosis = inspection.diagnosis
-    is_healthy = diagnosis is not None and diagnosis.verdict == "nothing"
-    return [*([diagnosis.line()] if diagnosis and is_healthy else []), *inspection.findings()]
+    lines = [str(finding) for finding in inspection.findings()]
+    if inspection.diagnosis is not None and not inspection.diagnosis.is_harm:
+        lines.insert(0, str(inspection.diagnosis))
+    return lines
 
 
 def _evidence(inspection: Inspection | None, is_file: bool) -> str:

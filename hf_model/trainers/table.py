@@ -60,13 +60,15 @@ def find_trainer(
     if weights_key == "model_state_dict":
         return Trainer()
     if weights_key == "model" and has_config_object and keys >= {"step", "val_loss"}:
-        return Trainer(TORCH_TANH, "build-nanogpt's: a config object, step and val_loss", dropout=0.0)
+        return Trainer(TORCH_TANH, "build-nanogpt's default: a config object, step and val_loss", dropout=0.0)
     if weights_key == "model" and keys >= {"model_args", "iter_num", "best_val_loss"}:
         if "bias" not in model_args:
-            return Trainer(WRITTEN_OUT_TANH, "nanoGPT's of January 2023 or before: its model_args have no bias")
-        return Trainer(EXACT, "nanoGPT's since June 2023; if it trained with an older one: --activation gelu_new")
+            return Trainer(WRITTEN_OUT_TANH, "nanoGPT's default until January 2023: its model_args have no bias")
+        return Trainer(
+            EXACT, "nanoGPT's default since June 2023; if it trained with an older one: --activation gelu_new"
+        )
     if weights_key is None and has_masks and has_biases and not is_tied:
-        return Trainer(WRITTEN_OUT_TANH, "minGPT's: a bare state dict with causal masks and biases")
+        return Trainer(WRITTEN_OUT_TANH, "minGPT's default: a bare state dict with causal masks and biases")
     return Trainer(is_known=False)
 
 
