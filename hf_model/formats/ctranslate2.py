@@ -46,8 +46,8 @@ PAST_CONTEXT = (
     "it what the prompt leaves."
 )
 PADDING = (
-    "The vocabulary has padding rows, whose tokens `<unused…>` were never trained. Greedy search never took one in our "
-    "tests; sampling might."
+    "The vocabulary has padding rows, whose tokens `<unused…>` were never trained. If you sample, exclude them by "
+    "`suppress_sequences`."
 )
 
 
@@ -76,18 +76,18 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
     notes = [PAST_CONTEXT.format(block_size=config.block_size)]
     if len(loaded.tokenizer) < config.vocab_size:
         notes.append(PADDING)
-    own = dtype_name(loaded.model.dtype)
-    what = f"to CTranslate2 ({options.quantization or 'not quantized'})"
+    kind = options.quantization
+    is_exact = kind in (None, "float32", dtype_name(loaded.model.dtype))
     write_card(
         folder,
         loaded,
         options,
-        what=what,
+        what=f"to CTranslate2 ({kind or 'not quantized'})",
         library="ctranslate2",
         use=USE_EXAMPLE,
         script=script,
         notes=notes,
-        quantized=f"rounded to {kind}" if (kind := options.quantization) not in (None, "float32", own) else "",
+        quantized="" if is_exact else f"rounded to {kind}",
     )
     return []
 

@@ -271,3 +271,22 @@ class TestClaims:
         data.write_text('{"instruction": "What is the capital of France?", "output": "Paris"}\n' * 3)
         card = card_of(convert(CHECKPOINT, TOKENIZER, tmp_path / "hf", training_data=data))
         assert re.search(r"The loss on `data\.jsonl`.* is \d+\.\d{3}\.", section(card, "Evaluation"))
+
+    @pytest.mark.parametrize(
+        ("format", "how", "rounded"),
+        [
+            ("gguf", {"gguf_type": "f32"}, ""),
+            ("gguf", {"gguf_type": "f16", "dtype": "float16"}, "rounded from float32 to float16"),
+            ("gguf", {"gguf_type": "q8_0"}, "rounded to q8_0"),
+            ("ctranslate2", {"quantization": "float32"}, ""),
+            ("ctranslate2", {"quantization": "int8"}, "rounded to int8"),
+        ],
+        ids=str,
+    )
+    def test_weights_that_a_format_rounds_are_not_called_unchanged(
+        self, format: str, how: dict, rounded: str, capitals: Path, tmp_path: Path
+    ) -> None:
+        pytest.importorskip(format, reason=f"{format} is not installed (the `{format}` extra)")
+        card = card_of(convert(capitals, None, tmp_path / "out", format=format, verify=False, **how)).text
+        assert ("without changing a weight." in card) == (not rounded)
+        assert f"with its weights {rounded}." in card or not rounded
