@@ -216,7 +216,7 @@ def run(args: argparse.Namespace) -> None:
         from transformers.utils import logging
 
         from hf_model.conversion import convert, push
-        from hf_model.formats.card_facts import About
+        from hf_model.formats.cards import About
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
