@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError, memory_for, one_line
+from hf_model.fast_cpu import fast_on_cpu
 from hf_model.folder import check_folder, read_config, read_generation_config
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.tokenizer import FoundTokenizer, ModelInfo, check_fits, find_tokenizer, takes_instructions
@@ -117,7 +118,7 @@ def load(
     report("tokenizer", vocabulary.taken + (f" ({vocabulary.why})" if vocabulary.why else ""))
     for item, text in choices:
         report(item, text)
-    return model.to(pick_device(device)), vocabulary.tokenizer
+    return fast_on_cpu(model.to(pick_device(device))), vocabulary.tokenizer
 
 
 def load_folder(
