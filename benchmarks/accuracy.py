@@ -10,24 +10,25 @@ import math
 
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache
 
 from benchmarks.decode import RESULTS
 from benchmarks.processes import EXAMPLE, ROOT
-from hf_model.decoding_custom_gpt import GrowingCache
+from hf_model.fast_cpu import FastCache, FastCustomGPT, fast_on_cpu
 from hf_model.loading import load_original
-from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.tokenizer import format_example
 
 DTYPES = ("float32", "float16", "bfloat16")
 
 
 @torch.no_grad()
-def logits_of(model: CustomGPTForCausalLM, texts: list[torch.Tensor]) -> torch.Tensor:
+def logits_of(model: FastCustomGPT, texts: list[torch.Tensor]) -> torch.Tensor:
     """Of all positions but each text's last one, in float32, of shape (N, V)."""
-    caches = (GrowingCache(DynamicCache(), model) for _ in texts)
-    outputs = (model(ids, past_key_values=cache, use_cache=True) for ids, cache in zip(texts, caches, strict=True))
-    return torch.cat([output.logits[0, :-1].float() for output in outputs])
+
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(ids.shape[1])[None]
+        return model(input_ids=ids, position_ids=positions, past_key_values=FastCache(model)).logits[0, :-1]
+
+    return torch.cat([logits(ids) for ids in texts])
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
     ]
     for dtype in DTYPES:
         model, _, _ = load_original(EXAMPLE / "ckpt.pt", EXAMPLE / "tokenizer.json", dtype=dtype)
-        logits = logits_of(model, texts)
+        logits = logits_of(fast_on_cpu(model), texts)
         exact = logits if exact is None else exact
         perplexity = math.exp(F.cross_entropy(logits, targets).item())
         agreement = (logits.argmax(-1) == exact.argmax(-1)).float().mean().item()

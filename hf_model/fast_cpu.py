@@ -143,8 +143,8 @@ class RoomyLayer(DynamicLayer):
 class FastCache(DynamicCache):
     """The cache that a `FastCustomGPT` makes in `generate`, with the step that fills it."""
 
-    def __init__(self, model: "FastCustomGPT", layers: list[Any]):
-        Cache.__init__(self, layers=layers)
+    def __init__(self, model: "FastCustomGPT", layers: list[Any] | None = None):
+        Cache.__init__(self, layers=layers or [RoomyLayer() for _ in model.transformer.h])
         self.model, self.step = model, step_of(model)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -168,8 +168,7 @@ class FastCustomGPT(CustomGPTForCausalLM):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         made = model_kwargs.get("past_key_values")
         if isinstance(given, FastCache) or (given is None and type(made) is DynamicCache and not made.offloading):
-            layers = [RoomyLayer() for _ in self.transformer.h] if given is None else given.layers
-            model_kwargs["past_key_values"] = FastCache(self, layers)
+            model_kwargs["past_key_values"] = FastCache(self, None if given is None else given.layers)
 
     @functools.wraps(CustomGPTForCausalLM.forward)
     @can_return_tuple
