@@ -71,16 +71,14 @@ def product(layer: nn.Linear, packed: Any) -> Any:
 
     def multiply(x: Tensor) -> Tensor:
         rows, T = x.shape[:2].numel(), x.shape[1]
-        if weight.dtype in HALF:
-            if packed is None or (has_bf16 and rows >= 8):
-                return F.linear(x.to(weight.dtype), weight, bias).float()
+        if packed is not None and not (has_bf16 and rows >= 8):
             y = torch.ops.quantized.linear_dynamic_fp16(x, packed)
-        elif rows == 1 and parts is not None:
+        elif rows == 1 and parts is not None and x.dtype == weight.dtype:
             y = torch.bmm(x.expand(n, 1, -1), parts).view(1, 1, -1)
         elif T == 1 and has_onednn and (rows > 3 or not IS_INTEL):
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         else:
-            return F.linear(x, weight, bias)
+            return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
         return y if bias is None else y + bias
 
     return multiply
@@ -90,14 +88,17 @@ def step_of(model: "FastCustomGPT") -> Any:
     """The forward pass by the weights as they are now, without module calls, in float32 at least."""
     decoder, n_head, dtype = model.transformer, model.config.n_head, torch.promote_types(model.dtype, torch.float32)
 
-    def norm(layer: nn.LayerNorm) -> Any:
-        weight, bias = (None if p is None else p.to(dtype) for p in (layer.weight, layer.bias))
-        return lambda x: torch.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
+    def fast(layer: nn.Module) -> Any:
+        if isinstance(layer, nn.LayerNorm):
+            weight, bias = (None if p is None else p.to(dtype) for p in (layer.weight, layer.bias))
+            return lambda x: torch.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
+        return product(layer, model.packed.get(layer)) if isinstance(layer, nn.Linear) else layer
 
-    # In the order of `modules`: four linear layers of each block, then the head.
-    *products, head = (product(x, model.packed.get(x)) for x in model.modules() if isinstance(x, nn.Linear))
-    blocks = [(norm(h.ln_1), norm(h.ln_2), h.mlp.act, *products[4 * i : 4 * i + 4]) for i, h in enumerate(decoder.h)]
-    ln_f = norm(decoder.ln_f)
+    blocks = [
+        [fast(x) for x in (h.ln_1, h.attn.c_attn, h.attn.c_proj, h.ln_2, h.mlp.c_fc, h.mlp.act, h.mlp.c_proj)]
+        for h in decoder.h
+    ]
+    ln_f, head = fast(decoder.ln_f), fast(model.lm_head)
 
     def step(ids: Tensor, mask: Tensor | None, positions: Tensor, cache: FastCache, keep: int) -> Tensor:
         """Logits (B, keep, V) of the given tokens (B, T), whose keys and values are added to the cache."""
@@ -107,7 +108,7 @@ def step_of(model: "FastCustomGPT") -> Any:
         if T > 1 and not is_causal:
             seen = torch.ones(T, past + T, dtype=torch.bool).tril(past) & (True if seen is None else seen)
         x = F.embedding(ids, decoder.wte.weight).to(dtype) + F.embedding(positions, decoder.wpe.weight).to(dtype)
-        for layer, (ln_1, ln_2, act, c_attn, c_proj, c_fc, mlp_proj) in zip(cache.layers, blocks, strict=True):
+        for layer, (ln_1, c_attn, c_proj, ln_2, c_fc, act, mlp_proj) in zip(cache.layers, blocks, strict=True):
             qkv = c_attn(ln_1(x)).view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)
             y = F.scaled_dot_product_attention(qkv[0], *layer.add(qkv[1:]), attn_mask=seen, is_causal=is_causal)
             x = x + c_proj(y.transpose(1, 2).reshape(B, T, -1))
