@@ -14,16 +14,22 @@ import torch.nn.functional as F
 
 from benchmarks.decode import RESULTS
 from benchmarks.processes import EXAMPLE, ROOT
-from hf_model import CustomGPTForCausalLM, load
+from hf_model import load
+from hf_model.fast_cpu import FastCache, FastCustomGPT
 from hf_model.tokenizer import format_example
 
 DTYPES = ("float32", "float16", "bfloat16")
 
 
 @torch.no_grad()
-def logits_of(model: CustomGPTForCausalLM, texts: list[torch.Tensor]) -> torch.Tensor:
-    """Logits of all positions but the last one of each text, in float32, of shape (N, V)."""
-    return torch.cat([model(ids, use_cache=True).logits[0, :-1].float() for ids in texts])
+def logits_of(model: FastCustomGPT, texts: list[torch.Tensor]) -> torch.Tensor:
+    """Of all positions but each text's last one, in float32, of shape (N, V)."""
+
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(ids.shape[1])[None]
+        return model(input_ids=ids, position_ids=positions, past_key_values=FastCache(model)).logits[0, :-1]
+
+    return torch.cat([logits(ids) for ids in texts])
 
 
 def main() -> None:

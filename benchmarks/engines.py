@@ -14,6 +14,7 @@ from transformers import GPT2LMHeadModel, PreTrainedModel
 
 from examples.plain_gpt import GPT
 from hf_model import CustomGPTConfig, CustomGPTForCausalLM
+from hf_model.fast_cpu import fast_on_cpu
 from hf_model.formats.gguf import write_file
 from hf_model.formats.gpt2 import stock_model
 from hf_model.loading import with_weights
@@ -52,11 +53,12 @@ def twin(gpt: GPT) -> CustomGPTForCausalLM:
     return with_weights(CustomGPTConfig(**gpt.model_args()), gpt.state_dict())
 
 
-def ours(gpt: GPT, folder: Path, dtype: torch.dtype = torch.float32) -> ThroughGenerate:
-    """`from_pretrained` of a saved folder, then `model.generate`, as a user does."""
+def ours(gpt: GPT, folder: Path, dtype: torch.dtype = torch.float32, is_fast: bool = True) -> ThroughGenerate:
+    """A saved folder by `from_pretrained`, in its fast form as `hf_model.load` gives it, or as it is."""
     if not (folder / "hf").exists():
         twin(gpt).save_pretrained(folder / "hf")
-    return ThroughGenerate(CustomGPTForCausalLM.from_pretrained(folder / "hf", dtype=dtype))
+    model = CustomGPTForCausalLM.from_pretrained(folder / "hf", dtype=dtype)
+    return ThroughGenerate(fast_on_cpu(model) if is_fast else model)
 
 
 def gpt2(gpt: GPT) -> GPT2LMHeadModel:
@@ -128,9 +130,11 @@ ENGINES: dict[str, Callable[[GPT, Path], Generate]] = {
     "CTranslate2 f32": ctranslate2,
     "llama.cpp f32": llama_cpp,
     "this repository f32": ours,
+    "AutoModelForCausalLM f32": partial(ours, is_fast=False),
     "llama.cpp f16": partial(llama_cpp, quantization="F16"),
     "this repository f16": partial(ours, dtype=torch.float16),
     "this repository bf16": partial(ours, dtype=torch.bfloat16),
+    "AutoModelForCausalLM bf16": partial(ours, dtype=torch.bfloat16, is_fast=False),
     "llama.cpp q8_0": partial(llama_cpp, quantization="Q8_0"),
     "CTranslate2 int8": partial(ctranslate2, compute_type="int8"),
 }
