@@ -66,7 +66,7 @@ class TestPythonFace:
             ({"format": "nope"}, "format='nope' is none of transformers, gpt2, gguf"),
             ({"format": "gguf", "gguf_type": "zz"}, "gguf_type='zz' is none of f32, f16, q8_0"),
             ({"format": "checkpoint", "like": "zz"}, "like='zz' is none of original, nanogpt"),
-            ({"max_shard_size": "x"}, "max_shard_size='x' is no size such as 500MB or 5GB"),
+            ({"max_shard_size": "x"}, "max_shard_size='x' is not a size such as 500MB or 5GB"),
         ],
         ids=str,
     )
