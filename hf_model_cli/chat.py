@@ -3,16 +3,14 @@
 import argparse
 import io
 import sys
-
-from transformers import PreTrainedTokenizerFast
+from dataclasses import replace
+from typing import Any
 
 from hf_model.errors import UserError
-from hf_model.generation import encode, generate
-from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.tokenizer import takes_instructions
-from hf_model_cli.answers import content_of, sampling_of
-from hf_model_cli.common import MOST_PROMPT_BYTES, show
-from hf_model_cli.generate import SAMPLING, SEED
+from hf_model_cli.answers import Answers
+from hf_model_cli.files import MOST_PROMPT_BYTES
+from hf_model_cli.options import SAMPLING, SEED
+from hf_model_cli.run import is_terminal, show
 
 try:  # gives `input` its history and editing
     import readline
@@ -31,39 +29,39 @@ COMMANDS = [usage.split()[0] for usage in HELP]
 
 
 class Conversation:
-    """What is asked on the prompt line; `args` are the command line's, and are changed by commands."""
+    """What was asked, and the options that commands have set."""
 
-    def __init__(self, args: argparse.Namespace, model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast):
-        self.args, self.model, self.tokenizer = args, model, tokenizer
-        self.question = ""
+    def __init__(self, answers: Answers):
+        self.answers = answers
+        self.sampling, self.input_text, self.prompt = answers.sampling, answers.args.input_text, ""
 
     def take(self, line: str) -> None:
         """Answer a question or carry out a command."""
         if line.startswith("/"):
             name, _, value = line[1:].partition(" ")
             show(self.command(name, value.strip()))
-        elif line.strip() or (line and not takes_instructions(self.tokenizer)):
-            self.question = line.strip() if takes_instructions(self.tokenizer) else line
+        elif line.strip() or (line and not self.answers.takes_instructions):
+            self.prompt = line.strip() if self.answers.takes_instructions else line
             self.answer()
 
     def command(self, name: str, value: str) -> str:
-        """Carry out a command, and return what is to be said."""
+        """Carry out a command, and return what to print."""
         if name in SAMPLING or name == "seed":
             return self.set(name, value)
-        if name == "input" and value and not takes_instructions(self.tokenizer):
+        if name == "input" and value and not self.answers.takes_instructions:
             return "This model's prompts are raw text, which has no place for an input."
         if name == "input":
-            self.args.input_text = value
+            self.input_text = value
             return f"input: {value or 'none'}"
-        if name == "again" and self.question:
-            self.args.seed = (self.args.seed + 1) % 2**64
+        if name == "again" and self.prompt:
+            self.sampling = replace(self.sampling, seed=(self.sampling.seed + 1) % 2**64)
             self.answer()
-            return f"(seed {self.args.seed})"
+            return f"(seed {self.sampling.seed})"
         if name == "again":
             return "There is no question yet."
         if name == "options":
-            names = (*SAMPLING, "seed", "input_text", "stop")
-            return "\n".join(f"{name}: {getattr(self.args, name)!r}" for name in names)
+            lines = [f"{name}: {getattr(self.sampling, name)!r}" for name in (*SAMPLING, "seed", "stop")]
+            return "\n".join([*lines, f"input: {self.input_text!r}"])
         if name == "help":
             commands = "\n".join(f"  /{usage:<22} {text}" for usage, text in HELP.items())
             return f"A line is a question. Ctrl-C stops an answer, Ctrl-D leaves. Commands:\n{commands}"
@@ -71,47 +69,38 @@ class Conversation:
 
     def set(self, name: str, value: str) -> str:
         try:
-            setattr(self.args, name, (SEED if name == "seed" else SAMPLING[name].type)(value))
+            number: Any = (SEED if name == "seed" else SAMPLING[name].type)(value)
         except argparse.ArgumentTypeError as error:
             return f"/{name} {error}"
         except ValueError:
-            return f"/{name} needs a number, such as /{name} {getattr(self.args, name)}"
-        return f"{name}: {getattr(self.args, name)}"
+            return f"/{name} needs a number, such as /{name} {getattr(self.sampling, name)}"
+        self.sampling = replace(self.sampling, **{name: number})
+        return f"{name}: {number}"
 
     def answer(self) -> None:
-        streams = self.args.num_beams == 1 and not self.args.no_stream
         try:
-            content = content_of(self.tokenizer, self.question, self.args.input_text)
-            output = generate(
-                self.model,
-                self.tokenizer,
-                encode(self.tokenizer, content, self.args.parse_special_tokens),
-                sampling_of(self.args, self.args.seed),
-                response_only=True,
-                on_text=lambda piece: show(piece, end="") if streams else None,
-            )
-            show("" if streams else output.texts[0])
-        except UserError as error:  # a character that the model does not know, options that nothing can be drawn with
+            question = self.answers.question(self.prompt, self.input_text)
+            self.answers.answer_once(question, self.sampling, response_only=True)
+        except UserError as error:  # a character that the model does not know, options that leave nothing to draw from
             show(f"error: {error}")
 
 
-def converse(args: argparse.Namespace, model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def converse(answers: Answers) -> None:
     """Read questions and commands from standard input until it ends. Ctrl-C ends an answer or a line, nothing else."""
-    is_terminal = sys.stdin.isatty()
+    has_terminal = is_terminal(sys.stdin)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # as Python decodes an argument
-    if readline is not None and is_terminal:
+    if readline is not None and has_terminal:
         prepare_readline()
-    if not args.quiet:
-        show("\nAsk; /help lists the commands.")
-    conversation = Conversation(args, model, tokenizer)
+    answers.note("\nAsk; /help lists the commands.")
+    conversation = Conversation(answers)
     while True:
         try:
-            conversation.take(input("> ") if is_terminal else next_line())
+            conversation.take(input("> ") if has_terminal else next_line())
         except KeyboardInterrupt:
             show("\n(Ctrl-D leaves)")
         except EOFError:
-            if is_terminal:
+            if has_terminal:
                 show("")
             return
 

@@ -4,13 +4,14 @@ import io
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
 
@@ -20,7 +21,7 @@ import transformers
 import convert_checkpoint
 import generate
 import hf_model
-from hf_model import loading
+from hf_model import Sampling, loading
 from hf_model_cli import convert as convert_command
 from hf_model_cli import generate as generate_command
 from tests.tiny import CAPITALS, CHECKPOINT, EOS, ROOT, TOKENIZER, gpt, save_files
@@ -107,8 +108,8 @@ class TestArguments:
             (("--max_shard_size", "big"), "--max_shard_size: must be a size such as 500MB or 5GB, got big"),
             (("--max_shard_size", "0GB"), "--max_shard_size: must be a size such as 500MB or 5GB, got 0GB"),
             (("--n_head", "0"), "--n_head: must be at least 1, got 0"),
-            (("--checkpoint_path", "no/ckpt.pt"), "--checkpoint_path: there is no file no/ckpt.pt"),
-            (("--checkpoint_path", str(CAPITALS)), f"--checkpoint_path: there is no file {CAPITALS}"),
+            (("--checkpoint_path", "no/ckpt.pt"), "--checkpoint_path: there is no no/ckpt.pt"),
+            (("--checkpoint_path", str(ROOT / "docs")), f"--checkpoint_path: {ROOT / 'docs'} holds no model"),
             (("--tokenizer_path", "no.json"), "--tokenizer_path: there is no file no.json"),
             (("--format", "tf"), "--format: invalid choice: 'tf'"),
             (("--format", "gguf", "--gguf_type", "q4"), "--gguf_type: invalid choice: 'q4'"),
@@ -131,13 +132,18 @@ class TestArguments:
     def test_the_choices_are_those_of_the_formats(self) -> None:
         from hf_model import formats, loading
         from hf_model.formats import gguf, target, trainer_checkpoint
-        from hf_model_cli import common
+        from hf_model_cli import options
 
-        assert tuple(formats.FORMATS) == common.FORMATS
-        assert tuple(gguf.ALLOWED) == target.GGUF_TYPES == common.GGUF_TYPES
-        assert tuple(trainer_checkpoint.USE) == target.TRAINERS == common.TRAINERS
-        assert target.SHARD_SIZE == common.SHARD_SIZE
-        assert loading.ACTIVATIONS == ("auto", *common.ACTIVATIONS)
+        assert tuple(formats.FORMATS) == options.FORMATS
+        assert tuple(gguf.ALLOWED) == target.GGUF_TYPES == options.GGUF_TYPES
+        assert tuple(trainer_checkpoint.USE) == target.TRAINERS == options.TRAINERS
+        assert target.SHARD_SIZE == options.SHARD_SIZE
+        assert loading.ACTIVATIONS == ("auto", *options.ACTIVATIONS)
+        assert set(options.DTYPES) <= {"auto", *loading.DTYPES}
+        defaults = {field.name: field.default for field in fields(Sampling)}
+        assert {name: defaults[name] for name in options.SAMPLING} == {
+            name: option.default for name, option in options.SAMPLING.items()
+        }
 
     @pytest.mark.parametrize(
         "source, format, output",
@@ -194,14 +200,13 @@ class TestArguments:
         assert result.out.startswith(f"custom-gpt-hf {hf_model.__version__} (transformers {transformers.__version__}")
 
     def test_generate_has_the_user_document_s_defaults(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        for default in ("out/finetune/ckpt.pt", "data/tokenizer/custom_gpt_tokenizer.json"):
-            (tmp_path / default).parent.mkdir(parents=True)
-            (tmp_path / default).touch()
+        (tmp_path / "out" / "finetune").mkdir(parents=True)
+        (tmp_path / "out" / "finetune" / "ckpt.pt").touch()
         monkeypatch.chdir(tmp_path)
         args = vars(generate_command.parse_arguments(["--prompt", "Hello"]))
         assert {
             "checkpoint_path": "out/finetune/ckpt.pt",
-            "tokenizer_path": "data/tokenizer/custom_gpt_tokenizer.json",
+            "tokenizer_path": "auto",  # where the original keeps it, too
             "prompt": "Hello",
             "input_text": "",
             "max_new_tokens": 150,
@@ -209,8 +214,14 @@ class TestArguments:
             "top_k": 50,
             "repetition_penalty": 1.0,
             "device": None,
-            "seed": 1337,
+            "seed": [1337],
         }.items() <= args.items()
+
+    def test_the_page_of_options_is_the_parsers_own(self) -> None:
+        page = runpy.run_path(str(ROOT / "docs" / "make_cli.py"))["page"]()
+        assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == page, "run python -m docs.make_cli"
+        for parser in (generate_command.make_parser(), convert_command.make_parser()):
+            assert all(f"| `{name}" in page for name in vars(parser.parse_args([])) for name in [f"--{name}"])
 
     def test_convert_writes_beside_the_checkpoint_unless_told_otherwise(self) -> None:
         assert convert_command.parse_arguments([*EXAMPLE]).output_dir == CAPITALS / "hf"
@@ -384,7 +395,7 @@ class TestGenerate:
             (("--seed", "1", "2"), "argument --seed: more than one needs a --prompt, or standard input from a pipe"),
             (("--num_return_sequences", "2"), "argument --num_return_sequences: more than one needs a --prompt"),
             (("--output_file", "x"), "arguments --prompts_file and --output_file: go together"),
-            (("--interactive", "--json"), "argument --json: not allowed with argument --interactive"),
+            (("--interactive", "--json"), "argument --json: needs a --prompt, or standard input from a pipe"),
             (("--interactive", "--seed", "1", "2"), "argument --seed: a conversation gives one answer at a time"),
         ],
     )
@@ -443,7 +454,6 @@ class TestGenerate:
             (("--device", "abacus"), "--device abacus: there is no such device here; there is "),
             (("--checkpoint_path", str(TOKENIZER)), f"{TOKENIZER}: is a JSON file, not a checkpoint"),
             (("--tokenizer_path", str(CHECKPOINT)), f"{CHECKPOINT}: is not the JSON of a `tokenizers` tokenizer"),
-            (("--checkpoint_path", str(ROOT)), f"{ROOT}: holds no model (no config.json)"),
             (("--n_head", "7"), f"{CHECKPOINT}: n_head=7 does not divide n_embd=96"),
         ],
     )

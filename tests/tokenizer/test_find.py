@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFa
 from hf_model.errors import UserError
 from hf_model.tokenizer import ModelInfo, find_tokenizer, is_of_characters, save_tokenizer, takes_instructions
 from hf_model.tokenizer.find import ORIGINAL
-from hf_model_cli.common import DEFAULT_TOKENIZER
+from hf_model_cli.options import DEFAULT_TOKENIZER
 from tests import relatives
 from tests.relatives import END_OF_TEXT, TEXT
 from tests.tiny import CAPITALS, TOKENIZER
