@@ -68,7 +68,7 @@ class TestLoad:
         folder = shutil.copytree(capitals, tmp_path / "hf")
         tensors = {name: tensor.to(strange) for name, tensor in load_file(folder / "model.safetensors").items()}
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-        with pytest.raises(UserError, match=r"is of the type .*, which no GPT's is"):
+        with pytest.raises(UserError, match=r"unsupported dtype"):
             load(folder, device=CPU)
 
     def test_a_configuration_s_dtype_rounds_nothing(self, capitals: Path, tmp_path: Path) -> None:
@@ -83,11 +83,14 @@ class TestLoad:
         folder = shutil.copytree(capitals, tmp_path / "hf")
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"block_size": 32}))
-        with pytest.raises(UserError, match=r"cannot be loaded \(its config\.json and its weights differ in sizes\)"):
+        with pytest.raises(
+            UserError,
+            match=r"do not belong together \(transformer\.wpe\.weight has the shape",
+        ):
             load(folder, device=CPU)
 
     def test_a_file_without_a_tokenizer_is_refused(self) -> None:
-        with pytest.raises(UserError, match=r"ckpt\.pt: is a file, so the tokenizer must be given too"):
+        with pytest.raises(UserError, match=r"ckpt\.pt: needs a tokenizer"):
             load(CHECKPOINT, None, device=CPU)
 
     @pytest.mark.parametrize(
@@ -96,7 +99,7 @@ class TestLoad:
             (None, r"holds no model \(no config\.json\)"),
             ({"model_type": "gpt2"}, "holds a model of type 'gpt2', not 'custom_gpt'"),
             ({"model_type": "custom_gpt", "n_layer": 0}, "cannot be loaded .*`n_layer` must be at least 1"),
-            ({"model_type": "custom_gpt"}, "cannot be loaded .*no file named model.safetensors"),
+            ({"model_type": "custom_gpt"}, "cannot be loaded .no model.safetensors"),
         ],
     )
     def test_a_folder_of_something_else_is_refused(self, config: dict | None, message: str, tmp_path: Path) -> None:

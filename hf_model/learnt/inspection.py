@@ -7,18 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
+from typing_extensions import Unpack
 
-from hf_model.description import (
-    describe_architecture,
-    describe_parameters,
-    describe_vocabulary,
-    dtype_name,
-)
 from hf_model.errors import memory_for
 from hf_model.learnt.diagnosis import Diagnosis, diagnose, non_finite
 from hf_model.learnt.training_data import Measurement, measure
+from hf_model.loading import (
+    Loaded,
+    Source,
+    SourceOptions,
+    describe_architecture,
+    describe_parameters,
+    describe_source,
+    describe_tokenizer,
+    dtype_name,
+)
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.source import Loaded, Source
 from hf_model.tokenizer import PAD, is_of_characters, takes_instructions
 
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "tie_word_embeddings", "dropout")
@@ -144,26 +148,22 @@ def inspect(
     checkpoint_path: str | Path,
     tokenizer_path: str | Path | None = None,
     *,
-    dtype: str = "auto",
-    n_head: int | None = None,
-    activation: str = "auto",
-    characters_of: str | Path | None = None,
-    raw: bool = False,
     training_data: str | Path | None = None,
+    **options: Unpack[SourceOptions],
 ) -> tuple[Inspection, CustomGPTForCausalLM, PreTrainedTokenizerFast]:
     """Look at a checkpoint file or a converted folder; nothing is written.
 
     Args:
-        checkpoint_path, tokenizer_path, dtype, n_head, activation, characters_of, raw: as in `loading.load`.
-        training_data: the records or the text that the model was trained on, to be measured against.
+        checkpoint_path, tokenizer_path, options: as in `loading.load`.
+        training_data: the records or the text that the model was trained on.
 
     Returns:
-        What there is to say, the model on the CPU and its tokenizer.
+        The inspection, the model on the CPU and its tokenizer.
 
     Raises:
         UserError: a file or the folder is not what it should be.
     """
-    source = Source(Path(checkpoint_path), tokenizer_path, dtype, n_head, activation, characters_of, raw)
+    source = Source(Path(checkpoint_path), tokenizer_path, **options)
     loaded = source.load()
     return examine(source, loaded, training_data), loaded.model, loaded.tokenizer
 
@@ -174,12 +174,12 @@ def examine(source: Source, loaded: Loaded, training_data: str | Path | None = N
     Raises:
         UserError: the training data cannot be read.
     """
-    model, tokenizer, checkpoint, vocabulary = loaded.model, loaded.tokenizer, loaded.checkpoint, loaded.vocabulary
+    model, tokenizer, checkpoint, vocabulary = loaded.model, loaded.tokenizer, loaded.checkpoint, loaded.found
     assert vocabulary is not None
     bad = tuple(non_finite(dict(model.named_parameters())))
     return Inspection(
         path=str(source.path),
-        source=source.describe(checkpoint),
+        source=describe_source(source.path, checkpoint),
         weights_key=None if checkpoint is None else checkpoint.weights_key,
         progress={} if checkpoint is None else checkpoint.progress,
         other_keys=() if checkpoint is None else tuple(key for key in checkpoint.other_keys if key not in READ_KEYS),
@@ -189,7 +189,7 @@ def examine(source: Source, loaded: Loaded, training_data: str | Path | None = N
         parameters_line=describe_parameters(model),
         dtype=dtype_name(model.dtype),
         tokenizer_path=vocabulary.taken,
-        tokenizer_line=describe_vocabulary(vocabulary),
+        tokenizer_line=describe_tokenizer(vocabulary),
         tokens=len(tokenizer),
         choices=loaded.choices,
         notes=tuple(_notes(loaded)),

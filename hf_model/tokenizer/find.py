@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_model.errors import UserError, one_line
-from hf_model.folder import check_tokenizer_in
+from hf_model.reading import parse_json, read_text
 from hf_model.tokenizer.characters import (
     CHARACTERS,
     UNKNOWN,
@@ -207,8 +207,11 @@ def _check_hub() -> None:
 
 
 def _of_auto_tokenizer(name: str, taken: str, model: ModelInfo, raw: bool, is_local: bool = False) -> FoundTokenizer:
-    if Path(name).is_dir():
-        check_tokenizer_in(Path(name))
+    if (path := Path(name, "tokenizer.json")).is_file():
+        try:
+            check_tokenizer(parse_json(read_text(path, 2**27)))
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
     try:
         # A stranger's folder may name code of its own; the library would ask on the terminal whether to run it.
         with no_panic_on_stderr():

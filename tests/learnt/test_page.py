@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hf_model.source import Loaded, Source
 from tokenizers import AddedToken
 
 import convert_checkpoint
@@ -20,11 +21,9 @@ from hf_model.errors import UserError
 from hf_model.learnt.content import gather
 from hf_model.learnt.inspection import Inspection, examine
 from hf_model.learnt.report import write_page
-from hf_model.loading import load_original
-from hf_model.source import Loaded, Source
 from hf_model.tokenizer import FoundTokenizer, convert_tokenizer
 from tests.learnt.test_diagnosis import SMALL, characters, copier
-from tests.tiny import CHECKPOINT, ROOT, TOKENIZER, gpt, twin
+from tests.tiny import CHECKPOINT, ROOT, TOKENIZER, gpt, load_plain, twin
 
 QUESTIONS = ROOT / "examples" / "evaluation" / "questions.jsonl"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -49,7 +48,7 @@ def kind(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, str, Path
     questions, data = tmp_path / "questions.jsonl", None
     questions.write_text("".join(QUESTIONS.open(encoding="utf-8").readlines()[:20]), encoding="utf-8")
     if request.param == "sane":
-        model, tokenizer, _ = load_original(CHECKPOINT, TOKENIZER)
+        model, tokenizer = load_plain(CHECKPOINT, TOKENIZER)
         data = questions
     elif request.param == "raw":
         tokenizer = characters("to be or not to be\n")
@@ -127,7 +126,7 @@ def test_what_files_and_models_hold_stays_text(tmp_path: Path) -> None:
 
 
 def test_the_answer_is_what_greedy_decoding_gives(tmp_path: Path) -> None:
-    model, tokenizer, _ = load_original(CHECKPOINT, TOKENIZER)
+    model, tokenizer = load_plain(CHECKPOINT, TOKENIZER)
     content = gather(examined(model, tokenizer), model, tokenizer)
     for answer in content.answers:
         ids = tokenizer(answer.prompt, add_special_tokens=False, return_tensors="pt").input_ids
@@ -140,7 +139,7 @@ def test_the_answer_is_what_greedy_decoding_gives(tmp_path: Path) -> None:
 
 
 def test_the_attention_is_the_model_s(tmp_path: Path) -> None:
-    model, tokenizer, _ = load_original(CHECKPOINT, TOKENIZER)
+    model, tokenizer = load_plain(CHECKPOINT, TOKENIZER)
     before = model.config._attn_implementation
     content = gather(examined(model, tokenizer), model, tokenizer)
     assert model.config._attn_implementation == before

@@ -13,10 +13,9 @@ from transformers import PreTrainedTokenizerFast
 from examples.plain_gpt import GPT, GPTConfig
 from hf_model.errors import UserError
 from hf_model.learnt.training_data import Alternative, measure
-from hf_model.loading import load_original
 from hf_model.tokenizer import convert_tokenizer, format_prompt
 from tests.learnt.test_diagnosis import SMALL, characters, copier
-from tests.tiny import CHECKPOINT, ROOT, TOKENIZER, gpt, twin
+from tests.tiny import CHECKPOINT, ROOT, TOKENIZER, gpt, load_plain, twin
 
 QUESTIONS = ROOT / "examples" / "evaluation" / "questions.jsonl"
 
@@ -77,7 +76,7 @@ def test_a_stutterer_is_called_one(few: Path, tokenizer: PreTrainedTokenizerFast
 
 
 def test_the_example_knows_its_data(few: Path) -> None:
-    model, tokenizer, _ = load_original(CHECKPOINT, TOKENIZER)
+    model, tokenizer = load_plain(CHECKPOINT, TOKENIZER)
     measured = measure(model, tokenizer, few)
     assert not measured.repeats
     assert measured.loss < 0.1 < 5 < measured.loss_unshifted
@@ -86,7 +85,7 @@ def test_the_example_knows_its_data(few: Path) -> None:
 
 
 def test_a_wrong_number_of_heads_is_found(few: Path) -> None:
-    model, tokenizer, _ = load_original(CHECKPOINT, TOKENIZER, n_head=12)
+    model, tokenizer = load_plain(CHECKPOINT, TOKENIZER, n_head=12)
     measured = measure(model, tokenizer, few)
     assert [(other.option, other.value) for other in measured.better] == [("n_head", 3)]
     assert any("--n_head 3 fits better than 12" in line for line in measured.lines())
@@ -94,7 +93,7 @@ def test_a_wrong_number_of_heads_is_found(few: Path) -> None:
 
 
 def test_a_form_of_gelu_that_fits_is_told_from_one_that_does_not(few: Path) -> None:
-    model, tokenizer, _ = load_original(CHECKPOINT, TOKENIZER)
+    model, tokenizer = load_plain(CHECKPOINT, TOKENIZER)
     measured = measure(model, tokenizer, few)
     for gain, said in ((0.01, "warning: --activation gelu_new fits better than gelu: "), (-0.01, "gelu fits best: ")):
         other = Alternative("activation_function", "gelu_new", measured.chosen_loss - gain, math.copysign(5, gain))
@@ -103,7 +102,7 @@ def test_a_form_of_gelu_that_fits_is_told_from_one_that_does_not(few: Path) -> N
 
 @pytest.mark.parametrize("chosen, other", [("gelu", "gelu_new"), ("gelu_new", "gelu"), ("gelu_pytorch_tanh", "gelu")])
 def test_a_tie_between_the_forms_of_gelu_is_said_to_be_one(chosen: str, other: str, few: Path) -> None:
-    model, tokenizer, _ = load_original(CHECKPOINT, TOKENIZER, activation=chosen)
+    model, tokenizer = load_plain(CHECKPOINT, TOKENIZER, activation=chosen)
     measured = measure(model, tokenizer, few)
     (line,) = [line for line in measured.lines() if line.startswith("activation")]
     assert line.startswith(f"activation    {chosen} and {other} tie: loss ")
@@ -112,7 +111,7 @@ def test_a_tie_between_the_forms_of_gelu_is_said_to_be_one(chosen: str, other: s
 
 
 def test_a_difference_that_is_certain_but_next_to_nothing_is_a_tie(few: Path) -> None:
-    model, tokenizer, _ = load_original(CHECKPOINT, TOKENIZER)
+    model, tokenizer = load_plain(CHECKPOINT, TOKENIZER)
     measured = measure(model, tokenizer, few)
     for ahead in (50.0, -50.0):
         loss = measured.chosen_loss - math.copysign(1e-6, ahead)
