@@ -105,7 +105,7 @@ def convert(
 
     card = card_facts(loaded.checkpoint, inspection, source.path, folder, about or About())
     choices = replace(choices, card=card, rounded=_rounding(source, loaded))
-    with whole_folder(folder, overwrite, warn=lambda line: report(f"warning: {line}")) as new:
+    with whole_folder(folder, overwrite, say=report) as new:
         for line in target.write(loaded, new, choices):
             report(line)
         # The mapped weights go before the folder is read back, so that memory does not hold them twice.

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from hf_model import journal, scoring
-from hf_model.batch import answer_file
+from hf_model import scoring
+from hf_model.batch import Processes, answer_file
 from hf_model.errors import UserError
 from hf_model.generation import Generation, Sampling, encode, generate
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.processes import Processes
-from hf_model.records import Record, check_records
+from hf_model.records import Record, check_records, journal_path
 from hf_model.scoring import ScoredToken
 from hf_model.tokenizer import prompt_text, takes_instructions
 from hf_model_cli.options import SAMPLING
@@ -200,7 +199,7 @@ class Answers:
             )
         except BaseException:  # Ctrl-C and SIGTERM too
             if kept:
-                of, place = count(len(records), "record"), journal.path_of(args.output_file)
+                of, place = count(len(records), "record"), journal_path(args.output_file)
                 line = f"\n{kept} of {of} answered and kept in {place}: the same command goes on from there"
                 show(line, file=sys.stderr)
             raise

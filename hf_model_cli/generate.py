@@ -254,8 +254,8 @@ def run(args: argparse.Namespace) -> None:
         import torch
         from transformers.utils import logging
 
+        from hf_model.batch import Processes, join
         from hf_model.loading import describe_architecture, describe_parameters, load, pick_device
-        from hf_model.processes import Processes, join
         from hf_model.records import read_records
         from hf_model_cli.answers import Answers
         from hf_model_cli.chat import converse

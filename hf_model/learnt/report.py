@@ -10,7 +10,7 @@ from hf_model.learnt.content import gather
 from hf_model.learnt.inspection import Inspection
 from hf_model.learnt.page import MARK, render
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.output_dir import disk_errors, replace_file
+from hf_model.output_dir import disk_errors, write_file
 
 __all__ = ["check_page", "write_page"]
 
@@ -43,4 +43,4 @@ def write_page(
     page = render(gather(inspection, model, tokenizer))
     check_page(path)  # drawing it took a while
     with disk_errors(path):
-        replace_file(path, page.encode("utf-8", "replace"))
+        write_file(path, page.encode("utf-8", "replace"), overwrite=True)

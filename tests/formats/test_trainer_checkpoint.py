@@ -159,7 +159,7 @@ class TestOverwrite:
 
     def test_spares_a_trainer_s_own_checkpoint(self, tmp_path: Path) -> None:
         files = save_files(tmp_path, gpt())
-        with pytest.raises(UserError, match="holds no model"):
+        with pytest.raises(UserError, match="which is a source"):
             convert(*files, tmp_path, format="checkpoint", overwrite=True)
 
     def test_spares_a_checkpoint_that_was_trained_further(self, tmp_path: Path) -> None:
@@ -167,9 +167,8 @@ class TestOverwrite:
         folder = convert(*files, tmp_path / "back", format="checkpoint")
         content = load(folder) | {"optimizer_state_dict": {"step": 1}}
         torch.save(content, folder / "ckpt.pt")
-        with pytest.raises(UserError, match=r"'ckpt\.pt' is not what this program wrote, and --overwrite would delete"):
-            convert(*files, folder, format="checkpoint", overwrite=True)
-        assert load(folder).keys() == content.keys()
+        convert(*files, folder, format="checkpoint", overwrite=True)
+        assert load(tmp_path / "back.1").keys() == content.keys()
 
     def test_refuses_to_replace_the_source(self, tmp_path: Path) -> None:
         folder = convert(*save_files(tmp_path, gpt()), tmp_path / "hf")

@@ -15,23 +15,26 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_model import journal, output_dir
+from hf_model import output_dir
 from hf_model.errors import UserError
-from hf_model.output_dir import MANIFEST, whole_folder
+from hf_model.output_dir import MANIFEST, difference, whole_folder
+from hf_model.records import open_journal
 
 LIBRARY = ctypes.CDLL(None)
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES)
 ALL_ERRORS = "ALL_ERRORS" in os.environ
 CHOICES = int(os.environ.get("POWER_LOSSES", "3"))  # random sets of lost writes at each place
-RUN, N_RECORDS = "a" * 64, 4
-ANSWERS = {index: f"answer {index}" * 50 for index in range(N_RECORDS)}
+OPTIONS = {"temperature": 0}
+KEYS = ["a", "b", "c", "d"]
+ANSWERS = {index: f"answer {index}" * 50 for index in range(len(KEYS))}
+RECORDS = [{"prompt": key} for key in KEYS]
 
 
 # What is written, and what must be there whatever happened.
 
 
 def write(target: Path, content: str, names: tuple[str, ...] = ("config.json", "model.safetensors")) -> None:
-    with whole_folder(target, overwrite=True, warn=lambda line: None) as work:
+    with whole_folder(target, overwrite=True, say=lambda line: None) as work:
         for name in names:
             (work / name).write_text(content * 1000)
 
@@ -40,40 +43,44 @@ def content_of(target: Path) -> str | None:
     """What a folder says, which must be whole; None where there is none."""
     if not target.exists():
         return None
-    listed = output_dir.read_manifest(target)
-    assert listed and {path.name for path in target.iterdir()} == {*listed, MANIFEST}, list(target.iterdir())
-    assert all(output_dir.is_unchanged(target / name, digest) for name, digest in listed.items())
+    assert {path.name for path in target.iterdir()} == {"config.json", "model.safetensors", MANIFEST}
+    assert difference(target) == ""
     return (target / "config.json").read_text()[:3]
 
 
 def next_run(target: Path) -> None:
     """A run that clears what an earlier one left, and writes nothing."""
     try:
-        with whole_folder(target, overwrite=True):
+        with whole_folder(target, overwrite=True, say=lambda line: None):
             raise ZeroDivisionError
     except ZeroDivisionError:
         pass
 
 
 class Folder:
-    """An older folder is replaced by a newer one."""
+    """An older folder is replaced by a newer one. One that a person has edited is kept beside the newer one."""
 
-    def __init__(self, in_one_step: bool, has_old: bool = True):
-        self.in_one_step, self.has_old = in_one_step, has_old
+    def __init__(self, in_one_step: bool, has_old: bool = True, is_edited: bool = False):
+        self.in_one_step, self.has_old, self.is_edited = in_one_step, has_old, is_edited
 
     def target(self, root: Path) -> Path:
         return root / "hf" if self.has_old else root / "deep" / "hf"
 
     def prepare(self, root: Path) -> None:
-        output_dir._exchange = exchange if self.in_one_step else lambda one, other: False
+        output_dir.rename_exactly = rename_exactly if self.in_one_step else lambda one, other, flags: False
         if self.has_old:
             write(self.target(root), "old")
+        if self.is_edited:
+            (self.target(root) / "README.md").write_text("mine")
 
     def act(self, root: Path) -> None:
         write(self.target(root), "new")
 
     def check(self, root: Path, *, is_killed: bool) -> None:
         target = self.target(root)
+        if self.is_edited:
+            self.check_edited(target, is_killed)
+            return
         expected = {"new", "old" if self.has_old else None}
         found = content_of(target)
         assert found in expected | ({None} if is_killed and not self.in_one_step else set()), found
@@ -82,8 +89,20 @@ class Folder:
             assert content_of(target) in expected
             assert [path.name for path in target.parent.iterdir()] in ([target.name], []), list(root.rglob("*"))
 
+    def check_edited(self, target: Path, is_killed: bool) -> None:
+        assert target.exists() or (is_killed and not self.in_one_step)
+        next_run(target)
+        kept = target.with_name("hf.1")
+        if kept.exists():
+            assert content_of(target) == "new"
+        else:
+            kept = target
+        assert (kept / "README.md").read_text() == "mine"
+        assert (kept / "config.json").read_text() == "old" * 1000
+        assert {path.name for path in target.parent.iterdir()} == {target.name, kept.name}
 
-exchange = output_dir._exchange
+
+rename_exactly = output_dir.rename_exactly
 
 
 class Answers:
@@ -93,24 +112,26 @@ class Answers:
         (root / "other").write_text("mine")
 
     def act(self, root: Path) -> None:
-        with journal.opened(root / "out", RUN, N_RECORDS) as answered:
-            for index in sorted(ANSWERS.keys() - answered.responses.keys()):
-                answered.append({index: ANSWERS[index]})
-            answered.finish(b"complete" * 1000)
+        with open_journal(root / "out", OPTIONS) as journal:
+            for index in sorted(ANSWERS.keys() - journal.responses(KEYS).keys()):
+                journal.append([(KEYS[index], ANSWERS[index])])
+            journal.finish(RECORDS, ANSWERS, overwrite=False)
 
     def check(self, root: Path, *, is_killed: bool) -> None:
         assert (root / "other").read_text() == "mine"
         if not (root / "out").exists():
-            with journal.opened(root / "out", RUN, N_RECORDS) as answered:
-                assert answered.responses.items() <= ANSWERS.items()
+            with open_journal(root / "out", OPTIONS) as journal:
+                assert journal.responses(KEYS).items() <= ANSWERS.items()
             self.act(root)
-        assert (root / "out").read_bytes() == b"complete" * 1000
+        assert (root / "out").read_text().count("answer 3") == 50
         assert {path.name for path in root.iterdir()} <= {"out", "other", "out.partial"}, list(root.iterdir())
 
 
 SCENARIOS = {
     "a folder replaced in one step": Folder(in_one_step=True),
     "a folder replaced in two steps": Folder(in_one_step=False),
+    "an edited folder kept, in one step": Folder(in_one_step=True, is_edited=True),
+    "an edited folder kept, in two steps": Folder(in_one_step=False, is_edited=True),
     "a new folder in a new place": Folder(in_one_step=True, has_old=False),
     "a batch run": Answers(),
 }
@@ -212,6 +233,7 @@ class Disk:
     def __init__(self, root: Path):
         self.root, self.top = root, tree_of(root)
         self.before = snapshot(self.top)
+        self.made: list[Node] = []  # files and folders that the run has created
 
     def find(self, path: str) -> Node:
         node = self.top
@@ -226,7 +248,8 @@ class Disk:
         folder, name = (self.find(str(Path(path).parent)), Path(path).name) if path != str(self.root) else (None, "")
         assert folder is not None
         if call in ("create", "mkdir"):
-            return Change(names=[(folder, name, Node(is_folder=call == "mkdir"))])
+            self.made.append(Node(is_folder=call == "mkdir"))
+            return Change(names=[(folder, name, self.made[-1])])
         if call == "remove":
             return Change(names=[(folder, name, None)])
         node = folder.entries[name]
@@ -240,11 +263,15 @@ class Disk:
         replaced = target.entries[new_name] if call == "exchange" else None
         return Change(names=[(folder, name, replaced), (target, new_name, node)])
 
-    def write(self, changes: list[Change], place: Path) -> None:
-        """The folder that these changes make of what was there before."""
-        restore(self.before)
+    def apply(self, changes: list[Change]) -> None:
+        """Go back to what was there before the run, and make these changes."""
+        restore([*self.before, *((node, {}, b"") for node in self.made)])
         for change in changes:
             change.apply()
+
+    def write(self, changes: list[Change], place: Path) -> None:
+        """Write the folder that these changes make of what was there before."""
+        self.apply(changes)
         place.mkdir()
         materialize(self.top, place)
 
@@ -308,9 +335,7 @@ def lose_power_everywhere(scenario: Folder | Answers) -> int:
     disks = 0
     for call in [*calls, None]:
         if call is not None:
-            restore(state.before)
-            for change in done:
-                change.apply()
+            state.apply(done)
             found = state.change(*call)
             if isinstance(found, Change):
                 done.append(found)

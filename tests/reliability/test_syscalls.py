@@ -33,4 +33,4 @@ def test_the_old_or_the_new_is_there_whole_or_a_journal_goes_on(tmp_path: Path) 
     )
     assert done.returncode == 0, done.stderr[-3000:]
     print(done.stdout)
-    assert done.stdout.count(" losses of power") == 4
+    assert done.stdout.count(" losses of power") == 6

@@ -32,7 +32,7 @@ FILES = ("config.json", *(f"model-{i}.safetensors" for i in range(8)))
 def replaced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How a folder is replaced: where the system can swap two of them, and where it cannot."""
     if request.param == "in two steps":
-        monkeypatch.setattr(output_dir, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(output_dir, "rename_exactly", lambda one, other, flags: False)
     elif sys.platform != "linux":
         pytest.skip("only Linux swaps folders")
     return request.param
@@ -130,23 +130,16 @@ class TestWhatIsThere:
     @pytest.mark.parametrize(
         "name", ["ckpt.pt", "notes.txt", "checkpoint-500/weights.bin", "config.json.orig", ".git/x"]
     )
-    def test_is_not_overwritten_where_it_holds_anything_else(self, name: str, tmp_path: Path) -> None:
+    def test_is_kept_where_it_holds_anything_else(self, name: str, tmp_path: Path) -> None:
         write(tmp_path / "hf", "old")
-        kept = tmp_path / "hf" / name
-        kept.parent.mkdir(exist_ok=True)
-        kept.write_text("mine")
-        with pytest.raises(UserError, match=r"hf: holds '.*', which --overwrite would delete: move it away first"):
-            convert(CHECKPOINT, TOKENIZER, tmp_path / "hf", overwrite=True)
-        assert kept.read_text() == "mine"
-
-    def test_is_not_overwritten_where_it_is_no_model(self, tmp_path: Path) -> None:
-        (tmp_path / "hf").mkdir()
-        (tmp_path / "hf" / "README.md").write_text("mine")
-        with pytest.raises(
-            UserError, match=r"hf: holds no model \(no config.json\), so --overwrite does not replace it"
-        ):
-            convert(CHECKPOINT, TOKENIZER, tmp_path / "hf", overwrite=True)
-        assert (tmp_path / "hf" / "README.md").read_text() == "mine"
+        added = tmp_path / "hf" / name
+        added.parent.mkdir(exist_ok=True)
+        added.write_text("mine")
+        lines: list[str] = []
+        convert(CHECKPOINT, TOKENIZER, tmp_path / "hf", overwrite=True, report=lines.append)
+        assert (tmp_path / "hf" / "model.safetensors").is_file()
+        assert (tmp_path / "hf.1" / name).read_text() == "mine"
+        assert any(f"{tmp_path / 'hf.1'} (the folder that stood there: {name} was added)" in line for line in lines)
 
     def test_is_replaced_when_asked(self, replaced: str, tmp_path: Path) -> None:
         write(tmp_path / "hf", "old")
@@ -187,11 +180,13 @@ class TestLinks:
             convert(CHECKPOINT, TOKENIZER, tmp_path / "hf", overwrite=True)
         assert [file.read_text() for file in outside.iterdir()] == ["mine"]
 
-    def test_a_folder_with_a_link_in_it_is_not_replaced(self, outside: Path, tmp_path: Path) -> None:
+    def test_a_folder_with_a_link_in_it_is_kept(self, outside: Path, tmp_path: Path) -> None:
         write(tmp_path / "hf", "old")
         (tmp_path / "hf" / "model.safetensors").symlink_to(outside / "config.json")
-        with pytest.raises(UserError, match=r"hf: holds 'model\.safetensors', which --overwrite would delete"):
+        with pytest.warns(UserWarning, match=r"model\.safetensors was added"):
             write(tmp_path / "hf", "new")
+        assert content_of(tmp_path / "hf") == "new"
+        assert (tmp_path / "hf.1" / "model.safetensors").is_symlink()
         assert [file.read_text() for file in outside.iterdir()] == ["mine"]
 
 
