@@ -195,6 +195,7 @@ class Answers:
                 self.sampling,
                 parse_special_tokens=args.parse_special_tokens,
                 processes=processes,
+                overwrite=args.overwrite,
                 on_kept=keep,
             )
         except BaseException:  # Ctrl-C and SIGTERM too

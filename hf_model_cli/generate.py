@@ -117,13 +117,19 @@ def add_batch(group: argparse._ArgumentGroup) -> None:
         "--prompts_file",
         type=Path,
         metavar="FILE",
-        help='JSON Lines: records with an "instruction" and perhaps an "input", or with a raw "prompt"',
+        help='JSON Lines: records with an "instruction" and perhaps an "input", or with a raw "prompt"; - reads standard '
+        "input",
     )
     group.add_argument(
         "--output_file",
         type=Path,
         metavar="FILE",
         help='where to write the records, each with its "response"; an interrupted run goes on where it stopped',
+    )
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the output of an earlier run, and discard unfinished answers made with other options",
     )
     group.add_argument(
         "--batch_size",
@@ -171,8 +177,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def check_prompt(parser: Parser, args: argparse.Namespace) -> None:
     if args.raw and args.input_text:
         parser.error("argument --input_text: a raw prompt has no place for it")
-    if args.output_file is not None:
-        parser.error("arguments --prompts_file and --output_file: go together")
+    if args.output_file is not None or args.overwrite:
+        name = "output_file" if args.output_file is not None else "overwrite"
+        parser.error(f"arguments --prompts_file and --{name}: go together")
     if args.top_candidates and args.quiet and not args.json:
         parser.error("argument --top_candidates: --quiet would hide what it shows; --json --quiet has it")
 
@@ -212,9 +219,10 @@ def check_batch(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("arguments --prompts_file and --output_file: go together")
     if args.top_candidates:
         parser.error("argument --top_candidates: is for a --prompt, not for --prompts_file")
+    if args.prompts_file == Path("-"):
+        args.prompts_file = Path("/dev/stdin")
     check_file(parser, "prompts_file", args.prompts_file)
-    if mode_of(parser, "output_file", args.output_file) is not None:
-        parser.error(f"argument --output_file: {args.output_file} exists already")
+    mode_of(parser, "output_file", args.output_file)  # an error if it cannot be reached
     if not args.output_file.parent.is_dir():
         parser.error(f"argument --output_file: there is no folder {args.output_file.parent}")
     if args.input_text:
@@ -256,7 +264,7 @@ def run(args: argparse.Namespace) -> None:
 
         from hf_model.batch import Processes, join
         from hf_model.loading import describe_architecture, describe_parameters, load, pick_device
-        from hf_model.records import read_records
+        from hf_model.records import is_complete, read_records
         from hf_model_cli.answers import Answers
         from hf_model_cli.chat import converse
     logging.set_verbosity_error()  # the library's advice about its own options does not apply here
@@ -272,6 +280,10 @@ def run(args: argparse.Namespace) -> None:
     def note(line: str = "") -> None:
         if processes.is_main and not args.quiet:
             show(line, file=sys.stderr if args.response_only or args.json else sys.stdout)
+
+    if records is not None and is_complete(args.output_file, records, args.overwrite):
+        note(f"{args.output_file} holds the answers to these records already (--overwrite makes new ones)")
+        return
 
     choices: list[tuple[str, str]] = []
     model, tokenizer = load(

@@ -426,7 +426,31 @@ class TestGenerate:
         files = ("--prompts_file", "/dev/zero", "--output_file", str(tmp_path / "out.jsonl"))
         result = call(generate, *EXAMPLE, *files)
         assert (result.status, result.err.count("\n")) == (2, 1)
-        assert "/dev/zero: cannot be read (it has a line of more than" in result.err
+        assert "/dev/zero: is larger than" in result.err
+
+    def test_a_finished_file_of_prompts_is_done_and_replaced_only_when_told(
+        self, capitals: Path, call: Callable[..., Result], tmp_path: Path
+    ) -> None:
+        (tmp_path / "in.jsonl").write_text('{"instruction": "What is the capital of France?"}\n')
+        output = tmp_path / "out.jsonl"
+        arguments = ("--checkpoint_path", str(capitals), "--prompts_file", str(tmp_path / "in.jsonl"))
+        arguments += ("--output_file", str(output), "--temperature", "0")
+        assert call(generate, *arguments).status == 0
+        again = call(generate, *arguments)
+        assert (again.status, again.err, again.out.count("\n")) == (0, "", 1) and str(output) in again.out
+        assert call(generate, *arguments, "--max_new_tokens", "1", "--overwrite").status == 0
+        assert json.loads(output.read_text())["response"] != "Paris"
+        (tmp_path / "in.jsonl").write_text('{"instruction": "What is the capital of Peru?"}\n')
+        refused = call(generate, *arguments)
+        assert refused.status == 2 and "--overwrite" in refused.err
+
+    @pytest.mark.skipif(not Path("/dev/stdin").exists(), reason="needs /dev/stdin")
+    def test_a_file_of_prompts_may_come_by_a_pipe(self, capitals: Path, tmp_path: Path) -> None:
+        command = [sys.executable, str(ROOT / "generate.py"), "--checkpoint_path", str(capitals), "--temperature", "0"]
+        command += ["--prompts_file", "-", "--output_file", str(tmp_path / "out.jsonl")]
+        record = '{"instruction": "What is the capital of France?"}\n'
+        subprocess.run(command, input=record, encoding="utf-8", check=True, timeout=300)
+        assert json.loads((tmp_path / "out.jsonl").read_text())["response"] == "Paris"
 
     @pytest.mark.parametrize("also", [(), ("--no_stream",), ("--num_beams", "2")], ids=["streamed", "whole", "beams"])
     @pytest.mark.parametrize("stop, answer", [("ri", "Pa"), ("P", ""), ("s", "Pari"), ("xyz", "Paris")])
