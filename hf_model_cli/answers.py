@@ -23,6 +23,8 @@ from hf_model.tokenizer import prompt_text, takes_instructions
 from hf_model_cli.options import SAMPLING
 from hf_model_cli.run import show
 
+MANY_REPEATS = 16  # of one token, at the end of an answer
+
 
 @dataclass(frozen=True)
 class Question:
@@ -71,7 +73,36 @@ class Answers:
             input_ids = encode(self.tokenizer, content, self.args.parse_special_tokens)
         except UserError as error:
             raise UserError(f"argument --prompt: {error}") from None
-        return Question(prompt, input_text, content, input_ids)
+        question = Question(prompt, input_text, content, input_ids)
+        if (n_tokens := input_ids.shape[1]) > (n_seen := self._seen(question)):
+            self.warn(f"the prompt is {n_tokens:,} tokens long; the model sees the last {n_seen:,} of them")
+        return question
+
+    def _seen(self, question: Question) -> int:
+        """How many tokens of a prompt the model sees."""
+        return min(question.input_ids.shape[1], self.model.config.block_size)
+
+    def warn(self, line: str) -> None:
+        """Print a line about something unusual on standard error."""
+        if not self.args.quiet:
+            show(f"note: {line}", file=sys.stderr)
+
+    def warn_of_unknown_tokens(self) -> None:
+        known, size = len(self.tokenizer), self.model.config.vocab_size
+        if known < size / 2:
+            self.warn(
+                f"the tokenizer has {known:,} tokens and the model {size:,}: it is probably not the tokenizer of the "
+                "training; convert_checkpoint.py --inspect shows more"
+            )
+
+    def _warn_of_repeats(self, output: Generation) -> None:
+        for ids in output.ids:
+            if len(ids) >= MANY_REPEATS and len(set(ids[-MANY_REPEATS:])) == 1:
+                self.warn(
+                    f"the answer repeats the token {self.tokenizer.decode(ids[-1:])!r} to its end: perhaps the training "
+                    "did not shift the labels; convert_checkpoint.py --inspect tells"
+                )
+                return
 
     def answer(self, question: Question) -> None:
         """Print the answers of all seeds, with the speed."""
@@ -91,8 +122,10 @@ class Answers:
             output = generate(self.model, self.tokenizer, question.input_ids, sampling)
             for fields in self._objects(question, sampling, output):
                 show(json_line(fields))
+            self._warn_of_repeats(output)
             return output
         output = self._print_text(question, sampling, response_only)
+        self._warn_of_repeats(output)
         for ids in output.ids if self.args.top_candidates else []:
             self.note(f"\n{token_table(self._scored(question, ids))}")
         return output
@@ -131,6 +164,8 @@ class Answers:
             {
                 "prompt": question.prompt,
                 **({"input": question.input_text} if question.input_text else {}),
+                "prompt_tokens": question.input_ids.shape[1],
+                "prompt_tokens_seen": self._seen(question),
                 "text": text,
                 "response": response,
                 "tokens": len(ids),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hf_model_cli.files import FROM_FILE, check_file, check_model, mode_of, read_prompt, read_prompt_file
 from hf_model_cli.options import MOST_ANSWERS, SAMPLING, SEED, Parser, add_model, escaped, number
-from hf_model_cli.run import is_terminal, quick_imports, run_command, show
+from hf_model_cli.run import is_terminal, one_line, quick_imports, run_command, show
 
 MOST_CANDIDATES = 100
 EPILOG = """\
@@ -117,8 +117,7 @@ def add_batch(group: argparse._ArgumentGroup) -> None:
         "--prompts_file",
         type=Path,
         metavar="FILE",
-        help='JSON Lines: records with an "instruction" and perhaps an "input", or with a raw "prompt"; - reads standard '
-        "input",
+        help='JSON Lines: records with an "instruction" and perhaps an "input", or with a raw "prompt"; - reads a pipe',
     )
     group.add_argument(
         "--output_file",
@@ -298,11 +297,13 @@ def run(args: argparse.Namespace) -> None:
         report=lambda item, text: choices.append((item, text)),
     )
     answers = Answers(args, model, tokenizer, note)
+    if processes.is_main:
+        answers.warn_of_unknown_tokens()
     question = None if args.prompt is None or args.score is not None else answers.question(args.prompt, args.input_text)
     note(f"device      {device}" + (f", {processes.count} processes" if processes.count > 1 else ""))
     note(f"checkpoint  {args.checkpoint_path}")
     for item, text in choices:
-        note(f"{item:<12}{text}")
+        note(f"{item:<12}{one_line(text)}")
     note(f"model       {describe_architecture(model.config)}")
     note(f"parameters  {describe_parameters(model)}")
     if args.score is not None:

@@ -355,6 +355,7 @@ class TestGenerate:
         result = call(generate, *arguments, "--seed", "1", "2")
         first, second = map(json.loads, result.out.splitlines())
         assert first.pop("seconds") > 0
+        assert first.pop("prompt_tokens") == first.pop("prompt_tokens_seen") > 10
         assert first == {
             "prompt": "Name the capital of the country.",
             "input": "Peru",
@@ -368,6 +369,46 @@ class TestGenerate:
         assert "device" in result.err
         cut = json.loads(call(generate, *arguments, "--max_new_tokens", "1", "--quiet").out)
         assert (cut["tokens"], cut["finish_reason"]) == (1, "length")
+
+    def test_json_is_right_on_a_console_that_is_not_utf_8(
+        self, call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+        monkeypatch.setattr(sys, "stdout", console)
+        assert call(generate, *EXAMPLE, "--prompt", "漢字 é", "--json", "--max_new_tokens", "1").status == 0
+        assert json.loads(console.buffer.getvalue())["prompt"] == "漢字 é"
+
+    def test_a_terminal_gets_escapes_for_what_would_control_it(
+        self, call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        prompt = "a\x1b[2J\rb\u202ec"
+        assert prompt in call(generate, *EXAMPLE, "--prompt", prompt, "--max_new_tokens", "1", "--quiet").out
+        terminal = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+        monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+        monkeypatch.setattr(sys, "stdout", terminal)
+        assert call(generate, *EXAMPLE, "--prompt", prompt, "--max_new_tokens", "1").status == 0
+        shown = terminal.buffer.getvalue().decode()
+        assert r"a\x1b[2J\x0db\u202ec" in shown.replace("\\r", "\\x0d") and "\x1b" not in shown
+
+    def test_a_prompt_longer_than_the_context_is_said_to_be_cut(self, call: Callable[..., Result]) -> None:
+        arguments = (*EXAMPLE, "--prompt", "France " * 100, "--max_new_tokens", "1")
+        result = call(generate, *arguments, "--json")
+        fields = json.loads(result.out)
+        assert fields["prompt_tokens"] > 100 and fields["prompt_tokens_seen"] == 64
+        assert f"note: the prompt is {fields['prompt_tokens']} tokens long; the model sees the last 64" in result.err
+        assert call(generate, *arguments, "--quiet").err == ""
+
+    def test_an_answer_that_repeats_one_token_has_a_hint(self, tmp_path: Path, call: Callable[..., Result]) -> None:
+        model = gpt(vocab_size=1000)
+        model.lm_head.weight.data.zero_()
+        model.lm_head.weight.data[40] = model.transformer.ln_f.weight.data.sign()
+        checkpoint, tokenizer = save_files(tmp_path, model)
+        arguments = ("--checkpoint_path", str(checkpoint), "--tokenizer_path", str(tokenizer), "--temperature", "0")
+        arguments += ("--prompt", "Sing!", "--max_new_tokens", "30")
+        unknown, repeats = call(generate, *arguments).err.splitlines()
+        assert "the tokenizer has 300 tokens and the model 1,000" in unknown and "--inspect" in unknown
+        assert "repeats the token" in repeats and "--inspect" in repeats
+        assert call(generate, *arguments, "--quiet").err == ""
 
     def test_quiet_is_the_text_alone(self, call: Callable[..., Result]) -> None:
         text = "[BOS]Instruction: What is the capital of France? Response: Paris[EOS]\n"
