@@ -62,17 +62,12 @@ class Answers:
         """Encode a prompt.
 
         Raises:
-            UserError: an instruction is blank, raw text has an input, or the model does not know a character.
+            UserError: an instruction is blank, or the model does not know a character.
         """
         if self.takes_instructions and not prompt.strip():
-            raise UserError("argument --prompt: must not be empty")
-        if input_text and not self.takes_instructions:
-            raise UserError("argument --input_text: this model's prompts are raw text, which has no place for it")
+            raise UserError("must not be empty")
         content = prompt_text(self.tokenizer, prompt, input_text)
-        try:
-            input_ids = encode(self.tokenizer, content, self.args.parse_special_tokens)
-        except UserError as error:
-            raise UserError(f"argument --prompt: {error}") from None
+        input_ids = encode(self.tokenizer, content, self.args.parse_special_tokens)
         question = Question(prompt, input_text, content, input_ids)
         if (n_tokens := input_ids.shape[1]) > (n_seen := self._seen(question)):
             self.warn(f"the prompt is {n_tokens:,} tokens long; the model sees the last {n_seen:,} of them")
@@ -99,8 +94,8 @@ class Answers:
         for ids in output.ids:
             if len(ids) >= MANY_REPEATS and len(set(ids[-MANY_REPEATS:])) == 1:
                 self.warn(
-                    f"the answer repeats the token {self.tokenizer.decode(ids[-1:])!r} to its end: perhaps the training "
-                    "did not shift the labels; convert_checkpoint.py --inspect tells"
+                    f"the answer repeats the token {self.tokenizer.decode(ids[-1:])!r} to its end: perhaps the "
+                    "training did not shift the labels; convert_checkpoint.py --inspect tells"
                 )
                 return
 

@@ -42,6 +42,9 @@ def add_prompt(group: argparse._ArgumentGroup) -> None:
         help="a conversation, one prompt a line; a terminal without --prompt starts one too",
     )
     group.add_argument(
+        "--no_history", action="store_true", help="do not keep the lines of this conversation for the next one"
+    )
+    group.add_argument(
         "--score", metavar="TEXT", help="print how likely this text is, as the answer to --prompt or by itself"
     )
     group.add_argument(
@@ -262,6 +265,7 @@ def run(args: argparse.Namespace) -> None:
         from transformers.utils import logging
 
         from hf_model.batch import Processes, join
+        from hf_model.errors import UserError
         from hf_model.loading import describe_architecture, describe_parameters, load, pick_device
         from hf_model.records import is_complete, read_records
         from hf_model_cli.answers import Answers
@@ -299,7 +303,14 @@ def run(args: argparse.Namespace) -> None:
     answers = Answers(args, model, tokenizer, note)
     if processes.is_main:
         answers.warn_of_unknown_tokens()
-    question = None if args.prompt is None or args.score is not None else answers.question(args.prompt, args.input_text)
+    if args.input_text and not answers.takes_instructions:
+        raise UserError("argument --input_text: this model's prompts are raw text, which has no place for it")
+    try:
+        question = (
+            None if args.prompt is None or args.score is not None else answers.question(args.prompt, args.input_text)
+        )
+    except UserError as error:
+        raise UserError(f"argument --prompt: {error}") from None
     note(f"device      {device}" + (f", {processes.count} processes" if processes.count > 1 else ""))
     note(f"checkpoint  {args.checkpoint_path}")
     for item, text in choices:

@@ -189,6 +189,67 @@ class TestArguments:
         assert result.err.startswith(f"generate.py: error: {message}")
         assert result.err.count("\n") == 1
 
+    @pytest.mark.parametrize(
+        ("script", "typed", "meant"),
+        [
+            (generate, "--start", "--prompt"),
+            (generate, "--num_samples=3", "--num_return_sequences"),
+            (generate, "--model", "--checkpoint_path"),
+            (generate, "--out_dir=out", "--checkpoint_path"),
+            (generate, "--temp", "--temperature"),
+            (convert_checkpoint, "--outtype", "--gguf_type"),
+            (convert_checkpoint, "--model", "--checkpoint_path"),
+            (convert_checkpoint, "--upload", "--push_to_hub"),
+            (convert_checkpoint, "--out_dir", "--output_dir"),
+        ],
+    )
+    def test_another_program_s_name_of_an_option_is_answered_with_ours(
+        self, script: ModuleType, typed: str, meant: str, call: Callable[..., Result]
+    ) -> None:
+        result = call(script, typed, "x")
+        assert result.status == 2 and f"(did you mean {meant}?)" in result.err
+
+    def test_a_path_alone_is_the_checkpoint(self, capitals: Path) -> None:
+        for folder in (str(capitals), f"{capitals}{os.sep}"):
+            assert Path(convert_command.parse_arguments([folder]).checkpoint_path) == capitals
+
+    def test_a_folder_with_one_checkpoint_is_that_checkpoint(
+        self, capitals: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    ) -> None:
+        def taken(path: Path) -> str:
+            return str(convert_command.parse_arguments(["--checkpoint_path", str(path)]).checkpoint_path)
+
+        (tmp_path / "ckpt.pt").touch()
+        assert taken(tmp_path) == str(tmp_path / "ckpt.pt")
+        assert taken(capitals / "model.safetensors") == taken(capitals) == str(capitals)
+        (tmp_path / "best.pt").touch()
+        for path, names in ((tmp_path, ("ckpt.pt", "best.pt")), (tmp_path / "no.pt", ("ckpt.pt", "best.pt"))):
+            with pytest.raises(SystemExit, match="2"):
+                taken(path)
+            said = capsys.readouterr().err
+            assert all(str(tmp_path / name) in said for name in names) and said.count("\n") == 1
+
+    def test_a_name_on_the_hub_is_answered_with_how_to_download_it(self, call: Callable[..., Result]) -> None:
+        result = call(generate, "--checkpoint_path", "someone/capitals", *FRANCE)
+        assert result.status == 2 and "hf download someone/capitals --local-dir capitals" in result.err
+
+    def test_a_prompt_may_stand_in_a_file(self, tmp_path: Path, call: Callable[..., Result]) -> None:
+        (tmp_path / "q.txt").write_bytes("\ufeffWhat is the capital of France?\r\n".encode())
+        arguments = (*EXAMPLE, "--prompt", f"FILE:{tmp_path / 'q.txt'}", "--response_only", "--quiet")
+        assert call(generate, *arguments) == Result(0, "Paris\n", "")
+
+    def test_a_pipe_that_is_not_utf_8_is_an_error(
+        self, call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
+        result = call(generate, *EXAMPLE)
+        assert result.status == 2 and "standard input is not UTF-8 text (byte 0xe9 in position 3)" in result.err
+
+    def test_the_package_says_which_command_was_meant(self) -> None:
+        command = [sys.executable, "-m", "hf_model", "generate", "--prompt", "a b"]
+        process = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT, timeout=300)
+        assert process.returncode == 2 and "custom-gpt-generate --prompt 'a b'" in process.stderr
+
     def test_the_prompt_is_one_or_a_file_of_them(self, call: Callable[..., Result]) -> None:
         result = call(generate, *EXAMPLE, *FRANCE, "--prompts_file", str(TOKENIZER))
         assert result.err == "generate.py: error: argument --prompt: not allowed with argument --prompts_file\n"
@@ -598,6 +659,16 @@ class TestConvert:
         assert result.status == 2
         assert result.err.startswith(f"convert_checkpoint.py: error: {tmp_path / 'tokenizer.json'}: has 300 tokens")
         assert result.err.count("\n") == 1
+
+    def test_what_it_suggests_is_quoted_for_a_shell_and_is_no_name_on_the_hub(
+        self, tmp_path: Path, call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        prompt = "It's $(touch x) > `y`\n\\"
+        result = call(convert_checkpoint, *EXAMPLE, "--output_dir", "a/b", "--example_prompt", prompt, "--no_verify")
+        words = shlex.split(result.out.partition("Try it:\n")[2])
+        assert words[words.index("--prompt") + 1] == prompt
+        assert words[words.index("--checkpoint_path") + 1] == words[words.index("serve") + 1] == "./a/b"
 
     def test_what_is_there_is_replaced_only_when_told(self, tmp_path: Path, call: Callable[..., Result]) -> None:
         checkpoint_path, tokenizer_path = save_files(tmp_path, gpt())
