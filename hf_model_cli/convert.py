@@ -20,12 +20,12 @@ from hf_model_cli.options import (
     shard_size,
     words,
 )
-from hf_model_cli.run import OutputError, discard_output, quick_imports, run_command, show
+from hf_model_cli.run import OutputError, discard_output, is_terminal, quick_imports, run_command, show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-LANGUAGE = "[a-z]{2,3}|code|multilingual"  # ISO 639, or what the Hub takes beside it
+LANGUAGE = "[a-z]{2,3}|code|multilingual"  # ISO 639, and two words of the Hub
 WRITING = ("output_dir", "overwrite", "push_to_hub", "no_verify", "gguf_type", "quantization", "like")
 CARD = ("model_name", "license", "language", "datasets", "base_model", "tags", "example_prompt")
 # How to try a format. {ask} asks a server for raw text, whose model has no chat template.
@@ -153,7 +153,7 @@ def default_output(source: Path, format: str) -> Path:
 
 
 def check_inspection(parser: Parser, args: argparse.Namespace) -> None:
-    """Check the arguments on what the model has learnt, and that nothing is asked to be written that would not be."""
+    """Check the options of --inspect, --training_data and --report."""
     if args.json and not args.inspect:
         parser.error("argument --json: goes with --inspect")
     if args.inspect and args.format != "transformers":
@@ -179,7 +179,7 @@ def run(args: argparse.Namespace) -> None:
         from hf_model.conversion import convert, push
         from hf_model.formats.card_facts import About
     logging.set_verbosity_error()
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         logging.disable_progress_bar()
         disable_progress_bars()
     if args.inspect:

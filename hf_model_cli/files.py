@@ -1,6 +1,7 @@
 """Checks of the files that arguments name, and prompts that are read from them, before the slow imports."""
 
 import argparse
+import shlex
 import stat
 import sys
 from collections.abc import Iterable
@@ -43,6 +44,9 @@ def check_model(parser: Parser, args: argparse.Namespace) -> None:
         args.checkpoint_path = _model_in(parser, args.checkpoint_path)
     elif (file := Path(args.checkpoint_path)).name == "model.safetensors" and file.with_name("config.json").exists():
         args.checkpoint_path = str(file.parent)
+    elif file.suffix == ".safetensors":
+        code = f"import safetensors.torch as s, torch; torch.save(s.load_file({str(file)!r}), 'ckpt.pt')"
+        parser.error(f"argument --checkpoint_path: {file} is not a checkpoint; make one: python -c {shlex.quote(code)}")
     is_folder = stat.S_ISDIR(mode_of(parser, "checkpoint_path", args.checkpoint_path) or 0)
     if is_folder and (args.n_head or args.activation):
         parser.error("arguments --n_head and --activation: are for a checkpoint; a folder's config.json tells")

@@ -16,7 +16,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 import transformers
+from safetensors.torch import save_file
 
 import convert_checkpoint
 import generate
@@ -232,6 +234,18 @@ class TestArguments:
     def test_a_name_on_the_hub_is_answered_with_how_to_download_it(self, call: Callable[..., Result]) -> None:
         result = call(generate, "--checkpoint_path", "someone/capitals", *FRANCE)
         assert result.status == 2 and "hf download someone/capitals --local-dir capitals" in result.err
+
+    def test_weights_alone_are_answered_with_a_command_that_makes_a_checkpoint(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[..., Result]
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        state = torch.load(CHECKPOINT, weights_only=True)["model_state_dict"]
+        save_file(state, tmp_path / "ema.safetensors")
+        tokenizer = ("--tokenizer_path", str(TOKENIZER), "--n_head", "3", "--response_only")
+        refused = call(generate, "--checkpoint_path", "ema.safetensors", *tokenizer, *FRANCE)
+        assert refused.status == 2
+        subprocess.run(shlex.split(refused.err.partition("make one: ")[2]), check=True, timeout=120)
+        assert call(generate, "--checkpoint_path", "ckpt.pt", *tokenizer, *FRANCE).out == "Paris\n"
 
     def test_a_prompt_may_stand_in_a_file(self, tmp_path: Path, call: Callable[..., Result]) -> None:
         (tmp_path / "q.txt").write_bytes("\ufeffWhat is the capital of France?\r\n".encode())
