@@ -139,7 +139,7 @@ def answer_file(
         journal, responses, keys = None, {}, []
         if processes.is_main:
             options = _options(model, tokenizer, sampling, parse_special_tokens)
-            keys = [_key(options, prompt) for prompt in prompts]
+            keys = [hashlib.sha256(str(prompt.tolist()).encode()).hexdigest() for prompt in prompts]
             journal = stack.enter_context(open_journal(output_file, options, overwrite))
             responses = journal.responses(keys)
             on_kept(len(responses))
@@ -177,9 +177,9 @@ def _encoded(
 def _options(
     model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast, sampling: Sampling, parse_special_tokens: bool
 ) -> dict[str, Any]:
-    """All that an answer depends on beside its prompt, as JSON. Sampled answers also depend on their batch."""
+    """All options that an answer depends on, for JSON. Sampled answers also depend on the rest of their batch."""
     unused = ("cache_implementation", *(UNUSED_WHEN_GREEDY if sampling.temperature == 0 else ()))
-    # The weights as they are used: the same ones in another folder are the same model, in another dtype they are not.
+    # Checksums of the weights as they are used: another folder with them is the same model, another dtype is not.
     weights = [zlib.crc32(w.cpu().reshape(-1).view(torch.uint8).numpy()) for w in model.state_dict().values()]
     identity = [weights, model.config.to_dict(), tokenizer.get_vocab(), takes_instructions(tokenizer)]
     return {
@@ -187,7 +187,3 @@ def _options(
         "parse_special_tokens": parse_special_tokens,
         "model": hashlib.sha256(json.dumps(identity, default=str, sort_keys=True).encode()).hexdigest(),
     }
-
-
-def _key(options: dict[str, Any], prompt: torch.Tensor) -> str:
-    return hashlib.sha256(json.dumps([options, prompt.tolist()], sort_keys=True).encode()).hexdigest()

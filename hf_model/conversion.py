@@ -18,7 +18,7 @@ from hf_model.formats import Format, Options, find_format
 from hf_model.formats.card_facts import About, card_facts
 from hf_model.formats.target import MissingEngineError
 from hf_model.learnt.inspection import examine
-from hf_model.learnt.report import check_page, write_page
+from hf_model.learnt.page import check_page, write_page
 from hf_model.loading import (
     Loaded,
     Source,

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_model.errors import UserError
-from hf_model.output_dir import MARK, WRITER, disk_errors, locked, sync, write_file
+from hf_model.output_dir import MARK, WRITER
 from hf_model.reading import parse_json, read_text
+from hf_model.writing import disk_errors, locked, sync, write_file
 
 Record = dict[str, Any]
 MAX_BYTES = 2**29
@@ -148,7 +149,7 @@ def _output(records: list[Record], responses: dict[int, str]) -> bytes:
 
 @dataclass(frozen=True)
 class Journal:
-    """An open journal. A record is known by its key, a text that differs if its prompt or the options differ."""
+    """An open journal. It knows a record by its key, a text that differs if the prompt differs."""
 
     output: Path
     descriptor: int
@@ -156,7 +157,7 @@ class Journal:
     """The key and the response of each answer of earlier runs."""
 
     def responses(self, keys: list[str]) -> dict[int, str]:
-        """The response to each record that has one, by its place in `keys`. No answer is given to two records."""
+        """The responses that are known, by the index of the key. Equal keys get different answers."""
         left: dict[str, list[str]] = {}
         for key, response in self.answers:
             left.setdefault(key, []).append(response)
@@ -165,7 +166,7 @@ class Journal:
     def append(self, answers: list[tuple[str, str]]) -> None:
         """Write keys and responses. They are on the disk when this returns."""
         with disk_errors(self.output):
-            _append(self.descriptor, b"".join(_line(key, response) for key, response in answers))
+            _write_synced(self.descriptor, b"".join(_line(key, response) for key, response in answers))
 
     def finish(self, records: list[Record], responses: dict[int, str], overwrite: bool) -> None:
         """Write the output file, which appears whole, and delete the journal.
@@ -193,7 +194,7 @@ def open_journal(output: Path, options: dict[str, Any], overwrite: bool = False)
     """Open the journal of an output file, or start one.
 
     Args:
-        options: all that answers depend on beside the prompt, as JSON.
+        options: all that answers depend on beside the prompt, for JSON.
         overwrite: discard answers that were made with other options.
 
     Raises:
@@ -218,10 +219,11 @@ def open_journal(output: Path, options: dict[str, Any], overwrite: bool = False)
             if made_with != options:
                 answers = []
                 os.ftruncate(descriptor, 0)
-                _append(descriptor, _START + json.dumps(options).encode() + b"}\n")
+                os.fsync(descriptor)  # before the new options are there, so that no old answer passes for one of theirs
+                _write_synced(descriptor, _START + json.dumps(options).encode() + b"}\n")
                 sync(path.parent)
             elif lines and not lines[-1].endswith(b"\n"):  # half of a line, from a run that was killed
-                _append(descriptor, b"\n")
+                _write_synced(descriptor, b"\n")
         yield Journal(output, descriptor, answers)
 
 
@@ -252,12 +254,12 @@ def _other_options(path: Path, n_answers: int, made_with: dict[str, Any], option
     differences = ["another model" if n == "model" else f"{n}={made_with[n]!r} (now {options[n]!r})" for n in names]
     return (
         f"{path}: holds {n_answers:,} answers of an unfinished run, made with "
-        f"{', '.join(differences) or 'other options'}: give those again to go on, add --overwrite to discard the "
-        "answers, or choose another --output_file"
+        f"{', '.join(differences) or 'other options'}; run it with those again to continue, add --overwrite to discard "
+        "these answers, or choose another --output_file"
     )
 
 
-def _append(descriptor: int, content: bytes) -> None:
+def _write_synced(descriptor: int, content: bytes) -> None:
     with os.fdopen(os.dup(descriptor), "ab") as file:
         file.write(content)
         file.flush()

@@ -1,4 +1,4 @@
-"""A file of records answered in batches: the same answers in the same order, whatever happens on the way."""
+"""A file of records is answered in batches. The answers and their order are the same, whatever happens on the way."""
 
 import copy
 import dataclasses
@@ -56,7 +56,7 @@ def interrupt() -> None:
 
 
 def killed_after(n_batches: int, monkeypatch: pytest.MonkeyPatch, stop: Callable[[], None] = interrupt) -> None:
-    """Let the model answer that many batches, then stop, as Ctrl-C would or otherwise."""
+    """Let the model answer that many batches, then stop it: as Ctrl-C does, or in another way."""
     answered = []
 
     def continue_prompts(*args) -> list[str]:
@@ -252,7 +252,7 @@ class TestResuming:
         process.kill()
         process.wait()
         assert not out.exists()
-        # How it is done does not matter, only what is asked for: another batch size goes on with the same journal.
+        # The batch size may change: greedy answers do not depend on it.
         monkeypatch.setattr(sys, "argv", [*arguments, "--batch_size", "64"])
         assert main() == 0
         answered_now = int(capsys.readouterr().out.split(" of them answered now")[0].split()[-1])
@@ -284,7 +284,7 @@ class TestResuming:
 
     @staticmethod
     def will_fail(how: str, capitals: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Have the program called with five records, and fail after the first batch of two."""
+        """Prepare a call of the program with five records that fails after the first batch of two."""
 
         def fail() -> None:
             raise RuntimeError(how)
@@ -368,7 +368,7 @@ class TestProcesses:
             assert first.poll() is None
             time.sleep(0.01)
         launched = psutil.Process(first.pid).children(recursive=True)
-        for process in (first, *launched):  # the launcher's end alone would not be theirs
+        for process in (first, *launched):  # they do not end with the launcher
             process.kill()
         psutil.wait_procs(launched)
         first.wait()
@@ -394,7 +394,7 @@ class TestProcesses:
 
 
 class TestFinished:
-    """An output file that is asked for again is done, so that loops and `make` work."""
+    """A complete output file is left as it is, so that loops and `make` work."""
 
     @pytest.fixture
     def finished(self, model_and_tokenizer: tuple, tmp_path: Path) -> Path:

@@ -157,7 +157,7 @@ class TestGenerate:
         files = ("--prompts_file", str(tmp_path / "in.jsonl"), "--output_file", str(tmp_path / "out.jsonl"))
         status, _, err = call(generate, *files)
         assert status == 2
-        assert f"1: {message}" in err and "in.jsonl, " in err
+        assert f"in.jsonl, line 1: {message}" in err
 
 
 class TestConvert:

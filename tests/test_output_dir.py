@@ -1,4 +1,4 @@
-"""A folder appears whole or not at all, and only where nothing of the user's is in its place."""
+"""A folder appears whole or not at all, and nothing of the user's is deleted for it."""
 
 import os
 import shutil
@@ -180,7 +180,7 @@ class TestWhatThisProgramDidNotWriteIsKept:
 
 
 class TestNamesThatLookLikeOurs:
-    """Folders beside the target are cleared only if this program's mark is in them."""
+    """A folder beside the target is cleared only if it has this program's mark in it."""
 
     @pytest.mark.parametrize("name", [".hf.partial", ".hf.replaced", ".hf.lock", ".hf.0123456789abcdef.partial"])
     @pytest.mark.parametrize("kind", ["folder", "file", "link"])
@@ -201,7 +201,7 @@ class TestNamesThatLookLikeOurs:
 
 
 class TestLinksInWhatAKilledRunLeft:
-    """Somebody else's link is neither followed nor put in the folder's place."""
+    """A link that somebody put there is not followed, and does not become the target."""
 
     @pytest.fixture
     def precious(self, tmp_path: Path) -> Path:
@@ -301,11 +301,11 @@ def test_a_folder_that_cannot_be_tidied_up_is_a_warning(tmp_path: Path, monkeypa
     assert names_in(tmp_path) == {"hf"}
 
 
-@pytest.mark.skipif(os.name == "nt" or not hasattr(os, "fork"), reason="changes its user")
+@pytest.mark.skipif(os.name == "nt" or not hasattr(os, "fork"), reason="changes the user of a process")
 @pytest.mark.filterwarnings("ignore:.*fork")
-def test_a_folder_of_somebody_else_s_is_left_as_it_is(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_folder_of_another_user_is_left_as_it_is(tmp_path_factory: pytest.TempPathFactory) -> None:
     if os.geteuid() != 0:
-        pytest.skip("needs root, to become somebody else")
+        pytest.skip("needs root, to become another user")
     parent = Path(tempfile.mkdtemp())
     target = written(parent / "hf", "config.json")
     parent.chmod(0o777)

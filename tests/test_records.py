@@ -1,4 +1,4 @@
-"""Records are read whatever form they have; in a journal whole lines count, and what is the user's is not touched."""
+"""Records are read as lines or as an array; a journal's whole lines are answers; the user's files are not touched."""
 
 import json
 import os

@@ -106,7 +106,7 @@ def test_takes_a_folder_without_a_tokenizer(capitals: Path, tmp_path: Path) -> N
 def test_an_adapter_is_to_be_merged_first(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="is a PEFT adapter; save merge_and_unload"):
+    with pytest.raises(UserError, match="holds a PEFT adapter: save merge_and_unload"):
         convert(tmp_path / "adapter", None, tmp_path / "back", format="checkpoint")
 
 

@@ -1,6 +1,6 @@
-"""Lets every system call of a conversion's and a batch run's writing fail, and loses power after each of them.
+"""Makes each system call that writes a folder or a batch's files fail, and loses power after each of them.
 
-Run by test_syscalls.py under the library that syscalls.c is compiled to; prints what it has tried.
+test_syscalls.py runs this module with the library made from syscalls.c preloaded. It prints what it has tried.
 """
 
 import ctypes
@@ -40,7 +40,7 @@ def write(target: Path, content: str, names: tuple[str, ...] = ("config.json", "
 
 
 def content_of(target: Path) -> str | None:
-    """What a folder says, which must be whole; None where there is none."""
+    """The first letters of config.json in a folder, which must be whole; None without a folder."""
     if not target.exists():
         return None
     assert {path.name for path in target.iterdir()} == {"config.json", "model.safetensors", MANIFEST}
@@ -49,7 +49,7 @@ def content_of(target: Path) -> str | None:
 
 
 def next_run(target: Path) -> None:
-    """A run that clears what an earlier one left, and writes nothing."""
+    """Clear what an earlier run left, and write nothing."""
     try:
         with whole_folder(target, overwrite=True, say=lambda line: None):
             raise ZeroDivisionError
@@ -108,11 +108,13 @@ rename_exactly = output_dir.rename_exactly
 class Answers:
     """A batch run answers records one by one."""
 
+    overwrite = False
+
     def prepare(self, root: Path) -> None:
         (root / "other").write_text("mine")
 
     def act(self, root: Path) -> None:
-        with open_journal(root / "out", OPTIONS) as journal:
+        with open_journal(root / "out", OPTIONS, self.overwrite) as journal:
             for index in sorted(ANSWERS.keys() - journal.responses(KEYS).keys()):
                 journal.append([(KEYS[index], ANSWERS[index])])
             journal.finish(RECORDS, ANSWERS, overwrite=False)
@@ -120,20 +122,32 @@ class Answers:
     def check(self, root: Path, *, is_killed: bool) -> None:
         assert (root / "other").read_text() == "mine"
         if not (root / "out").exists():
-            with open_journal(root / "out", OPTIONS) as journal:
+            with open_journal(root / "out", OPTIONS, self.overwrite) as journal:
                 assert journal.responses(KEYS).items() <= ANSWERS.items()
             self.act(root)
         assert (root / "out").read_text().count("answer 3") == 50
         assert {path.name for path in root.iterdir()} <= {"out", "other", "out.partial"}, list(root.iterdir())
 
 
-SCENARIOS = {
+class OtherAnswers(Answers):
+    """A batch run that discards answers made with other options."""
+
+    overwrite = True
+
+    def prepare(self, root: Path) -> None:
+        super().prepare(root)
+        with open_journal(root / "out", {"temperature": 1}) as journal:
+            journal.append([(key, "another answer") for key in KEYS])
+
+
+SCENARIOS: dict[str, Folder | Answers] = {
     "a folder replaced in one step": Folder(in_one_step=True),
     "a folder replaced in two steps": Folder(in_one_step=False),
     "an edited folder kept, in one step": Folder(in_one_step=True, is_edited=True),
     "an edited folder kept, in two steps": Folder(in_one_step=False, is_edited=True),
     "a new folder in a new place": Folder(in_one_step=True, has_old=False),
     "a batch run": Answers(),
+    "a batch run with other options": OtherAnswers(),
 }
 
 
@@ -141,7 +155,7 @@ SCENARIOS = {
 
 
 def start(act: Callable[[Path], None], root: Path, at: int = 0, code: int = 0, log: Path | None = None) -> int:
-    """Do something in a process of its own, whose exit status is 2 after an error of the user's and 1 after a bug."""
+    """Do something in a child process. Its exit status is 2 after a UserError and 1 after any other error."""
     process = os.fork()
     if process == 0:
         LIBRARY.watch(bytes(root), at, code, bytes(log) if log else None)
@@ -157,7 +171,7 @@ def start(act: Callable[[Path], None], root: Path, at: int = 0, code: int = 0, l
 
 
 def fail_everywhere(scenario: Folder | Answers) -> int:
-    """Let one call after the other fail in each way, in a run of its own; the number of runs."""
+    """Start a run for each call and each way in which the call can fail; return the number of runs."""
     runs, n_calls = 0, len(recorded(scenario)[1])
     for turn in range(4 if ALL_ERRORS else 2):  # 0 kills; the errors take turns, or each call has each of them
         for at in range(1, n_calls + 8):  # some of a run's calls fail by themselves
@@ -171,7 +185,7 @@ def fail_everywhere(scenario: Folder | Answers) -> int:
 
 
 class fresh:  # noqa: N801
-    """A folder for one run, with what the scenario has there before."""
+    """A folder for one run, prepared by the scenario."""
 
     def __init__(self, scenario: Folder | Answers):
         self.scenario = scenario
@@ -190,12 +204,12 @@ class fresh:  # noqa: N801
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
-# Power that is lost: a disk that has what was synced, and of the rest whatever it happened to write.
+# A loss of power: the disk has all that was synced, and any part of the rest.
 
 
 @dataclass(eq=False)
 class Node:
-    """A file's writes, or a folder's names, as far as they have come to the disk."""
+    """A file's content, or a folder's names, as the disk has them."""
 
     is_folder: bool
     entries: dict[str, "Node"] = field(default_factory=dict)
@@ -204,7 +218,7 @@ class Node:
 
 @dataclass(eq=False)
 class Change:
-    """What one call changes: names in folders, all or none of them, or a stretch of a file."""
+    """What one call changes: names in folders (all or none of them reach the disk), or a stretch of a file."""
 
     names: list[tuple[Node, str, Node | None]] = field(default_factory=list)
     file: Node | None = None
@@ -242,7 +256,7 @@ class Disk:
         return node
 
     def change(self, call: str, path: str, other: str, data: bytes) -> Change | set[Node]:
-        """What a call changes; of a sync what it brings to the disk."""
+        """What a call changes. For a sync, the nodes that it brings to the disk."""
         if call == "fsync":
             return {self.find(path)}
         folder, name = (self.find(str(Path(path).parent)), Path(path).name) if path != str(self.root) else (None, "")
@@ -312,10 +326,10 @@ def recorded(scenario: Folder | Answers) -> tuple[Disk, list[tuple[str, str, str
 
 
 def losses(unsynced: list[Change], chosen: random.Random) -> Iterator[set[Change]]:
-    """Which of the changes that nothing has synced are lost: all, none, one of them, all but one, and sets of them.
+    """Sets of unsynced changes that are lost: none, all, each one alone, all but each one, and random sets.
 
-    Names get to the disk in the order of the calls, as file systems with a journal keep it: where one is lost, so are
-    those after it. Contents get there in any order.
+    Names reach the disk in the order of the calls, as on file systems with a journal: after the first name that is
+    lost, all later ones are lost too. Contents reach it in any order.
     """
     yield set()
     yield set(unsynced)
@@ -327,7 +341,7 @@ def losses(unsynced: list[Change], chosen: random.Random) -> Iterator[set[Change
 
 
 def lose_power_everywhere(scenario: Folder | Answers) -> int:
-    """Lose power after every call of a run, with every kind of loss; the number of disks looked at."""
+    """Lose power after each call of a run, with each set of losses; return the number of disks that were checked."""
     state, calls = recorded(scenario)
     chosen = random.Random(0)
     done: list[Change] = []
