@@ -83,8 +83,8 @@ class TestPythonFace:
             *(("stop", "ab"), ("stop", ("",))),
         ],
     )
-    def test_a_way_to_sample_that_means_nothing_is_refused(self, name: str, value: object) -> None:
-        with pytest.raises(UserError, match=f"^{name}={re.escape(repr(value))} means nothing"):
+    def test_a_way_to_sample_that_is_out_of_range_is_refused(self, name: str, value: object) -> None:
+        with pytest.raises(UserError, match=f"^{name}={re.escape(repr(value))} must be "):
             hf_model.Sampling(**{name: value})
 
     def test_paths_may_be_texts_and_a_batch_has_records(self, tmp_path: Path, capitals: Path) -> None:
