@@ -18,13 +18,14 @@ from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedTokenizerFa
 from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError
 from hf_model.reading import parse_json
-from hf_model.tokenizer.check import MAX_TOKEN_LENGTH, MAX_TOKENS, check_tokenizer
 
-MAX_BYTES = {"tokenizer.json": 2**27, "model.safetensors.index.json": 2**25}
+MAX_BYTES = {"model.safetensors.index.json": 2**25}
 MAX_OTHER_BYTES = 2**21
 MAX_LABELS = 10_000
 MAX_TEMPLATES = 100
 MAX_ADDED = 10_000
+MAX_TOKENS = 2**20
+MAX_TOKEN_LENGTH = 1000
 TEMPLATES = "additional_chat_templates"  # the one folder in a folder that the library reads
 READ_BY_THE_LIBRARY = re.compile(
     r".*\.(json|safetensors|jinja|model|tiktoken)|.*(vocab|merges|dict)\.txt|tokenizer\.model.*|" + TEMPLATES
@@ -144,14 +145,14 @@ TOKENIZER_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_folder(folder: Path) -> None:
-    """Look through all files of a folder that the library reads.
+    """Look through the files of a folder that the library reads, but for its tokenizer.json: that one is tried out.
 
     Raises:
         UserError: one of them is no file, leads out of the folder, or says what no folder of this project says.
     """
     if (folder / "adapter_config.json").exists():
         raise UserError(f"{folder}: holds an adapter, which names another model: merge the two and save the result")
-    _check_places(folder)
+    check_places(folder)
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         for key, value in (read_json(folder, name) or {}).items():
             _check_field(folder, name, key, value)
@@ -165,7 +166,6 @@ def check_folder(folder: Path) -> None:
         )
     if (index := read_json(folder, "model.safetensors.index.json")) is not None:
         _check_index(folder, index.get("weight_map"))
-    _check_tokenizer(folder)
 
 
 def _check_field(folder: Path, name: str, key: str, value: Any) -> None:
@@ -179,24 +179,6 @@ def _check_field(folder: Path, name: str, key: str, value: Any) -> None:
         raise UserError(f"{folder}: {name} says {key!r}, which a folder of this project does not")
     if field is not None and value is not None and not field[0](value):
         raise UserError(f"{folder}: {name} says {key}={value!r}, which is not {field[1]}")
-
-
-def check_tokenizer_in(folder: Path) -> None:
-    """Look through the tokenizer.json of a folder, where it has one, and where the folder's files lead.
-
-    Raises:
-        UserError: it is no JSON, or asks for what no tokenizer of this family needs; or a link leads out of the folder.
-    """
-    _check_places(folder)
-    _check_tokenizer(folder)
-
-
-def _check_tokenizer(folder: Path) -> None:
-    if (tokenizer := read_json(folder, "tokenizer.json")) is not None:
-        try:
-            check_tokenizer(tokenizer)
-        except ValueError as error:
-            raise _cannot_be_loaded(folder, f"tokenizer.json: {error}") from None
 
 
 def read_config(folder: Path) -> CustomGPTConfig:
@@ -276,8 +258,12 @@ def _cannot_be_loaded(folder: Path, reason: str) -> UserError:
     return UserError(f"{folder}: cannot be loaded ({reason})")
 
 
-def _check_places(folder: Path) -> None:
-    """Check each file that the library would read, in the folder and in the one inside it."""
+def check_places(folder: Path) -> None:
+    """Check each file that the library would read, in the folder and in the one inside it.
+
+    Raises:
+        UserError: one of them is not a regular file, or a link that leads out of the folder.
+    """
     for entry in os.scandir(folder):
         if READ_BY_THE_LIBRARY.fullmatch(entry.name):
             _check_place(folder, entry)

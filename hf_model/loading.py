@@ -9,15 +9,22 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError, memory_for, one_line
 from hf_model.folder import check_folder, read_config, read_generation_config
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.tokenizer import FoundTokenizer, ModelInfo, check_fits, find_tokenizer, takes_instructions
+from hf_model.tokenizer import (
+    FoundTokenizer,
+    ModelInfo,
+    check_fits,
+    find_tokenizer,
+    open_folder,
+    takes_instructions,
+    unused_ids,
+)
 from hf_model.tokenizer.prompt import PROMPT_FORMAT, RAW
-from hf_model.tokenizer.wrap import no_panic_on_stderr
 from hf_model.trainers import Checkpoint, read_checkpoint, widest
 
 AUTO_MAP = {
@@ -211,8 +218,7 @@ def load_tokenizer(folder: Path, config: CustomGPTConfig | None = None) -> PreTr
     Args:
         config: the folder's, where it has been read already.
     """
-    with no_panic_on_stderr():
-        return AutoTokenizer.from_pretrained(folder, config=config or read_config(folder), trust_remote_code=False)
+    return open_folder(folder, config=config or read_config(folder))
 
 
 def own_vocabulary(folder: Path, config: CustomGPTConfig | None = None) -> FoundTokenizer:
@@ -331,7 +337,7 @@ def _model_of(config: CustomGPTConfig, state_dict: dict[str, torch.Tensor]) -> C
 
 def default_generation(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> GenerationConfig:
     """The original script's defaults. Ids past the tokenizer's vocabulary (padding rows) are never sampled."""
-    unused = list(range(len(tokenizer), vocab_size))
+    unused = unused_ids(tokenizer, vocab_size)
     return GenerationConfig(
         do_sample=True,
         temperature=0.8,

@@ -1,17 +1,17 @@
 """What `--tokenizer_path` names, or where a trainer put its vocabulary if nothing is named: a table of the kinds."""
 
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from hf_model.errors import UserError, one_line
-from hf_model.folder import check_tokenizer_in
+from hf_model.folder import check_places
 from hf_model.tokenizer.characters import (
     CHARACTERS,
     UNKNOWN,
@@ -20,17 +20,10 @@ from hf_model.tokenizer.characters import (
     is_of_characters,
     read_meta,
 )
-from hf_model.tokenizer.check import check_tokenizer
+from hf_model.tokenizer.files import check_regular, load_auto, open_folder, read_start, read_tokenizer, read_word_pieces
 from hf_model.tokenizer.gpt2_files import END_OF_TEXT, find_pair, other_half, read_pair, tiktoken_pair
 from hf_model.tokenizer.prompt import BOS, EOS, PAD, UNK, takes_instructions
-from hf_model.tokenizer.wrap import (
-    added_ids,
-    check_fits,
-    check_regular,
-    no_panic_on_stderr,
-    read_tokenizer,
-    wrap,
-)
+from hf_model.tokenizer.wrap import begin_ids, check_fits, drops_unknown, find_roles, role_notes, switch_off, wrap
 
 AUTO = "auto"  # in place of a path: look where the trainer put it
 GPT2 = "gpt2"
@@ -63,47 +56,86 @@ class FoundTokenizer:
     """What `tokenizer(text)` must give, by the source: a written folder is compared with it."""
     why: str = ""
     """How it was found, where it was not named."""
+    notes: tuple[str, ...] = ()
+    """What was changed or guessed, a sentence each, to be shown to the user."""
 
     @property
     def unit(self) -> str:
         return "characters" if is_of_characters(self.tokenizer) else "tokens"
 
 
+@dataclass(frozen=True)
+class Choices:
+    """What the user has chosen: the kind of prompts, and the special token of each role."""
+
+    raw: bool = False
+    instructions: bool = False
+    roles: Mapping[str, str | None] = field(default_factory=dict)
+
+
 def find_tokenizer(
-    tokenizer_path: str | Path | None, model: ModelInfo, *, characters_of: str | Path | None = None, raw: bool = False
+    tokenizer_path: str | Path | None,
+    model: ModelInfo,
+    *,
+    characters_of: str | Path | None = None,
+    raw: bool = False,
+    instructions: bool = False,
+    bos_token: str | None = None,
+    eos_token: str | None = None,
+    pad_token: str | None = None,
 ) -> FoundTokenizer:
     """The vocabulary that a path or a name stands for.
 
     Args:
-        tokenizer_path: a `tokenizers` JSON, nanoGPT's meta.pkl, either of GPT-2's two files, a folder of any of them,
-            `"gpt2"`, a folder or Hub name that AutoTokenizer knows; or `"auto"`, to look where the trainer put it.
+        tokenizer_path: a `tokenizers` JSON, nanoGPT's meta.pkl, either of GPT-2's two files, WordPiece's vocab.txt, a
+            folder of any of them, `"gpt2"`, a folder or Hub name that AutoTokenizer knows; or `"auto"`, to look where
+            the trainer put it.
         characters_of: the training text of a model of characters, in place of a path.
         raw: the model's prompts are raw text, whatever special tokens there are.
+        instructions: the model's prompts are instructions, whatever the special tokens are called. By default they are
+            if the vocabulary has `[BOS]` and `[EOS]`.
+        bos_token, eos_token, pad_token: the token that is put in front of each text, the one that ends an answer, and
+            the one that fills up the rows of a batch; None takes those that the tokenizer itself tells.
 
     Raises:
         UserError: there is no such thing, it is not what it should be, or it does not go with the model.
     """
+    choices = Choices(raw, instructions, {"bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token})
     if characters_of is not None:
-        vocabulary = _of_training_text(Path(characters_of), model)
+        found = _of_training_text(Path(characters_of), model, choices)
     elif tokenizer_path is None or str(tokenizer_path) == AUTO:
-        vocabulary = _found(model, raw)
+        found = _found(model, choices)
     else:
-        vocabulary = _named(tokenizer_path, model, raw)
-    check_fits(vocabulary.tokenizer, model.vocab_size, vocabulary.taken, model.path)
-    return vocabulary
+        found = _named(tokenizer_path, model, choices)
+    check_fits(found.tokenizer, model.vocab_size, found.taken, model.path)
+    return found
 
 
-def _found(model: ModelInfo, raw: bool) -> FoundTokenizer:
+def own_tokenizer(folder: Path, **how: Any) -> FoundTokenizer:
+    """The tokenizer that is in a converted folder, as it stands there.
+
+    Args:
+        how: more arguments of `AutoTokenizer.from_pretrained`, such as `config`.
+
+    Raises:
+        UserError: the library cannot load it, or using it takes too much time or memory.
+    """
+    tokenizer = open_folder(folder, **how)
+    notes = switch_off(tokenizer.backend_tokenizer)
+    return FoundTokenizer(tokenizer, str(folder), lambda text: tokenizer(text, verbose=False).input_ids, notes=notes)
+
+
+def _found(model: ModelInfo, choices: Choices) -> FoundTokenizer:
     """The vocabulary where the trainers of this family put it, or the one that they take for granted."""
     looked = []
     for path, why in _places(model):
         if path.is_file():
-            return replace(_named(path, model, raw), why=why)
+            return replace(_named(path, model, choices), why=why)
         looked.append(str(path))
     if model.vocab_size in GPT2_SIZES:
-        return replace(_named(GPT2, model, raw), why=f"a vocabulary of {model.vocab_size} is GPT-2's")
+        return replace(_named(GPT2, model, choices), why=f"a vocabulary of {model.vocab_size} is GPT-2's")
     if ORIGINAL.is_file():
-        return _named(ORIGINAL, model, raw)
+        return _named(ORIGINAL, model, choices)
     data = f", nor {looked[-1]}" if model.dataset else ""
     raise UserError(
         f"{model.path}: there is no tokenizer beside it{data}, nor {ORIGINAL}: "
@@ -125,45 +157,42 @@ def _places(model: ModelInfo) -> Iterator[tuple[Path, str]]:
             yield root / "data" / model.dataset / "meta.pkl", "the checkpoint names this data"
 
 
-def _named(source: str | Path, model: ModelInfo, raw: bool) -> FoundTokenizer:
+def _named(source: str | Path, model: ModelInfo, choices: Choices) -> FoundTokenizer:
     """The vocabulary of a file, a folder or a name."""
     path = Path(source)
     if path.is_dir():
-        return _of_folder(path, model, raw)
+        return _of_folder(path, model, choices)
     if not path.exists():
-        return _of_name(str(source), model, raw)
+        return _of_name(str(source), model, choices)
     check_regular(path)
     if pair := find_pair(path):
-        return _of_pair(pair, f"{pair[0]} and {pair[1].name}", model, raw)
+        return _of_pair(pair, f"{pair[0]} and {pair[1].name}", model, choices)
     if other := other_half(path):
         raise UserError(f"{path}: is half of a vocabulary: its other file, {other}, is not beside it")
     if _is_pickle(path):
-        return _of_characters(read_meta(path), str(path), model)
+        return _of_characters(read_meta(path), str(path), model, choices)
+    if path.name.endswith("vocab.txt"):
+        backend, note = read_word_pieces(path)
+        return _of_backend(backend, str(path), model, choices, notes=(note,))
     if path.suffix == ".txt":
         raise UserError(f"{path}: is no tokenizer; the training text of a model of characters goes to --characters_of")
-    return _of_backend(read_tokenizer(path), str(path), model, raw)
+    return _of_backend(read_tokenizer(path), str(path), model, choices)
 
 
 def _is_pickle(path: Path) -> bool:
-    if path.suffix in (".pkl", ".pickle"):
-        return True
-    try:
-        with path.open("rb") as file:
-            return file.read(1) == b"\x80"
-    except OSError:
-        return False
+    return path.suffix in (".pkl", ".pickle") or read_start(path).startswith(b"\x80")
 
 
-def _of_folder(folder: Path, model: ModelInfo, raw: bool) -> FoundTokenizer:
+def _of_folder(folder: Path, model: ModelInfo, choices: Choices) -> FoundTokenizer:
     if (folder / "tokenizer_config.json").is_file():
-        return _of_auto_tokenizer(str(folder), str(folder), model, raw)
+        return _of_auto_tokenizer(str(folder), str(folder), model, choices)
     for name in ("tokenizer.json", ORIGINAL.name, "meta.pkl"):
         if (folder / name).is_file():
-            return _named(folder / name, model, raw)
+            return _named(folder / name, model, choices)
     if pair := find_pair(folder):
-        return _named(pair[0], model, raw)
+        return _named(pair[0], model, choices)
     try:
-        return _of_auto_tokenizer(str(folder), str(folder), model, raw)
+        return _of_auto_tokenizer(str(folder), str(folder), model, choices)
     except UserError:
         raise UserError(
             f"{folder}: cannot be read as a tokenizer: AutoTokenizer does not know it, and it holds no tokenizer.json, "
@@ -171,19 +200,19 @@ def _of_folder(folder: Path, model: ModelInfo, raw: bool) -> FoundTokenizer:
         ) from None
 
 
-def _of_name(name: str, model: ModelInfo, raw: bool) -> FoundTokenizer:
+def _of_name(name: str, model: ModelInfo, choices: Choices) -> FoundTokenizer:
     """A vocabulary that transformers or tiktoken has in its cache, or that the Hub has."""
     repositories = GPT2_REPOSITORIES if name in GPT2_REPOSITORIES else (name,)
     for repository in repositories:
         try:
-            return _of_auto_tokenizer(repository, f"{name}, from transformers' cache", model, raw, is_local=True)
+            return _of_auto_tokenizer(repository, f"{name}, from transformers' cache", model, choices, is_local=True)
         except UserError:
             continue
     if name in GPT2_REPOSITORIES and (pair := tiktoken_pair()):
-        return _of_pair(pair, f"{name}, from tiktoken's cache", model, raw)
+        return _of_pair(pair, f"{name}, from tiktoken's cache", model, choices)
     try:
         _check_hub()
-        return _of_auto_tokenizer(repositories[0], f"{name}, from the Hub", model, raw)
+        return _of_auto_tokenizer(repositories[0], f"{name}, from the Hub", model, choices)
     except UserError as error:
         if name not in GPT2_REPOSITORIES:
             raise UserError(
@@ -206,57 +235,65 @@ def _check_hub() -> None:
         raise UserError(f"the Hub cannot be reached: {error}") from None
 
 
-def _of_auto_tokenizer(name: str, taken: str, model: ModelInfo, raw: bool, is_local: bool = False) -> FoundTokenizer:
+def _of_auto_tokenizer(
+    name: str, taken: str, model: ModelInfo, choices: Choices, is_local: bool = False
+) -> FoundTokenizer:
     if Path(name).is_dir():
-        check_tokenizer_in(Path(name))
-    try:
-        # A stranger's folder may name code of its own; the library would ask on the terminal whether to run it.
-        with no_panic_on_stderr():
-            loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=is_local)
-    except Exception as error:  # whatever its files trip in the library
-        raise UserError(f"{name}: AutoTokenizer cannot load it ({one_line(error, 150)})") from None
-    if not isinstance(loaded, PreTrainedTokenizerFast):
-        raise UserError(f"{name}: is a {type(loaded).__name__}, which has no fast form (a tokenizer.json)")
-    try:
-        check_tokenizer(json.loads(loaded.backend_tokenizer.to_str()))
-    except ValueError as error:
-        raise UserError(f"{name}: is not a tokenizer for this model family ({error})") from None
+        check_places(Path(name))
+        loaded = open_folder(Path(name))
+    else:
+        loaded = load_auto(name, local_files_only=is_local)
     if is_of_characters(loaded):
-        return _of_characters(loaded.get_vocab(), taken, model)
+        return _of_characters(loaded.get_vocab(), taken, model, choices)
+    if takes_instructions(loaded):
+        choices = replace(choices, instructions=True)
+    else:
+        choices = replace(choices, raw=choices.raw or not choices.instructions)
     known = {role: getattr(loaded, role) for role in ("eos_token", "pad_token", "unk_token")}
-    raw = raw or not takes_instructions(loaded)
-    return _of_backend(loaded.backend_tokenizer, taken, model, raw, known)
+    return _of_backend(loaded.backend_tokenizer, taken, model, choices, known)
 
 
-def _of_pair(pair: tuple[Path, Path], taken: str, model: ModelInfo, raw: bool) -> FoundTokenizer:
-    return _of_backend(read_pair(*pair, SPECIAL_TOKENS), taken, model, raw)
+def _of_pair(pair: tuple[Path, Path], taken: str, model: ModelInfo, choices: Choices) -> FoundTokenizer:
+    return _of_backend(read_pair(*pair, SPECIAL_TOKENS), taken, model, choices)
 
 
 def _of_backend(
-    backend: Tokenizer, taken: str, model: ModelInfo, raw: bool, known: dict[str, str | None] | None = None
+    backend: Tokenizer,
+    taken: str,
+    model: ModelInfo,
+    choices: Choices,
+    known: Mapping[str, str | None] | None = None,
+    notes: tuple[str, ...] = (),
 ) -> FoundTokenizer:
-    vocabulary = backend.get_vocab()
     if getattr(backend.model, "unk_token", None) == UNKNOWN:  # the tokenizer.json of a converted model of characters
-        return _of_characters(vocabulary, taken, model)
-    is_original = BOS in vocabulary and EOS in vocabulary
-    before = [vocabulary[BOS]] if is_original else added_ids(backend)[0]
+        return _of_characters(backend.get_vocab(), taken, model, choices)
+    notes += switch_off(backend)
+    notes += tuple(role_notes(backend, known, choices.roles))
+    if drops_unknown(backend):
+        notes += ("characters that the tokenizer does not know are left out of a text without a word",)
+    roles = find_roles(backend, known, choices.roles)
+    before = begin_ids(backend, roles)
 
     def encode(text: str) -> list[int]:
         return [*before, *backend.encode(text, add_special_tokens=False).ids]
 
-    return FoundTokenizer(wrap(backend, model.block_size, raw=raw, known=known), taken, encode)
+    tokenizer = wrap(backend, model.block_size, raw=choices.raw, instructions=choices.instructions, roles=roles)
+    return FoundTokenizer(tokenizer, taken, encode, notes=notes)
 
 
-def _of_training_text(path: Path, model: ModelInfo) -> FoundTokenizer:
+def _of_training_text(path: Path, model: ModelInfo, choices: Choices) -> FoundTokenizer:
     stoi = characters_in(path)
     if len(stoi) != model.vocab_size:
         raise UserError(
             f"{path}: has {len(stoi)} different characters, but {model.path} has embeddings for {model.vocab_size}: it "
             "is not the text that the model was trained on"
         )
-    return _of_characters(stoi, f"the characters of {path}", model)
+    return _of_characters(stoi, f"the characters of {path}", model, choices)
 
 
-def _of_characters(stoi: dict[str, int], taken: str, model: ModelInfo) -> FoundTokenizer:
-    tokenizer = wrap(character_backend(stoi), model.block_size, raw=True, vocabulary=CHARACTERS)
-    return FoundTokenizer(tokenizer, taken, lambda text: [stoi[character] for character in text])
+def _of_characters(stoi: dict[str, int], taken: str, model: ModelInfo, choices: Choices) -> FoundTokenizer:
+    backend = character_backend(stoi)
+    roles = find_roles(backend, chosen=choices.roles)
+    tokenizer = wrap(backend, model.block_size, raw=True, roles=roles, vocabulary=CHARACTERS)
+    before = begin_ids(backend, roles)
+    return FoundTokenizer(tokenizer, taken, lambda text: [*before, *(stoi[character] for character in text)])

@@ -10,7 +10,6 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from hf_model.errors import UserError
 from hf_model.reading import parse_json
-from hf_model.tokenizer.wrap import no_panic_on_stderr
 
 END_OF_TEXT = "<|endoftext|>"
 MAX_BYTES = 32 * 2**20  # of one of the two files; GPT-2's have one and a half
@@ -63,9 +62,8 @@ def read_pair(vocabulary: Path, merges: Path, special_tokens: tuple[str, ...]) -
     """
     try:
         ids = _ids(_read(vocabulary))
-        with no_panic_on_stderr():
-            backend: Tokenizer = ByteLevelBPETokenizer(ids, _merges(_read(merges)))._tokenizer
-            backend.add_special_tokens([token for token in special_tokens if token in ids])
+        backend: Tokenizer = ByteLevelBPETokenizer(ids, _merges(_read(merges)))._tokenizer
+        backend.add_special_tokens([token for token in special_tokens if token in ids])
     except Exception as error:  # tokenizers raises nothing narrower
         raise UserError(f"{vocabulary} and {merges.name}: are no vocabulary and merges of BPE ({error})") from None
     return backend

@@ -12,7 +12,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
 
 from hf_model.errors import UserError
-from hf_model.tokenizer import ModelInfo, find_tokenizer, is_of_characters, save_tokenizer, takes_instructions
+from hf_model.tokenizer import (
+    ModelInfo,
+    find_tokenizer,
+    gpt2_files,
+    is_of_characters,
+    save_tokenizer,
+    takes_instructions,
+)
 from hf_model.tokenizer.find import ORIGINAL
 from hf_model_cli.common import DEFAULT_TOKENIZER
 from tests import relatives
