@@ -1,5 +1,6 @@
 """Tokenizers out of files: a `tokenizers` JSON, a WordPiece vocab.txt, and whatever AutoTokenizer reads in a folder."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,17 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     # A glance first, so that a checkpoint under this name is not read whole.
     text = read_text(path, MAX_TOKENIZER_BYTES) if read_start(path).lstrip().startswith(b"{") else ""
+    check_by_trial(text, path)
+    return Tokenizer.from_str(text)
+
+
+def tokenizer_of(content: dict[str, Any], path: Path) -> Tokenizer:
+    """The tokenizer of a JSON that was made of another file; it is tried out as a file of its own would be.
+
+    Raises:
+        UserError: using it takes too much time or memory.
+    """
+    text = json.dumps(content, ensure_ascii=False)
     check_by_trial(text, path)
     return Tokenizer.from_str(text)
 

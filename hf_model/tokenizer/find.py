@@ -1,5 +1,6 @@
 """What `--tokenizer_path` names, or where a trainer put its vocabulary if nothing is named: a table of the kinds."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_model.errors import UserError, one_line
 from hf_model.folder import check_places
+from hf_model.reading import read_bytes
 from hf_model.tokenizer.characters import (
     CHARACTERS,
     UNKNOWN,
@@ -20,10 +22,29 @@ from hf_model.tokenizer.characters import (
     is_of_characters,
     read_meta,
 )
-from hf_model.tokenizer.files import check_regular, load_auto, open_folder, read_start, read_tokenizer, read_word_pieces
+from hf_model.tokenizer.files import (
+    check_regular,
+    load_auto,
+    open_folder,
+    read_start,
+    read_tokenizer,
+    read_word_pieces,
+    tokenizer_of,
+)
 from hf_model.tokenizer.gpt2_files import END_OF_TEXT, find_pair, other_half, read_pair, tiktoken_pair
 from hf_model.tokenizer.prompt import BOS, EOS, PAD, UNK, takes_instructions
-from hf_model.tokenizer.wrap import begin_ids, check_fits, drops_unknown, find_roles, role_notes, switch_off, wrap
+from hf_model.tokenizer.ranks import MINBPE, minbpe_json, tiktoken_json
+from hf_model.tokenizer.sentence_pieces import sentence_pieces_json
+from hf_model.tokenizer.wrap import (
+    begin_ids,
+    check_fits,
+    check_ids,
+    drops_unknown,
+    find_roles,
+    role_notes,
+    switch_off,
+    wrap,
+)
 
 AUTO = "auto"  # in place of a path: look where the trainer put it
 GPT2 = "gpt2"
@@ -31,6 +52,8 @@ GPT2_SIZES = (50257, 50304)  # the encoding's own, and padded, as nanoGPT has it
 GPT2_REPOSITORIES = ("openai-community/gpt2", GPT2)
 ORIGINAL = Path("data/tokenizer/custom_gpt_tokenizer.json")
 HUB_SECONDS = 5
+TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n")
+MAX_PICKLE_BYTES = 2**26
 SPECIAL_TOKENS = (END_OF_TEXT, BOS, EOS, PAD, UNK)
 
 
@@ -87,9 +110,9 @@ def find_tokenizer(
     """The vocabulary that a path or a name stands for.
 
     Args:
-        tokenizer_path: a `tokenizers` JSON, nanoGPT's meta.pkl, either of GPT-2's two files, WordPiece's vocab.txt, a
-            folder of any of them, `"gpt2"`, a folder or Hub name that AutoTokenizer knows; or `"auto"`, to look where
-            the trainer put it.
+        tokenizer_path: a `tokenizers` JSON, nanoGPT's meta.pkl, either of GPT-2's two files, WordPiece's vocab.txt,
+            SentencePiece's or minbpe's .model, tiktoken's ranks, a folder of any of them, `"gpt2"`, a folder or Hub
+            name that AutoTokenizer knows; or `"auto"`, to look where the trainer put it.
         characters_of: the training text of a model of characters, in place of a path.
         raw: the model's prompts are raw text, whatever special tokens there are.
         instructions: the model's prompts are instructions, whatever the special tokens are called. By default they are
@@ -147,7 +170,7 @@ def _found(model: ModelInfo, choices: Choices) -> FoundTokenizer:
 def _places(model: ModelInfo) -> Iterator[tuple[Path, str]]:
     """Where to look, and what is said of a vocabulary that is found there."""
     beside = model.path.parent
-    for name in (ORIGINAL.name, "tokenizer.json", "meta.pkl"):
+    for name in (ORIGINAL.name, "tokenizer.json", "meta.pkl", "tokenizer.model"):
         yield beside / name, "found beside the checkpoint"
     if pair := find_pair(beside):
         yield pair[0], "found beside the checkpoint"
@@ -169,24 +192,43 @@ def _named(source: str | Path, model: ModelInfo, choices: Choices) -> FoundToken
         return _of_pair(pair, f"{pair[0]} and {pair[1].name}", model, choices)
     if other := other_half(path):
         raise UserError(f"{path}: is half of a vocabulary: its other file, {other}, is not beside it")
-    if _is_pickle(path):
+    start = read_start(path)
+    if path.suffix in (".pkl", ".pickle") or start.startswith(b"\x80"):
+        _check_no_encoding(path)
         return _of_characters(read_meta(path), str(path), model, choices)
     if path.name.endswith("vocab.txt"):
         backend, note = read_word_pieces(path)
         return _of_backend(backend, str(path), model, choices, notes=(note,))
+    if start.startswith(MINBPE.encode()):
+        return _of_backend(tokenizer_of(minbpe_json(path), path), str(path), model, choices)
+    if TIKTOKEN_LINE.match(start):
+        content, note = tiktoken_json(path)
+        return _of_backend(tokenizer_of(content, path), str(path), model, choices, notes=(note,))
+    if path.suffix == ".model":
+        content, end, notes = sentence_pieces_json(path)
+        return _of_backend(tokenizer_of(content, path), str(path), model, choices, {"eos_token": end}, notes)
     if path.suffix == ".txt":
         raise UserError(f"{path}: is no tokenizer; the training text of a model of characters goes to --characters_of")
     return _of_backend(read_tokenizer(path), str(path), model, choices)
 
 
-def _is_pickle(path: Path) -> bool:
-    return path.suffix in (".pkl", ".pickle") or read_start(path).startswith(b"\x80")
+def _check_no_encoding(path: Path) -> None:
+    """Refuse a pickled encoding of tiktoken, with the way to make a JSON of it."""
+    if b"tiktoken" in read_bytes(path, MAX_PICKLE_BYTES)[:1000]:
+        convert = (
+            "import pickle; from transformers.integrations.tiktoken import convert_tiktoken_to_fast; "
+            f"convert_tiktoken_to_fast(pickle.load(open('{path.name}', 'rb')), 'tokenizer')"
+        )
+        raise UserError(
+            f"{path}: is a pickled encoding of tiktoken, and a pickle can run code: it was not opened. If you trust "
+            f'it, run `pip install tiktoken blobfile` and `python -c "{convert}"` there; give tokenizer/tokenizer.json'
+        )
 
 
 def _of_folder(folder: Path, model: ModelInfo, choices: Choices) -> FoundTokenizer:
     if (folder / "tokenizer_config.json").is_file():
         return _of_auto_tokenizer(str(folder), str(folder), model, choices)
-    for name in ("tokenizer.json", ORIGINAL.name, "meta.pkl"):
+    for name in ("tokenizer.json", ORIGINAL.name, "meta.pkl", "tokenizer.model"):
         if (folder / name).is_file():
             return _named(folder / name, model, choices)
     if pair := find_pair(folder):
@@ -196,7 +238,7 @@ def _of_folder(folder: Path, model: ModelInfo, choices: Choices) -> FoundTokeniz
     except UserError:
         raise UserError(
             f"{folder}: cannot be read as a tokenizer: AutoTokenizer does not know it, and it holds no tokenizer.json, "
-            "no meta.pkl, and no vocab.json with merges.txt"
+            "no meta.pkl, no tokenizer.model, and no vocab.json with merges.txt"
         ) from None
 
 
@@ -267,6 +309,7 @@ def _of_backend(
 ) -> FoundTokenizer:
     if getattr(backend.model, "unk_token", None) == UNKNOWN:  # the tokenizer.json of a converted model of characters
         return _of_characters(backend.get_vocab(), taken, model, choices)
+    check_ids(backend, taken)
     notes += switch_off(backend)
     notes += tuple(role_notes(backend, known, choices.roles))
     if drops_unknown(backend):

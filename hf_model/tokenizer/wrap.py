@@ -216,40 +216,48 @@ def _drop_end(backend: Tokenizer, before: list[int]) -> None:
     template = processors.TemplateProcessing(
         single=[*names, "$A"], pair=[*names, "$A", *names, "$B"], special_tokens=tokens
     )
-    trims = _trims_offsets(backend)
-    parts = [processors.ByteLevel(trim_offsets=True), template] if trims else [template]
-    backend.post_processor = processors.Sequence(parts) if trims else template
+    trim = _trimming(backend)
+    backend.post_processor = processors.Sequence([trim, template]) if trim else template
 
 
-def _trims_offsets(backend: Tokenizer) -> bool:
-    """Whether the post-processor leaves the spaces out of the offsets of tokens."""
+def _trimming(backend: Tokenizer) -> processors.ByteLevel | None:
+    """The part of the post-processor that leaves the spaces out of the offsets of tokens."""
     if backend.post_processor is None:
-        return False
+        return None
     state = json.loads(backend.post_processor.__getstate__())
-    return any(part.get("trim_offsets") for part in state.get("processors", [state]))
+    for part in state.get("processors", [state]):
+        if part.get("trim_offsets"):
+            return processors.ByteLevel(add_prefix_space=part["add_prefix_space"], trim_offsets=True)
+    return None
 
 
 def check_fits(
     tokenizer: PreTrainedTokenizerBase, vocab_size: int, tokenizer_path: str | Path, model_path: str | Path
 ) -> None:
-    """Check that every id has an embedding, and belongs to one token.
+    """Check that every id has an embedding.
 
     Raises:
-        UserError: the tokenizer has an id for which the model has no embedding, or two tokens have the same id.
+        UserError: the tokenizer has an id for which the model has no embedding.
     """
-    vocabulary = tokenizer.get_vocab()
-    ids = set(vocabulary.values())
-    if len(ids) < len(vocabulary):
-        by_id: dict[int, str] = {}
-        for token, number in vocabulary.items():
-            if (other := by_id.setdefault(number, token)) != token:
-                raise UserError(f"{tokenizer_path}: has two tokens with the id {number}, {other!r} and {token!r}")
+    ids = set(tokenizer.get_vocab().values())
     if max(ids, default=0) >= vocab_size:
         has = f"{len(ids)} tokens" if len(ids) > vocab_size else f"a token with the id {max(ids)}"
         raise UserError(
             f"{tokenizer_path}: has {has}, but {model_path} has embeddings for {vocab_size}: "
             "they do not belong together"
         )
+
+
+def check_ids(backend: Tokenizer, tokenizer_path: str) -> None:
+    """Check that no two tokens have the same id: the library would lose one of them when it copies the tokenizer.
+
+    Raises:
+        UserError: two of them have.
+    """
+    by_id: dict[int, str] = {}
+    for token, number in backend.get_vocab().items():
+        if (other := by_id.setdefault(number, token)) != token:
+            raise UserError(f"{tokenizer_path}: has two tokens with the id {number}, {other!r} and {token!r}")
 
 
 def unused_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[int]:

@@ -299,7 +299,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a tokenizer with code of its own": (
         edit_json("tokenizer_config.json", tokenizer_class="Evil", auto_map={"AutoTokenizer": ["evil.Evil", None]}),
-        "cannot be loaded .* custom code to be run",
+        "AutoTokenizer cannot load it .* custom code to be run",
     ),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "holds no tokenizer"),
     "tokenizer.json cut short": (cut("tokenizer.json", 20_000), "is not the JSON of a `tokenizers` tokenizer"),
@@ -315,7 +315,7 @@ def test_a_damaged_folder_is_refused(damage: Callable, message: str, capitals: P
     folder = shutil.copytree(capitals, tmp_path / "hf")
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
     damage(folder)
-    with pytest.raises(UserError, match=f"{folder}: {message}") as raised:
+    with pytest.raises(UserError, match=f"{folder}(/tokenizer.json)?: {message}") as raised:
         loading.load(folder, None, device=CPU)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "marker").exists()
