@@ -20,7 +20,7 @@ from hf_model.tokenizer import (
     ModelInfo,
     check_fits,
     find_tokenizer,
-    open_folder,
+    own_tokenizer,
     takes_instructions,
     unused_ids,
 )
@@ -212,19 +212,13 @@ def check_weights(folder: Path, config: CustomGPTConfig) -> torch.dtype | None:
     return widest(STORED[dtype] for dtype in dtypes.values())
 
 
-def load_tokenizer(folder: Path, config: CustomGPTConfig | None = None) -> PreTrainedTokenizerFast:
-    """The tokenizer of a converted folder, whose own code is never run.
+def own_vocabulary(folder: Path, config: CustomGPTConfig | None = None) -> FoundTokenizer:
+    """The tokenizer of a converted folder.
 
     Args:
         config: the folder's, where it has been read already.
     """
-    return open_folder(folder, config=config or read_config(folder))
-
-
-def own_vocabulary(folder: Path, config: CustomGPTConfig | None = None) -> FoundTokenizer:
-    """The vocabulary of a converted folder; the arguments are those of `load_tokenizer`."""
-    tokenizer = load_tokenizer(folder, config)
-    return FoundTokenizer(tokenizer, str(folder), lambda text: tokenizer(text, verbose=False).input_ids)
+    return own_tokenizer(folder, config=config or read_config(folder))
 
 
 @dataclass(frozen=True)

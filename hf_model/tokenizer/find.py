@@ -39,10 +39,10 @@ from hf_model.tokenizer.wrap import (
     begin_ids,
     check_fits,
     check_ids,
-    drops_unknown,
     find_roles,
     role_notes,
     switch_off,
+    unknown_notes,
     wrap,
 )
 
@@ -59,28 +59,28 @@ SPECIAL_TOKENS = (END_OF_TEXT, BOS, EOS, PAD, UNK)
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What of a model tells where its vocabulary is, and what goes with it."""
+    """The facts of a model that tell where its tokenizer is, and which tokenizer fits."""
 
     path: Path
     vocab_size: int
     block_size: int
     dataset: str | None = None
-    """nanoGPT's name of its data folder, where the checkpoint tells."""
+    """nanoGPT's name of its data folder; None if the checkpoint does not tell."""
 
 
 @dataclass(frozen=True)
 class FoundTokenizer:
-    """A tokenizer, where it was taken from, and what its source itself encodes."""
+    """A tokenizer, where it was taken from, and how its source encodes."""
 
     tokenizer: PreTrainedTokenizerFast
     taken: str
     """The file, files or name."""
     encode: Callable[[str], list[int]]
-    """What `tokenizer(text)` must give, by the source: a written folder is compared with it."""
+    """The ids that `tokenizer(text)` must give. The source computes them; a written folder is compared with them."""
     why: str = ""
-    """How it was found, where it was not named."""
+    """How the tokenizer was found; empty if the user named it."""
     notes: tuple[str, ...] = ()
-    """What was changed or guessed, a sentence each, to be shown to the user."""
+    """Sentences for the user: what was changed or guessed."""
 
     @property
     def unit(self) -> str:
@@ -89,7 +89,7 @@ class FoundTokenizer:
 
 @dataclass(frozen=True)
 class Choices:
-    """What the user has chosen: the kind of prompts, and the special token of each role."""
+    """The user's choices: the kind of prompts, and the special token of each role."""
 
     raw: bool = False
     instructions: bool = False
@@ -107,7 +107,7 @@ def find_tokenizer(
     eos_token: str | None = None,
     pad_token: str | None = None,
 ) -> FoundTokenizer:
-    """The vocabulary that a path or a name stands for.
+    """Find the tokenizer that a path or a name stands for.
 
     Args:
         tokenizer_path: a `tokenizers` JSON, nanoGPT's meta.pkl, either of GPT-2's two files, WordPiece's vocab.txt,
@@ -121,7 +121,8 @@ def find_tokenizer(
             the one that fills up the rows of a batch; None takes those that the tokenizer itself tells.
 
     Raises:
-        UserError: there is no such thing, it is not what it should be, or it does not go with the model.
+        UserError: there is no such file or name, it is not a tokenizer that can be used, it lacks a chosen token, or it
+            does not fit the model.
     """
     choices = Choices(raw, instructions, {"bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token})
     if characters_of is not None:
@@ -149,7 +150,7 @@ def own_tokenizer(folder: Path, **how: Any) -> FoundTokenizer:
 
 
 def _found(model: ModelInfo, choices: Choices) -> FoundTokenizer:
-    """The vocabulary where the trainers of this family put it, or the one that they take for granted."""
+    """The tokenizer in one of the places where trainers put it, or the one that they take for granted."""
     looked = []
     for path, why in _places(model):
         if path.is_file():
@@ -168,20 +169,20 @@ def _found(model: ModelInfo, choices: Choices) -> FoundTokenizer:
 
 
 def _places(model: ModelInfo) -> Iterator[tuple[Path, str]]:
-    """Where to look, and what is said of a vocabulary that is found there."""
+    """The places to look in, each with the reason to report."""
     beside = model.path.parent
     for name in (ORIGINAL.name, "tokenizer.json", "meta.pkl", "tokenizer.model"):
         yield beside / name, "found beside the checkpoint"
     if pair := find_pair(beside):
         yield pair[0], "found beside the checkpoint"
-    # The name comes out of the file: it may lead into data/ only.
+    # The checkpoint tells the name, and nobody vouches for it: it may lead into data/ only.
     if model.dataset and not Path(model.dataset).is_absolute() and ".." not in Path(model.dataset).parts:
         for root in (beside.parent, beside.parent.parent, Path()):
             yield root / "data" / model.dataset / "meta.pkl", "the checkpoint names this data"
 
 
 def _named(source: str | Path, model: ModelInfo, choices: Choices) -> FoundTokenizer:
-    """The vocabulary of a file, a folder or a name."""
+    """The tokenizer of a file, a folder or a name."""
     path = Path(source)
     if path.is_dir():
         return _of_folder(path, model, choices)
@@ -243,7 +244,7 @@ def _of_folder(folder: Path, model: ModelInfo, choices: Choices) -> FoundTokeniz
 
 
 def _of_name(name: str, model: ModelInfo, choices: Choices) -> FoundTokenizer:
-    """A vocabulary that transformers or tiktoken has in its cache, or that the Hub has."""
+    """A tokenizer in transformers' or tiktoken's cache, or on the Hub."""
     repositories = GPT2_REPOSITORIES if name in GPT2_REPOSITORIES else (name,)
     for repository in repositories:
         try:
@@ -268,7 +269,7 @@ def _of_name(name: str, model: ModelInfo, choices: Choices) -> FoundTokenizer:
 
 
 def _check_hub() -> None:
-    """Find out in seconds whether the Hub answers: the library would try again for a minute."""
+    """Find out in seconds whether the Hub answers: the library itself would retry for a minute."""
     if constants.HF_HUB_OFFLINE:
         raise UserError("the Hub is switched off by HF_HUB_OFFLINE")
     try:
@@ -292,6 +293,8 @@ def _of_auto_tokenizer(
     else:
         choices = replace(choices, raw=choices.raw or not choices.instructions)
     known = {role: getattr(loaded, role) for role in ("eos_token", "pad_token", "unk_token")}
+    if loaded.add_bos_token:
+        known["bos_token"] = loaded.bos_token
     return _of_backend(loaded.backend_tokenizer, taken, model, choices, known)
 
 
@@ -311,9 +314,7 @@ def _of_backend(
         return _of_characters(backend.get_vocab(), taken, model, choices)
     check_ids(backend, taken)
     notes += switch_off(backend)
-    notes += tuple(role_notes(backend, known, choices.roles))
-    if drops_unknown(backend):
-        notes += ("characters that the tokenizer does not know are left out of a text without a word",)
+    notes += (*role_notes(backend, known, choices.roles), *unknown_notes(backend))
     roles = find_roles(backend, known, choices.roles)
     before = begin_ids(backend, roles)
 

@@ -1,9 +1,9 @@
-"""Find a hostile tokenizer by what it does: a process of its own loads it and uses it, before this one does.
+"""Find a hostile tokenizer by what it does: a process of its own loads and uses the tokenizer before this one does.
 
-A tokenizer's JSON can multiply a text, take forever over a regular expression that backtracks, or crash the library.
-Whatever the library reads is taken if it encodes and decodes a few hard texts in a few seconds, in little memory, and
-gives tokens in proportion to the text. The outcome is kept in the user's cache, so that no file is tried twice. A
-folder's own list of hashes would be no proof: whoever makes a folder makes its list.
+A tokenizer's JSON can multiply a text, take forever over a regular expression that backtracks, or crash the library. A
+tokenizer passes if it encodes and decodes hard texts within a few seconds and little memory, with tokens in proportion
+to the text. The user's cache keeps the checksums of those that passed, so that none is tried twice. A folder's own list
+of checksums would prove nothing: whoever makes the folder makes the list.
 """
 
 import hashlib
@@ -21,10 +21,10 @@ import tokenizers
 from hf_model.errors import UserError, one_line
 
 CHILD = Path(__file__).with_name("trial_child.py")
-SECONDS = 60  # by the clock, on a busy machine; the process limits its own computing to a few
+SECONDS = 60  # by the clock, for a busy machine; the process limits its own computing to fewer
 MAX_TOKENIZER_BYTES = 2**27
-MAX_CACHE_BYTES = 2**20  # then it begins anew
-# How a process ends that computes too long; Windows has neither signal.
+MAX_CACHE_BYTES = 2**20  # a larger cache is begun anew
+# The exit statuses of a process that computed too long. Windows has neither signal.
 OUT_OF_TIME = {-number for name in ("SIGXCPU", "SIGKILL") if (number := getattr(signal, name, None))}
 
 
@@ -44,7 +44,7 @@ def check_by_trial(text: str, where: str | Path) -> None:
 
 
 def remember_ours(path: Path) -> None:
-    """Let a tokenizer.json that this project wrote, of a tokenizer that has passed, need no trial of its own."""
+    """Spare a tokenizer.json the trial: this project wrote it, and its tokenizer has passed."""
     with suppress(OSError, UnicodeDecodeError):
         _remember(_key(path.read_text(encoding="utf-8")))
 
@@ -68,7 +68,7 @@ def _try_out(text: str, where: str | Path) -> None:
 
 
 def _seen(told: dict[str, Any], error: bytes, status: int | None) -> str:
-    """What a tokenizer did in the trial that it did not pass."""
+    """Why a tokenizer did not pass."""
     if "refused" in told:
         return one_line(told["refused"], 200)
     doing = told.get("doing", "starting a process for it")
@@ -80,7 +80,7 @@ def _seen(told: dict[str, Any], error: bytes, status: int | None) -> str:
 
 
 def _told(output: bytes) -> dict[str, Any]:
-    """What the process has said, later words in place of earlier ones; the last line may be cut short."""
+    """What the process said; of two lines about the same, the later one. The last line may be cut short."""
     told: dict[str, Any] = {}
     for line in output.splitlines():
         with suppress(ValueError):
@@ -89,7 +89,7 @@ def _told(output: bytes) -> dict[str, Any]:
 
 
 def _key(text: str) -> str:
-    """The checksum of a tokenizer, of the trial, and of the library that passed it."""
+    """A checksum of the tokenizer, the trial and the library's version."""
     return hashlib.sha256(b"\0".join((tokenizers.__version__.encode(), CHILD.read_bytes(), text.encode()))).hexdigest()
 
 
@@ -106,7 +106,7 @@ def _passed() -> set[str]:
 
 
 def _remember(key: str) -> None:
-    """Keep a checksum. A cache that cannot be written is no error: the tokenizer is tried out again."""
+    """Keep a checksum. If the cache cannot be written, the tokenizer is tried out again next time."""
     with suppress(OSError, RuntimeError):
         path = _cache()
         path.parent.mkdir(parents=True, exist_ok=True)

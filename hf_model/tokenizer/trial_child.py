@@ -1,17 +1,20 @@
-"""Load a tokenizer that nobody vouches for and use it: a script, which `trial.py` starts as a process of its own.
+"""Load an untrusted tokenizer and use it. `trial.py` runs this file as a script, in a process of its own.
 
-The JSON comes on standard input, the folder of the `tokenizers` package as the argument. Each line on standard output
-is a JSON object: `doing` before a step, `refused` with the reason, `passed` at the end. A tokenizer that takes too much
-time or memory ends the process; the last line then tells what it was doing.
+The script reads the JSON from standard input. Its argument is the folder that holds the `tokenizers` package. It writes
+JSON objects to standard output, one a line: `doing` before each step, then `passed` or what was wrong. If a tokenizer
+takes too much time or memory, the process ends; the last line then tells the step.
 
-Imports nothing of this project, so that the process starts in a twentieth of a second.
+The script imports nothing of this project, so it starts in a twentieth of a second.
 """
 
 import json
 import re
 import sys
+import time
+from contextlib import suppress
 
-sys.path.append(sys.argv[1])  # Python runs isolated from the user's paths, where the package may be
+if __name__ == "__main__":
+    sys.path.append(sys.argv[1])  # Python runs isolated from the user's own paths, where the package may be
 
 from tokenizers import Tokenizer
 
@@ -39,27 +42,15 @@ class RefusedError(Exception):
     pass
 
 
-def limit(seconds: float) -> None:
-    """Let the process compute for so many seconds from now on, about."""
-    if resource is not None:
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-        soft = int(used.ru_utime + used.ru_stime + seconds) + 1
-        resource.setrlimit(resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
-
-
-def limit_process(n_bytes: int) -> float:
-    """Set the limits that hold for the whole process; returns how many seconds it may take to load the JSON."""
-    loading = STEP_SECONDS + n_bytes / LOAD_BYTES_A_SECOND
-    if resource is not None:
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        try:
-            memory = MEMORY + MEMORY_FOR_A_BYTE * n_bytes
-            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-            resource.setrlimit(resource.RLIMIT_CPU, (int(loading + ALL_SECONDS) + 1,) * 2)
-        except (ValueError, OSError):  # macOS does not limit the address space; a stricter limit may hold already
-            pass
-    return loading
+def set_limit(name: str, most: float, *, is_final: bool) -> None:
+    """Limit the process. A stricter limit that holds already stays; a final one cannot be raised again."""
+    if resource is None:
+        return
+    kind = getattr(resource, name)
+    hard = resource.getrlimit(kind)[1]
+    limit = int(most) if hard == resource.RLIM_INFINITY else min(int(most), hard)
+    with suppress(ValueError, OSError):  # macOS does not limit the address space
+        resource.setrlimit(kind, (limit, limit if is_final else hard))
 
 
 def tell(**what: object) -> None:
@@ -67,12 +58,13 @@ def tell(**what: object) -> None:
 
 
 def begin(step: str, seconds: float = STEP_SECONDS) -> None:
+    """Say what comes next, which may compute for about so many seconds."""
     tell(doing=step)
-    limit(seconds)
+    set_limit("RLIMIT_CPU", time.process_time() + seconds + 1, is_final=False)
 
 
 def check_sizes(content: dict, tokenizer: Tokenizer) -> None:
-    """Refuse single sizes that no text shows."""
+    """Refuse sizes that no text would show."""
     vocabulary = tokenizer.get_vocab()
     if max(vocabulary.values(), default=0) >= MAX_ID:
         raise RefusedError(f"a token has the id {max(vocabulary.values())}, more than {MAX_ID}")
@@ -86,7 +78,7 @@ def check_sizes(content: dict, tokenizer: Tokenizer) -> None:
 
 
 def runs() -> dict[str, str]:
-    """Texts that make patterns backtrack and normalizers multiply; each ends otherwise than it begins."""
+    """Texts that make patterns backtrack and normalizers multiply. At the end of each run a pattern may fail."""
     characters = {
         "one letter": "a",
         "spaces": " ",
@@ -108,7 +100,7 @@ def runs() -> dict[str, str]:
 
 
 def own_texts(content: dict, tokenizer: Tokenizer) -> dict[str, str]:
-    """Runs of what the tokenizer's own parts and vocabulary speak of: they may act on nothing else."""
+    """Runs of the characters and texts in the tokenizer's own parts: a part may act on nothing else."""
     found: dict[str, None] = {}  # in the order in which they are found
     parts = [content.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")]
     while parts:
@@ -133,21 +125,21 @@ def size(text: str) -> int:
 
 
 def use(tokenizer: Tokenizer, name: str, text: str) -> None:
-    """Encode and decode a text; an error of the library, such as that a character is unknown, harms nobody."""
+    """Encode and decode a text. An error of the library, for instance on an unknown character, does no harm."""
     most = GROWTH * size(text) + AROUND
     what = f"{size(text):,} bytes of {name}" if text else "an empty text"
     begin(f"encoding {what}")
     try:
         prepared = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
         if size(prepared) > most:
-            raise RefusedError(f"its normalizer makes {size(prepared):,} bytes of {what}")
+            raise RefusedError(f"its normalizer makes {size(prepared):,} bytes out of {what}")
         if tokenizer.pre_tokenizer:
             pieces = tokenizer.pre_tokenizer.pre_tokenize_str(prepared)
             if (length := sum(size(piece) for piece, _ in pieces)) > most:
-                raise RefusedError(f"its pre_tokenizer makes {length:,} bytes of {what}")
+                raise RefusedError(f"its pre_tokenizer makes {length:,} bytes out of {what}")
         encoding = tokenizer.encode(text)
         if len(encoding.ids) > most:
-            raise RefusedError(f"it makes {len(encoding.ids):,} tokens of {what}")
+            raise RefusedError(f"it makes {len(encoding.ids):,} tokens out of {what}")
         begin(f"decoding {what}")
         decoded = tokenizer.decode(encoding.ids, skip_special_tokens=False)
         if size(decoded) > GROWTH * (size(text) + sum(map(size, encoding.tokens))) + AROUND:
@@ -159,7 +151,11 @@ def use(tokenizer: Tokenizer, name: str, text: str) -> None:
 
 
 def try_out(text: str) -> None:
-    begin("loading it", limit_process(len(text)))
+    loading = STEP_SECONDS + len(text) / LOAD_BYTES_A_SECOND
+    set_limit("RLIMIT_CORE", 0, is_final=True)
+    set_limit("RLIMIT_AS", MEMORY + MEMORY_FOR_A_BYTE * len(text), is_final=True)
+    set_limit("RLIMIT_CPU", loading + ALL_SECONDS, is_final=True)
+    begin("loading it", loading)
     content = json.loads(text)
     tokenizer = Tokenizer.from_str(text)
     check_sizes(content, tokenizer)

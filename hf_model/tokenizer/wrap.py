@@ -41,13 +41,13 @@ def wrap(
     roles: Mapping[str, str | None] | None = None,
     **facts: str,
 ) -> PreTrainedTokenizerFast:
-    """A `tokenizers` object as transformers' tokenizer. `backend` is changed: it will not end a text, pad it or cut it.
+    """A `tokenizers` object as transformers' tokenizer. `backend` changes: it no longer ends, pads or cuts a text.
 
-    With `[BOS]` and `[EOS]` the model is one of the original's: `tokenizer(text)` gives `[BOS]` + text, without the
-    `[EOS]` that the original's template appends (and its sampling loop drops again); `add_eos_token=True` brings it
-    back. The chat template makes the prompt of instructions.
+    A vocabulary with `[BOS]` and `[EOS]` is the original's. Its model takes instructions, and the chat template makes
+    the prompt. `tokenizer(text)` gives `[BOS]` + text. The original's template appends `[EOS]` too, which its sampling
+    loop drops again; `add_eos_token=True` brings it back.
 
-    Any other vocabulary is one of raw text, and so is its prompt, unless `instructions` says otherwise.
+    With any other vocabulary the model takes raw text, unless `instructions` is True.
 
     Args:
         raw: the model takes raw text, whatever special tokens its tokenizer has.
@@ -107,8 +107,8 @@ def find_roles(
 ) -> dict[str, str | None]:
     """Which token is the `bos_token`, `eos_token`, `pad_token` and `unk_token`; None where there is none.
 
-    In this order: what the user has chosen; the original's names; what the post-processor puts in front of a text and
-    behind it; what is known from a tokenizer_config.json; the usual names.
+    The first that tells decides: what the user has chosen, what a tokenizer_config.json says (`known`), the original's
+    names, what the post-processor puts in front of a text and behind it, the usual names.
 
     Raises:
         UserError: the vocabulary lacks a token that the user has chosen.
@@ -116,34 +116,33 @@ def find_roles(
     known = known or {}
     vocabulary, special = backend.get_vocab(), special_tokens(backend)
     picked = {role: token for role, token in (chosen or {}).items() if token is not None}
-    if lacking := [(role, token) for role, token in picked.items() if token not in vocabulary]:
-        raise UserError(
-            f"--{lacking[0][0]} {lacking[0][1]!r}: the tokenizer has no such token; its special tokens are "
-            f"{', '.join(special) or 'none'}"
-        )
-    roles: dict[str, str | None]
+    for role, token in picked.items():
+        if token not in vocabulary:
+            raise UserError(
+                f"--{role} {token!r}: the tokenizer has no such token; its special tokens are "
+                f"{', '.join(special) or 'none'}"
+            )
+    begin: str | None
+    end: str | None
     if is_original(backend):
-        roles = {"bos_token": BOS, "eos_token": EOS, "pad_token": _first([PAD], vocabulary)}
-        unknown = _first([UNK], vocabulary)
+        begin, end, pad, unknown = BOS, EOS, _first([PAD], vocabulary), _first([UNK], vocabulary)
     else:
         before, after = added_ids(backend)
-        end = backend.id_to_token(after[-1]) if after else known.get("eos_token") or _first(END_TOKENS, special)
-        roles = {
-            "bos_token": backend.id_to_token(before[0]) if before else None,
-            "eos_token": end,
-            "pad_token": known.get("pad_token") or _first(PAD_TOKENS, special),
-        }
-        own = getattr(backend.model, "unk_token", None)
-        unknown = known.get("unk_token") or (own if own in special else None)
-        unknown = unknown if unknown != end else None  # GPT-2's tokenizers in transformers have one for all roles
-    roles |= picked
-    return roles | {"pad_token": roles["pad_token"] or roles["eos_token"], "unk_token": unknown}
+        begin = backend.id_to_token(before[0]) if before else None
+        end = backend.id_to_token(after[-1]) if after else _first(END_TOKENS, special)
+        pad, unknown = _first(PAD_TOKENS, special), getattr(backend.model, "unk_token", None)
+    roles = {"bos_token": begin, "eos_token": end, "pad_token": pad, "unk_token": unknown}
+    roles |= {role: token for role, token in known.items() if token is not None} | picked
+    # GPT-2's tokenizers in transformers have one token for all roles. A token that is not special stays text.
+    if roles["unk_token"] == roles["eos_token"] or roles["unk_token"] not in special:
+        roles["unk_token"] = None
+    return roles | {"pad_token": roles["pad_token"] or roles["eos_token"]}
 
 
 def role_notes(
     backend: Tokenizer, known: Mapping[str, str | None] | None, chosen: Mapping[str, str | None]
 ) -> Iterator[str]:
-    """What is said of the special tokens that the user has not chosen; of the original's own, nothing."""
+    """Notes on the special tokens that were found and not chosen; none on the original's own."""
     if is_original(backend):
         return
     roles, special = find_roles(backend, known), special_tokens(backend)
@@ -160,12 +159,13 @@ def role_notes(
             yield f"{roles['eos_token']} ends a text, not {' or '.join(others)}; --eos_token names another"
 
 
-def drops_unknown(backend: Tokenizer) -> bool:
-    """Whether characters that the vocabulary lacks get no token, and no error either."""
+def unknown_notes(backend: Tokenizer) -> Iterator[str]:
+    """A note on a tokenizer that has no token for unknown words or characters."""
     try:
-        return not backend.encode("Ж☃", add_special_tokens=False).ids
+        if not backend.encode("Ж☃", add_special_tokens=False).ids:
+            yield "words and characters that the tokenizer does not know are left out of a text without a word"
     except Exception:  # tokenizers raises nothing narrower
-        return False
+        yield "the tokenizer has no token for words and characters that it does not know: a text with one is an error"
 
 
 def special_tokens(backend: Tokenizer) -> list[str]:
@@ -177,7 +177,7 @@ def _first(names: Iterable[str], tokens: Container[str]) -> str | None:
 
 
 def added_ids(backend: Tokenizer) -> tuple[list[int], list[int]]:
-    """The ids that the post-processor puts in front of a text and behind it."""
+    """The ids that the post-processor puts in front of a text, and those that it puts behind."""
     if backend.post_processor is None:
         return [], []
     bare = backend.encode(_known_text(backend), add_special_tokens=False)
@@ -200,7 +200,7 @@ def _known_text(backend: Tokenizer) -> str:
 
 
 def begin_ids(backend: Tokenizer, roles: Mapping[str, str | None]) -> list[int]:
-    """What comes in front of each text: what the post-processor puts there, or a `bos_token` that it does not know."""
+    """The ids in front of each text: the post-processor's, or the `bos_token` if it is not among them."""
     before = added_ids(backend)[0]
     begin = roles.get("bos_token")
     first = None if begin is None else backend.token_to_id(begin)
@@ -208,7 +208,7 @@ def begin_ids(backend: Tokenizer, roles: Mapping[str, str | None]) -> list[int]:
 
 
 def _drop_end(backend: Tokenizer, before: list[int]) -> None:
-    """Let the post-processor put these ids in front of a text, and nothing behind it: a model is to go on with it."""
+    """Let the post-processor put these ids in front of a text and nothing behind it: a model continues the text."""
     if added_ids(backend) == (before, []):
         return
     tokens = [(backend.id_to_token(number), number) for number in before]
@@ -267,12 +267,10 @@ def unused_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[int]
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the files that `AutoTokenizer.from_pretrained(folder)` reads; `add_eos_token=True` works on them too.
-
-    The library reads from the template in tokenizer.json that `[BOS]` comes first, but forgets `add_bos_token` itself,
-    and so would lose `[BOS]` where `add_eos_token=True` makes the template anew. This file is merged in after that.
-    """
+    """Write the files that `AutoTokenizer.from_pretrained(folder)` reads; `add_eos_token=True` works on them too."""
     tokenizer.save_pretrained(folder)
     if tokenizer.add_bos_token:
+        # The library does not save `add_bos_token`. With `add_eos_token=True` it makes a new template, and would drop
+        # `[BOS]`. It reads this file last.
         (folder / "special_tokens_map.json").write_text(json.dumps({"add_bos_token": True}) + "\n", encoding="utf-8")
     remember_ours(folder / "tokenizer.json")
