@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_model.errors import UserError, one_line
 from hf_model.folder import check_places
-from hf_model.reading import read_bytes
 from hf_model.tokenizer.characters import (
     CHARACTERS,
     UNKNOWN,
@@ -53,7 +52,13 @@ GPT2_REPOSITORIES = ("openai-community/gpt2", GPT2)
 ORIGINAL = Path("data/tokenizer/custom_gpt_tokenizer.json")
 HUB_SECONDS = 5
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n")
-MAX_PICKLE_BYTES = 2**26
+PICKLED_ENCODING = (
+    "is a pickled encoding of tiktoken, and a pickle can run code: it was not opened. If you trust it, run "
+    "`pip install tiktoken blobfile` and, in its folder, "
+    '`python -c "import pickle; from transformers.integrations.tiktoken import convert_tiktoken_to_fast; '
+    "convert_tiktoken_to_fast(pickle.load(open('tokenizer.pkl', 'rb')), 'tokenizer')\"`; "
+    "then give tokenizer/tokenizer.json"
+)
 SPECIAL_TOKENS = (END_OF_TEXT, BOS, EOS, PAD, UNK)
 
 
@@ -195,35 +200,29 @@ def _named(source: str | Path, model: ModelInfo, choices: Choices) -> FoundToken
         raise UserError(f"{path}: is half of a vocabulary: its other file, {other}, is not beside it")
     start = read_start(path)
     if path.suffix in (".pkl", ".pickle") or start.startswith(b"\x80"):
-        _check_no_encoding(path)
+        if b"tiktoken" in start:
+            raise UserError(f"{path}: {PICKLED_ENCODING}")
         return _of_characters(read_meta(path), str(path), model, choices)
+    backend, known, notes = _read(path, start)
+    return _of_backend(backend, str(path), model, choices, known, notes)
+
+
+def _read(path: Path, start: bytes) -> tuple[Tokenizer, Mapping[str, str | None], tuple[str, ...]]:
+    """What a file holds that begins with `start`: the tokenizer, the special tokens by role, and notes."""
     if path.name.endswith("vocab.txt"):
         backend, note = read_word_pieces(path)
-        return _of_backend(backend, str(path), model, choices, notes=(note,))
-    if start.startswith(MINBPE.encode()):
-        return _of_backend(tokenizer_of(minbpe_json(path), path), str(path), model, choices)
-    if TIKTOKEN_LINE.match(start):
-        content, note = tiktoken_json(path)
-        return _of_backend(tokenizer_of(content, path), str(path), model, choices, notes=(note,))
-    if path.suffix == ".model":
-        content, end, notes = sentence_pieces_json(path)
-        return _of_backend(tokenizer_of(content, path), str(path), model, choices, {"eos_token": end}, notes)
+        return backend, {}, (note,)
     if path.suffix == ".txt":
         raise UserError(f"{path}: is no tokenizer; the training text of a model of characters goes to --characters_of")
-    return _of_backend(read_tokenizer(path), str(path), model, choices)
-
-
-def _check_no_encoding(path: Path) -> None:
-    """Refuse a pickled encoding of tiktoken, with the way to make a JSON of it."""
-    if b"tiktoken" in read_bytes(path, MAX_PICKLE_BYTES)[:1000]:
-        convert = (
-            "import pickle; from transformers.integrations.tiktoken import convert_tiktoken_to_fast; "
-            f"convert_tiktoken_to_fast(pickle.load(open('{path.name}', 'rb')), 'tokenizer')"
-        )
-        raise UserError(
-            f"{path}: is a pickled encoding of tiktoken, and a pickle can run code: it was not opened. If you trust "
-            f'it, run `pip install tiktoken blobfile` and `python -c "{convert}"` there; give tokenizer/tokenizer.json'
-        )
+    if start.startswith(MINBPE.encode()):
+        return tokenizer_of(minbpe_json(path), path), {}, ()
+    if TIKTOKEN_LINE.match(start):
+        content, note = tiktoken_json(path)
+        return tokenizer_of(content, path), {}, (note,)
+    if path.suffix == ".model":
+        content, end, notes = sentence_pieces_json(path)
+        return tokenizer_of(content, path), {"eos_token": end}, notes
+    return read_tokenizer(path), {}, ()
 
 
 def _of_folder(folder: Path, model: ModelInfo, choices: Choices) -> FoundTokenizer:

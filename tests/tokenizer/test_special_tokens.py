@@ -14,6 +14,7 @@ from hf_model.tokenizer import (
     find_tokenizer,
     format_example,
     format_prompt,
+    own_tokenizer,
     probes,
     save_tokenizer,
     takes_instructions,
@@ -165,3 +166,13 @@ class TestInstructions:
         assert takes_instructions(again)
         assert (again.chat_template, roles(again)) == (tokenizer.chat_template, roles(tokenizer))
         assert again("Add.").input_ids == tokenizer("Add.").input_ids
+
+
+def test_a_folder_whose_trainer_left_padding_on_is_read_without_it(tmp_path: Path) -> None:
+    save_tokenizer(find_tokenizer(save(tmp_path, "<s>", "</s>"), MODEL).tokenizer, tmp_path / "hf")
+    trained = Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json"))
+    trained.enable_padding(length=50)
+    trained.save(str(tmp_path / "hf" / "tokenizer.json"))
+    found = own_tokenizer(tmp_path / "hf")
+    assert len(found.encode("Paris")) < 10
+    assert ["padding" in note for note in found.notes] == [True]
