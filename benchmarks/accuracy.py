@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from benchmarks.decode import RESULTS
 from benchmarks.processes import EXAMPLE, ROOT
 from hf_model.decoding_custom_gpt import GrowingCache
-from hf_model.loading import load_original
+from hf_model.loading import Source
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.tokenizer import format_example
 
@@ -31,7 +31,8 @@ def logits_of(model: CustomGPTForCausalLM, texts: list[torch.Tensor]) -> torch.T
 
 
 def main() -> None:
-    _, tokenizer, _ = load_original(EXAMPLE / "ckpt.pt", EXAMPLE / "tokenizer.json")
+    loaded = Source(EXAMPLE / "ckpt.pt", EXAMPLE / "tokenizer.json").load()
+    _, tokenizer = loaded.model, loaded.tokenizer
     records = [json.loads(line) for line in (ROOT / "examples/evaluation/questions.jsonl").read_text().splitlines()]
     formatted = [format_example(record["instruction"], record["output"], record["input"]) for record in records]
     texts = [tokenizer(text + tokenizer.eos_token, return_tensors="pt").input_ids for text in formatted]
@@ -45,7 +46,8 @@ def main() -> None:
         "|---|---:|---:|---:|",
     ]
     for dtype in DTYPES:
-        model, _, _ = load_original(EXAMPLE / "ckpt.pt", EXAMPLE / "tokenizer.json", dtype=dtype)
+        loaded = Source(EXAMPLE / "ckpt.pt", EXAMPLE / "tokenizer.json", dtype=dtype).load()
+        model, _ = loaded.model, loaded.tokenizer
         logits = logits_of(model, texts)
         exact = logits if exact is None else exact
         perplexity = math.exp(F.cross_entropy(logits, targets).item())

@@ -1,25 +1,43 @@
-"""A trainer's files, or a converted folder, to the folder of a format, and from there to the Hub."""
+"""Convert a source to the folder of a format, compare the two, and upload the folder to the Hub."""
 
 import gc
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
-import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import PreTrainedTokenizerFast
+from typing_extensions import Unpack
 
-from hf_model.description import describe_architecture, describe_parameters, file_size, rounding
 from hf_model.errors import UserError, memory_for, one_line
-from hf_model.formats import Options, find_target
+from hf_model.folder import check_weights
+from hf_model.formats import Format, Options, find_format
 from hf_model.formats.card_facts import About, card_facts
 from hf_model.formats.target import MissingEngineError
-from hf_model.learnt.inspection import Inspection, examine
-from hf_model.learnt.report import check_page, write_page
-from hf_model.loading import check_weights
+from hf_model.learnt.inspection import examine
+from hf_model.learnt.page import check_page, write_page
+from hf_model.loading import (
+    Loaded,
+    Source,
+    SourceOptions,
+    describe_architecture,
+    describe_parameters,
+    describe_rounding,
+    describe_source,
+)
 from hf_model.output_dir import check_target, resolved, whole_folder
-from hf_model.source import Loaded, Source
+
+
+class ConvertOptions(SourceOptions, total=False):
+    """Keyword arguments of `convert` that a source or a format takes."""
+
+    max_shard_size: str
+    gguf_type: str
+    quantization: str | None
+    like: str
 
 
 @memory_for("to convert the model")
@@ -29,15 +47,6 @@ def convert(
     output_dir: str | Path,
     *,
     format: str = "transformers",
-    dtype: torch.dtype | str = "auto",
-    max_shard_size: str = "5GB",
-    gguf_type: str = "f32",
-    quantization: str | None = None,
-    like: str = "original",
-    n_head: int | None = None,
-    activation: str = "auto",
-    characters_of: str | Path | None = None,
-    raw: bool = False,
     overwrite: bool = False,
     verify: bool = True,
     training_data: str | Path | None = None,
@@ -45,129 +54,135 @@ def convert(
     about: About | None = None,
     on_tokenizer: Callable[[PreTrainedTokenizerFast], None] = lambda tokenizer: None,
     report: Callable[[str], None] = lambda line: None,
+    **options: Unpack[ConvertOptions],
 ) -> Path:
-    """Convert a trainer's checkpoint and vocabulary, or a converted folder, to a format's folder.
+    """Convert a trainer's checkpoint and tokenizer, or a converted folder, to the folder of a format.
 
-    It appears whole or not at all.
+    The folder appears whole or not at all.
 
     Args:
-        checkpoint_path: a `.pt` file, or a converted folder, trained further or not.
-        tokenizer_path, characters_of, raw: as in `loading.read_original`; where neither of the first two is given, a
-            folder's own vocabulary is taken.
+        checkpoint_path, tokenizer_path: as in `load`.
         output_dir: the folder to make.
-        format: a name in `formats.FORMATS`.
-        dtype, n_head, activation: as in `loading.read_original`.
-        max_shard_size: the largest safetensors file, such as `"5GB"`.
-        gguf_type: `"f32"`, `"f16"` or `"q8_0"`, for the format `"gguf"`.
-        quantization: a name that CTranslate2 knows, for the format `"ctranslate2"`.
-        like: `"original"` or `"nanogpt"`, whose checkpoint the format `"checkpoint"` writes.
-        overwrite: replace a model's folder that is there already.
-        verify: compare the folder with its source, by the format's own engine, before it takes its place.
-        training_data: the data that the model was trained on, to be measured against, as in `inspection.inspect`.
-        report_page: where to write a page that shows what the model has learnt.
-        about: what the folder's model card is to say beside what is known: licence, languages and so on.
+        format: `"transformers"`, `"gpt2"`, `"gguf"`, `"ctranslate2"`, `"onnx"` or `"checkpoint"`.
+        overwrite: replace a folder that an earlier conversion wrote, or move another one aside.
+        verify: compare the folder with its source, in the format's own engine, before it takes its place.
+        training_data: data that the model was trained on; the report then says how well the model fits it.
+        report_page: where to write an HTML page that shows what the model has learnt.
+        about: what the folder's model card says beside what is known: licence, languages and so on.
         on_tokenizer: called with the model's tokenizer, if the format needs one.
-        report: called with each line of what there is to say.
+        report: called with each line of the report.
+        options: `dtype`, `n_head`, `activation`, `characters_of` and `raw` as in `load`; `max_shard_size` (such as
+            `"5GB"`); `gguf_type` (`"f32"`, `"f16"` or `"q8_0"`); `quantization` (a name that CTranslate2 knows); `like`
+            (whose checkpoint the format `"checkpoint"` writes: `"original"` or `"nanogpt"`).
 
     Returns:
         The folder's path.
 
     Raises:
-        UserError: as `loading.read_original`, the format cannot hold the model, its packages are not installed, the
-            folder cannot be written, or the verification failed.
+        UserError: as in `load`; or the format cannot hold the model, its packages are not installed, the folder cannot
+            be written, or the folder differs from its source.
     """
-    output_dir = _named(Path(output_dir))
-    source = Source(Path(checkpoint_path), tokenizer_path, dtype, n_head, activation, characters_of, raw)
-    check_target(output_dir, overwrite)
-    _check_apart(output_dir, [checkpoint_path, tokenizer_path, characters_of, training_data], report_page)
-    if report_page is not None:
-        check_page(Path(report_page))
-    target = find_target(format)
-    loaded = source.load(needs_tokenizer=format != "checkpoint" or training_data is not None or report_page is not None)
-    if loaded.tokenizer is not None:
-        on_tokenizer(loaded.tokenizer)
-    inspection = None if loaded.vocabulary is None else examine(source, loaded, training_data)
-    for line in _say(source, loaded, inspection):
-        report(line)
-    if report_page is not None and inspection is not None:
-        write_page(inspection, loaded.model, loaded.tokenizer, Path(report_page))
-        report(f"report        {report_page}")
+    named = cast(dict[str, Any], options)
+    how = {name: named.pop(name) for name in SourceOptions.__annotations__ if name in named}
+    source, choices = Source(Path(checkpoint_path), tokenizer_path, **how), Options(**named)
+    folder, page = _final_path(Path(output_dir)), None if report_page is None else Path(report_page)
+    target = find_format(format)
+    check_target(folder, overwrite)
+    _check_apart(folder, [source.path, tokenizer_path, source.characters_of, training_data], page)
+    if page is not None:
+        check_page(page)
 
-    options = Options(
-        card=card_facts(loaded.checkpoint, inspection, source.path, output_dir, about or About()),
-        rounded=_rounding(source, loaded),
-        max_shard_size=max_shard_size,
-        gguf_type=gguf_type,
-        quantization=quantization,
-        like=like,
-    )
-    with whole_folder(output_dir, overwrite, warn=lambda line: report(f"warning: {line}")) as folder:
-        for line in target.write(loaded, folder, options):
+    loaded = source.load(needs_tokenizer=format != "checkpoint" or training_data is not None or page is not None)
+    inspection = None
+    if loaded.found is not None:
+        on_tokenizer(loaded.tokenizer)
+        inspection = examine(source, loaded, training_data)
+    for line in _head(source, loaded) if inspection is None else inspection.head():
+        report(line)
+    if page is not None and inspection is not None:
+        write_page(inspection, loaded.model, loaded.tokenizer, page)
+        report(f"report        {page}")
+
+    card = card_facts(loaded.checkpoint, inspection, source.path, folder, about or About())
+    choices = replace(choices, card=card, rounded=_rounding(source, loaded))
+    with whole_folder(folder, overwrite, say=report) as new:
+        for line in target.write(loaded, new, choices):
             report(line)
-        # What is mapped goes before the folder is read back, so that the weights are not in memory twice.
+        # The mapped weights go before the folder is read back, so that memory does not hold them twice.
         del loaded
         gc.collect()
-        lines = [f"written       {output_dir}"]
-        lines += [
-            f"              {path.name:<32} {file_size(path.stat().st_size):>10}" for path in sorted(folder.iterdir())
-        ]
+        lines = [f"written       {folder}"]
+        lines += [f"              {path.name:<32} {_file_size(path):>10}" for path in sorted(new.iterdir())]
         if verify:
-            try:
-                lines.append(f"verified      {target.verify(folder, source, options)}")
-            except MissingEngineError as error:
-                lines.append(f"not verified  {error}")
-            except UserError as error:  # the folder that it speaks of is the one to be
-                raise UserError(str(error).replace(str(folder), str(output_dir))) from None
-            except Exception as error:  # whatever the library trips over in a folder that is not what was written
-                raise UserError(f"{output_dir}: cannot be read back ({one_line(error, 200)})") from None
-    for line in lines:  # now that it is true
+            lines.append(_verify(target, new, source, choices, folder))
+    for line in lines:  # the folder is in its place now
         report(line)
-    return output_dir
+    return folder
 
 
-def _named(folder: Path) -> Path:
-    """A folder under a name that leads to it before it is there and after: `..` depends on what stands before it."""
+def _verify(target: Format, new: Path, source: Source, options: Options, folder: Path) -> str:
+    """Compare the files in `new` with their source; errors name `folder`, which they were to become."""
+    try:
+        return f"verified      {target.verify(new, source, options)}"
+    except MissingEngineError as error:
+        return f"not verified  {error}"
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    except Exception as error:  # a damaged file can make the library fail in any way
+        raise UserError(f"{folder}: cannot be read back ({one_line(error, 200)})") from None
+
+
+def _final_path(folder: Path) -> Path:
+    """A path that means the same before the folder exists and after: `..` depends on the links in front of it."""
     return resolved(folder) if ".." in folder.parts else folder
 
 
-def _check_apart(output_dir: Path, sources: Iterable[str | Path | None], page: str | Path | None) -> None:
-    """Refuse a folder in whose place something else stands that is read or written.
+def _check_apart(folder: Path, sources: Iterable[str | Path | None], page: Path | None) -> None:
+    """Check that the folder takes the place of nothing that is read or written.
 
     Raises:
-        UserError: a source is the folder, or in it, or the page would be.
+        UserError: a source is the folder or in it, or the page is.
     """
-    place = resolved(output_dir)
+    place = resolved(folder)
     for path in (Path(os.path.realpath(source)) for source in sources if source is not None):
-        if not os.path.exists(path) or not os.path.exists(place):  # noqa: PTH110 (a path's own raises for long names)
+        if not os.path.exists(path) or not os.path.exists(place):  # noqa: PTH110 (a Path's raises for long names)
             continue
         if path.samefile(place):
-            raise UserError(f"{output_dir}: is the source itself; choose another --output_dir")
+            raise UserError(f"{folder}: is the source itself; choose another --output_dir")
         if any(parent.samefile(place) for parent in path.parents):
-            raise UserError(f"{output_dir}: holds {path.name!r}, which is a source; choose another --output_dir")
+            raise UserError(f"{folder}: holds {path.name!r}, which is a source; choose another --output_dir")
     if page is not None:
-        page_place = resolved(Path(page))
+        page_place = resolved(page)
         if page_place.is_relative_to(place) or place.is_relative_to(page_place):
-            raise UserError(f"{page}: is in the way of {output_dir}; choose another name for --report")
+            raise UserError(f"{page}: is in the way of {folder}; choose another name for --report")
 
 
 def _rounding(source: Source, loaded: Loaded) -> str:
-    own = loaded.checkpoint.dtype if loaded.checkpoint else check_weights(source.path, loaded.model.config)
-    return rounding(own or loaded.model.dtype, loaded.model.dtype)
+    config, checkpoint = loaded.model.config, loaded.checkpoint
+    own = check_weights(source.path, config) if checkpoint is None else checkpoint.dtype
+    return describe_rounding(own, loaded.model.dtype)
 
 
-def _say(source: Source, loaded: Loaded, inspection: Inspection | None) -> Iterator[str]:
-    """What the model is and what it has learnt; a folder's without a tokenizer cannot be asked."""
-    if inspection is not None:
-        yield from inspection.head()
-        return
-    yield f"source        {source.describe(loaded.checkpoint)}"
-    yield f"architecture  {describe_architecture(loaded.model.config)}"
-    yield f"parameters    {describe_parameters(loaded.model)}"
-    yield "tokenizer     none, and none is needed"
+def _head(source: Source, loaded: Loaded) -> list[str]:
+    """The first lines of the report for a folder without a tokenizer, whose model cannot be asked anything."""
+    return [
+        f"source        {describe_source(source.path, loaded.checkpoint)}",
+        f"architecture  {describe_architecture(loaded.model.config)}",
+        f"parameters    {describe_parameters(loaded.model)}",
+        "tokenizer     none, and none is needed",
+    ]
+
+
+def _file_size(path: Path) -> str:
+    n_bytes = path.stat().st_size
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= size:
+            return f"{n_bytes / size:.1f} {unit}"
+    return f"{n_bytes} B"
 
 
 def push(folder: Path, repo_id: str) -> str:
-    """Upload a converted folder to a repository of the Hub, made private if it is new.
+    """Upload a converted folder to a repository of the Hub, which is made private if it is new.
 
     Returns:
         The repository's address.

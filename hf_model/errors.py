@@ -1,17 +1,17 @@
-"""The one error type for what a user can cause and mend."""
+"""`UserError`: the one error type for what a user can cause and mend."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 MAX_MESSAGE = 600
-# What torch, the C library and the accelerators say when there is no more.
+# What torch, the C library and the accelerators say when memory runs out.
 OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory", "can't start new thread")
 
 
 class UserError(ValueError):
-    """Says in one line what was wrong, where, and what to do. The command lines print it and exit with status 2.
+    """Says in one line what is wrong, where, and what to do. The command lines print it and exit with status 2.
 
-    Names out of a file get into messages; whatever they hold, the message stays one line of printable characters.
+    A message may contain names from a stranger's file, so it is reduced to one line of printable characters.
     """
 
     def __init__(self, message: str):
@@ -19,7 +19,7 @@ class UserError(ValueError):
 
 
 def one_line(text: object, max_length: int = MAX_MESSAGE) -> str:
-    """A text on one line, of printable characters; one that is too long keeps its start and its end."""
+    """The text on one line, of printable characters. The middle of a long text is left out."""
     line = " ".join(_shortened(str(text), 2 * max_length).split())
     return _shortened("".join(char if char.isprintable() else ascii(char)[1:-1] for char in line), max_length)
 
@@ -33,7 +33,7 @@ def _shortened(text: str, max_length: int) -> str:
 
 @contextmanager
 def memory_for(what: str, advice: str = "choose a narrower --dtype") -> Iterator[None]:
-    """Turn the many ways in which memory runs out into the user's error."""
+    """Turn the many errors of exhausted memory into a `UserError` with advice."""
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:

@@ -1,54 +1,170 @@
-"""What the files of a converted folder may say, looked through before a library acts on any of it.
+"""Read a converted folder, which may come from a stranger: the library sees only what is checked here.
 
-The library builds what config.json says, reads what the other files name, and follows links. A stranger's folder may
-therefore say only what a folder of this project says, in bounded values, and leads nowhere out of itself.
+A folder's own code is never run. Unknown fields are named in a warning and left out; impossible values are errors.
 """
 
 import json
-import os
 import re
 import stat
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedTokenizerFast
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import CONFIG_MAPPING, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError
+from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.reading import parse_json
+from hf_model.tokenizer.trial import MAX_TOKENIZER_BYTES, check_by_trial
+from hf_model.trainers import widest
 
-MAX_BYTES = {"model.safetensors.index.json": 2**25}
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TEMPLATES = "additional_chat_templates"  # the only folder in a folder that transformers reads
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F64": torch.float64,
+}  # by safetensors' names
+
+MAX_BYTES = {"tokenizer.json": MAX_TOKENIZER_BYTES, INDEX: 2**25}
 MAX_OTHER_BYTES = 2**21
 MAX_LABELS = 10_000
 MAX_TEMPLATES = 100
-MAX_ADDED = 10_000
-MAX_TOKENS = 2**20
-MAX_TOKEN_LENGTH = 1000
-TEMPLATES = "additional_chat_templates"  # the one folder in a folder that the library reads
-READ_BY_THE_LIBRARY = re.compile(
-    r".*\.(json|safetensors|jinja|model|tiktoken)|.*(vocab|merges|dict)\.txt|tokenizer\.model.*|" + TEMPLATES
-)
 
-MODEL_FIELDS = set(CustomGPTConfig.__annotations__)
-OTHER_FIELDS = {
+CONFIG_FIELDS = {
+    *CustomGPTConfig.__annotations__,
     *("model_type", "architectures", "auto_map", "transformers_version", "problem_type", "id2label", "label2id"),
     *("dtype", "torch_dtype", "quantization_config"),
 }
-DTYPES = ("float32", "float16", "bfloat16", "float64", None)
-SPECIAL_TOKENS = re.compile(
-    r"(bos|eos|unk|pad|sep|cls|mask)_token|(additional|extra)_special_tokens|add_(bos|eos)_token"
-)
 TOKENIZER_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast", "GPT2Tokenizer", "GPT2TokenizerFast", None)
-TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")  # becomes the name of a file
+# The fields of tokenizer_config.json that are used, and their types; a field of another name ending in _token is used
+# too. The fields of SILENT are written by transformers and change nothing here.
+TOKENIZER_FIELDS: dict[str, tuple[type, ...]] = {
+    "model_max_length": (int, float),
+    "chat_template": (str, list, dict),
+    "added_tokens_decoder": (dict,),
+    **dict.fromkeys(
+        ("extra_special_tokens", "additional_special_tokens", "model_specific_special_tokens"), (list, dict)
+    ),
+    "model_input_names": (list,),
+    **dict.fromkeys(("padding_side", "truncation_side", "errors", "prompt_format", "vocabulary"), (str,)),
+    **dict.fromkeys(("clean_up_tokenization_spaces", "split_special_tokens", "add_prefix_space"), (bool,)),
+    **dict.fromkeys(("add_bos_token", "add_eos_token"), (bool,)),
+}
+SILENT = {
+    *("tokenizer_class", "backend", "processor_class", "name_or_path", "transformers_version", "language", "auto_map"),
+    *("max_length", "stride", "pad_to_multiple_of", "pad_token_type_id", "truncation_strategy", "is_local"),
+    *("local_files_only", "trim_offsets", "verbose", "do_lower_case", "legacy", "use_fast"),
+}
+
+
+# Small files: regular, within the folder, of a bounded size.
+
+
+def read_file(folder: Path, name: str) -> str | None:
+    """The text of a file of a folder, or None if there is none.
+
+    Raises:
+        UserError: a link leads out of the folder, or the file is not a regular one, too large or not UTF-8.
+    """
+    path, limit = folder / name, MAX_BYTES.get(name, MAX_OTHER_BYTES)
+    try:
+        if path.is_symlink() and not _is_inside(folder, path.resolve()):
+            raise ValueError("is a link that leads out of the folder")
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError("is not a regular file")
+        with path.open("rb") as file:
+            content = file.read(limit + 1)
+        if len(content) > limit:
+            raise ValueError(f"is larger than {limit:,} bytes")
+        return content.decode("utf-8-sig")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise cannot_load(folder, f"{name} {getattr(error, 'strerror', None) or error}") from None
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any] | None:
+    """The JSON object in a file of a folder, or None if there is no such file.
+
+    Raises:
+        UserError: as `read_file`, or the file is not the JSON of an object.
+    """
+    text = read_file(folder, name)
+    if text is None:
+        return None
+    try:
+        content = parse_json(text)
+    except ValueError as error:
+        raise cannot_load(folder, f"{name} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise cannot_load(folder, f"{name} is not the JSON of an object")
+    return content
+
+
+def cannot_load(folder: Path, reason: str) -> UserError:
+    return UserError(f"{folder}: cannot be loaded ({reason})")
+
+
+def _is_inside(folder: Path, path: Path) -> bool:
+    """Whether a link's target is in the folder, or where the Hub's cache keeps the content of its snapshots."""
+    places = [folder.resolve()]
+    if places[0].parent.name == "snapshots":
+        places.append(places[0].parent.parent / "blobs")
+    return any(path.is_relative_to(place) for place in places)
+
+
+def _warn_of_unknown(folder: Path, name: str, fields: dict[str, Any], known: Iterable[str]) -> None:
+    unknown = [field for field, value in fields.items() if value not in (None, False) and field not in known]
+    if listed := json.dumps(unknown[:5], ensure_ascii=False)[1:-1]:
+        warnings.warn(f"{folder}: {name} has the unknown fields {listed}: ignored", stacklevel=3)
+
+
+# Configuration.
+
+
+def read_config(folder: Path) -> CustomGPTConfig:
+    """The configuration of a folder: the fields that this model has.
+
+    Raises:
+        UserError: the folder holds no model, or one of another type, or a size that is impossible.
+        StrictDataclassError: a value is of the wrong type or impossible.
+    """
+    fields = read_json(folder, "config.json")
+    if (folder / "adapter_config.json").exists():
+        raise UserError(f"{folder}: holds a PEFT adapter: save merge_and_unload() of it and give that folder")
+    if fields is None:
+        raise UserError(f"{folder}: holds no model (no config.json)")
+    model_type = fields.get("model_type")
+    if model_type != CustomGPTConfig.model_type:
+        if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
+            raise UserError(f"{folder}: holds a model of type {model_type!r}, not {CustomGPTConfig.model_type!r}")
+        code = ", with code of its own, which is not run" if fields.get("auto_map") else ""
+        raise cannot_load(folder, f"unknown model_type {model_type!r}{code}")
+    for name in ("id2label", "label2id"):
+        if name in fields and not (isinstance(fields[name], dict) and len(fields[name]) <= MAX_LABELS):
+            raise cannot_load(folder, f"config.json: {name} is not a dict of at most {MAX_LABELS} labels")
+    for name in ("dtype", "torch_dtype"):
+        if fields.get(name) not in (None, *(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())):
+            raise cannot_load(folder, f"config.json: unsupported {name} {fields[name]!r}")
+    _warn_of_unknown(folder, "config.json", fields, CONFIG_FIELDS)
+    return CustomGPTConfig.from_dict({name: value for name, value in fields.items() if name in CONFIG_FIELDS})
+
+
+# Generation settings.
 
 
 def _number(low: float, high: float, *types: type) -> Callable[[Any], bool]:
     return lambda value: type(value) in types and low <= value <= high
 
 
-def _ids(value: Any) -> bool:
+def _are_ids(value: Any) -> bool:
     is_id = _number(0, 2**31, int)
     return is_id(value) or (isinstance(value, list) and len(value) <= 2**20 and all(map(is_id, value)))
 
@@ -60,249 +176,177 @@ GENERATION_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "top_p": (_number(1e-9, 1, int, float), "a number above 0 and up to 1"),
     "repetition_penalty": (_number(1e-6, 1e6, int, float), "a number above 0"),
     "max_new_tokens": (_number(1, 10**9, int), "a whole number above 0"),
-    "bos_token_id": (_number(0, 2**31, int), "a token's id"),
-    "eos_token_id": (_ids, "a token's id, or several"),
-    "pad_token_id": (_number(0, 2**31, int), "a token's id"),
-    "suppress_tokens": (_ids, "tokens' ids"),
+    "bos_token_id": (_number(0, 2**31, int), "a token id"),
+    "eos_token_id": (_are_ids, "a token id or a list of them"),
+    "pad_token_id": (_number(0, 2**31, int), "a token id"),
+    "suppress_tokens": (_are_ids, "a list of token ids"),
 }
-SAYS_NOTHING = {"transformers_version", "_from_model_config"}
-
-
-def _one_of(*values: Any) -> Callable[[Any], bool]:
-    return lambda value: type(value) in {type(one) for one in values} and value in values
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= MAX_TOKEN_LENGTH
-
-
-def _is_token(value: Any) -> bool:
-    """A token's text, or all that `AddedToken` takes."""
-    if not isinstance(value, dict):
-        return _is_text(value)
-    flags = [flag for key, flag in value.items() if key not in ("content", "__type", "id")]
-    known = {"content", "__type", "id", "single_word", "lstrip", "rstrip", "normalized", "special"}
-    return _is_text(value.get("content")) and value.keys() <= known and all(type(flag) is bool for flag in flags)
-
-
-def _are_tokens(value: Any) -> bool:
-    tokens = list(value.values()) if isinstance(value, dict) else value
-    return isinstance(tokens, list) and len(tokens) <= MAX_ADDED and all(map(_is_token, tokens))
-
-
-def _is_decoder(value: Any) -> bool:
-    if not isinstance(value, dict) or len(value) > MAX_TOKENS:
-        return False
-    return all(re.fullmatch("[0-9]{1,7}", key) and isinstance(token, dict) for key, token in value.items()) and all(
-        map(_is_token, value.values())
-    )
-
-
-def _are_templates(value: Any) -> bool:
-    """One template, or several under names that can be those of files."""
-    if isinstance(value, list) and all(isinstance(one, dict) and one.keys() == {"name", "template"} for one in value):
-        pairs = [(one["name"], one["template"]) for one in value]
-    elif isinstance(value, dict):
-        pairs = list(value.items())
-    else:
-        return isinstance(value, str)
-    return len(pairs) <= MAX_TEMPLATES and all(
-        isinstance(name, str) and TEMPLATE_NAME.fullmatch(name) and isinstance(template, str)
-        for name, template in pairs
-    )
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and len(value) <= 100 and all(map(_is_text, value))
-
-
-_SWITCH = (_one_of(True, False), "true or false")
-_SIDE = (_one_of("left", "right"), "left or right")
-_TEXT = (_is_text, "a short text")
-_COUNT = (_number(0, 2**20, int), "a whole number")
-_TOKEN = (_is_token, "a token")
-_TOKENS = (_are_tokens, f"a list of at most {MAX_ADDED} tokens")
-# What tokenizer_config.json may say: what the library writes, as it is and as it was in versions before.
-TOKENIZER_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "model_max_length": (_number(1, 1e31, int, float), "a number above 0"),  # 1e30 stands for none
-    "chat_template": (_are_templates, f"a template, or at most {MAX_TEMPLATES} with plain names"),
-    "added_tokens_decoder": (_is_decoder, "a dict of ids and tokens"),
-    "extra_special_tokens": _TOKENS,
-    "additional_special_tokens": _TOKENS,
-    "model_specific_special_tokens": _TOKENS,
-    "model_input_names": (_are_names, "a list of names"),
-    "padding_side": _SIDE,
-    "truncation_side": _SIDE,
-    "auto_map": (lambda value: isinstance(value, dict | list), "a dict"),  # and then the library refuses it
-    "errors": (_one_of("strict", "replace", "ignore"), "strict, replace or ignore"),
-    **dict.fromkeys(("max_length", "stride", "pad_to_multiple_of", "pad_token_type_id"), _COUNT),
-    **dict.fromkeys(("tokenizer_class", "backend", "vocabulary", "prompt_format", "processor_class"), _TEXT),
-    **dict.fromkeys(("name_or_path", "truncation_strategy", "transformers_version", "language"), _TEXT),
-    **dict.fromkeys(("clean_up_tokenization_spaces", "split_special_tokens", "add_prefix_space", "is_local"), _SWITCH),
-    **dict.fromkeys(("local_files_only", "add_bos_token", "add_eos_token", "trim_offsets", "verbose"), _SWITCH),
-    **dict.fromkeys(("do_lower_case", "legacy", "use_fast", "use_default_system_prompt"), _SWITCH),
-}
-
-
-def check_folder(folder: Path) -> None:
-    """Look through the files of a folder that the library reads, but for its tokenizer.json: that one is tried out.
-
-    Raises:
-        UserError: one of them is no file, leads out of the folder, or says what no folder of this project says.
-    """
-    if (folder / "adapter_config.json").exists():
-        raise UserError(f"{folder}: holds an adapter, which names another model: merge the two and save the result")
-    check_places(folder)
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        for key, value in (read_json(folder, name) or {}).items():
-            _check_field(folder, name, key, value)
-    for token, index in (read_json(folder, "added_tokens.json") or {}).items():
-        if not _is_text(token) or not _number(0, MAX_TOKENS, int)(index):
-            raise UserError(f"{folder}: added_tokens.json says {token!r}: {index!r}, which is no token and its id")
-    its = read_json(folder, "tokenizer_config.json") or {}
-    if its.get("tokenizer_class") not in TOKENIZER_CLASSES and "auto_map" not in its:  # which the library refuses
-        raise UserError(
-            f"{folder}: tokenizer_config.json says tokenizer_class={its['tokenizer_class']!r}, not one of ours"
-        )
-    if (index := read_json(folder, "model.safetensors.index.json")) is not None:
-        _check_index(folder, index.get("weight_map"))
-
-
-def _check_field(folder: Path, name: str, key: str, value: Any) -> None:
-    """The library makes attributes of what tokenizer_config.json says, so that nothing can be ignored here."""
-    if name.startswith("special") and not SPECIAL_TOKENS.fullmatch(key):
-        raise UserError(f"{folder}: {name} says {key!r}, which a folder of this project does not")
-    field = TOKENIZER_FIELDS.get(key) or (_TOKEN if key.endswith("_token") else None)
-    # A number or a switch of another version of the library does nothing, unless it hides what the library has.
-    does_nothing = value is None or (type(value) in (bool, int, float) and not hasattr(PreTrainedTokenizerFast, key))
-    if field is None and not does_nothing:
-        raise UserError(f"{folder}: {name} says {key!r}, which a folder of this project does not")
-    if field is not None and value is not None and not field[0](value):
-        raise UserError(f"{folder}: {name} says {key}={value!r}, which is not {field[1]}")
-
-
-def read_config(folder: Path) -> CustomGPTConfig:
-    """The configuration of a folder: the fields that this model has. Others are named in a warning, and ignored.
-
-    Raises:
-        UserError: the folder holds none, or that of another model.
-        StrictDataclassError: a value is of the wrong type or impossible.
-    """
-    said = read_json(folder, "config.json")
-    if said is None:
-        raise UserError(f"{folder}: holds no model (no config.json)")
-    model_type = said.get("model_type")
-    if model_type != CustomGPTConfig.model_type:
-        if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
-            raise UserError(f"{folder}: holds a model of type {model_type!r}, not {CustomGPTConfig.model_type!r}")
-        code = ", which asks for custom code to be run" if said.get("auto_map") else ""
-        raise _cannot_be_loaded(folder, f"it holds a model of the unknown type {model_type!r}{code}")
-    for name in ("id2label", "label2id"):
-        if name in said and not (isinstance(said[name], dict) and len(said[name]) <= MAX_LABELS):
-            raise _cannot_be_loaded(folder, f"config.json: {name} is no dict of at most {MAX_LABELS} labels")
-    for name in ("dtype", "torch_dtype"):
-        if said.get(name) not in DTYPES:
-            raise _cannot_be_loaded(folder, f"config.json: {name} is {said[name]!r}")
-    known = {name: value for name, value in said.items() if name in MODEL_FIELDS | OTHER_FIELDS}
-    _warn_of_others(folder, "config.json", said, set(known))
-    return CustomGPTConfig.from_dict(known)
 
 
 def read_generation_config(folder: Path, config: CustomGPTConfig) -> GenerationConfig:
-    """The defaults for sampling of a folder: the fields that this project writes. Others are named, and ignored.
+    """The folder's defaults for sampling: the fields that this project writes.
 
     Raises:
         UserError: a value is of the wrong type or out of its bounds.
     """
-    said = read_json(folder, "generation_config.json")
-    if said is None:
-        said = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    known = {name: said[name] for name in GENERATION_FIELDS if said.get(name) is not None}
+    fields = read_json(folder, "generation_config.json")
+    if fields is None:
+        fields = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if fields.get("do_sample") is False and fields.get("temperature") == 0:
+        fields["temperature"] = None  # some trainers write greedy decoding like this
+    known = {name: fields[name] for name in GENERATION_FIELDS if fields.get(name) is not None}
     for name, value in known.items():
-        is_right, what = GENERATION_FIELDS[name]
-        if not is_right(value):
+        is_valid, what = GENERATION_FIELDS[name]
+        if not is_valid(value):
             raise UserError(f"{folder}: generation_config.json says {name}={value!r}, which is not {what}")
-    if any(token >= config.vocab_size for token in _listed(known.get("suppress_tokens"))):
-        raise UserError(f"{folder}: generation_config.json says suppress_tokens, some of which the model does not have")
-    _warn_of_others(folder, "generation_config.json", said, set(GENERATION_FIELDS) | SAYS_NOTHING)
+    suppressed = known.get("suppress_tokens") or []
+    if any(token >= config.vocab_size for token in (suppressed if isinstance(suppressed, list) else [suppressed])):
+        raise UserError(f"{folder}: generation_config.json says suppress_tokens with ids past the model's vocabulary")
+    silent = {"transformers_version", "_from_model_config"}
+    _warn_of_unknown(folder, "generation_config.json", fields, GENERATION_FIELDS.keys() | silent)
     return GenerationConfig(**known)
 
 
-def read_json(folder: Path, name: str) -> dict[str, Any] | None:
-    """The JSON object in a file of a folder; None where there is no such file.
+# The tokenizer.
+
+
+def load_tokenizer(folder: Path, config: CustomGPTConfig) -> PreTrainedTokenizerFast:
+    """The folder's tokenizer, by `AutoTokenizer`, from a temporary copy of the files that it needs.
 
     Raises:
-        UserError: it is no file, far too large, or not the JSON of an object.
+        UserError: a file cannot be read, tokenizer.json is not a tokenizer that can be used, or a field of
+            tokenizer_config.json has the wrong type.
     """
-    limit = MAX_BYTES.get(name, MAX_OTHER_BYTES)
-    try:
-        if not stat.S_ISREG((folder / name).stat().st_mode):
-            raise ValueError("is not a regular file")
-        with (folder / name).open("rb") as file:
-            raw = file.read(limit + 1)
-        if len(raw) > limit:
-            raise ValueError(f"is larger than {limit} bytes")
-        content = parse_json(raw.decode("utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("is not the JSON of an object")
-        return content
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise _cannot_be_loaded(folder, f"{name}: {error.strerror}") from None
-    except ValueError as error:
-        raise _cannot_be_loaded(folder, f"{name}: {error}") from None
+    files = _tokenizer_files(folder)
+    if "tokenizer.json" not in files:
+        raise cannot_load(folder, "no tokenizer.json")
+    check_by_trial(files["tokenizer.json"], folder / "tokenizer.json")
+    with tempfile.TemporaryDirectory() as copy:
+        for name, text in files.items():
+            path = Path(copy, name)
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        tokenizer: Any = AutoTokenizer.from_pretrained(copy, config=config, trust_remote_code=False)
+        tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = str(folder)
+    return tokenizer
 
 
-def _cannot_be_loaded(folder: Path, reason: str) -> UserError:
-    return UserError(f"{folder}: cannot be loaded ({reason})")
-
-
-def check_places(folder: Path) -> None:
-    """Check each file that the library would read, in the folder and in the one inside it.
-
-    Raises:
-        UserError: one of them is not a regular file, or a link that leads out of the folder.
-    """
-    for entry in os.scandir(folder):
-        if READ_BY_THE_LIBRARY.fullmatch(entry.name):
-            _check_place(folder, entry)
+def _tokenizer_files(folder: Path) -> dict[str, str]:
+    names = ["tokenizer.json", "added_tokens.json", "chat_template.jinja"]
     if (folder / TEMPLATES).is_dir():
-        for number, entry in enumerate(os.scandir(folder / TEMPLATES)):
-            _check_place(folder, entry)
-            if number >= MAX_TEMPLATES or not entry.is_file() or entry.stat().st_size > MAX_OTHER_BYTES:
-                raise UserError(f"{folder}: {TEMPLATES} holds too many files, too large ones, or others")
+        names += [f"{TEMPLATES}/{path.name}" for path in sorted((folder / TEMPLATES).glob("*.jinja"))[:MAX_TEMPLATES]]
+    files = {name: text for name in names if (text := read_file(folder, name)) is not None}
+    read_json(folder, "added_tokens.json")  # so that the error names the file
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (fields := read_json(folder, name)) is not None:
+            files[name] = json.dumps(_known_fields(folder, name, fields))
+    return files
 
 
-def _check_place(folder: Path, entry: os.DirEntry[str]) -> None:
-    """A link may lead to another file of the folder, or to where the Hub's cache keeps the content of its snapshots."""
-    inside = [folder.resolve()]
-    if inside[0].parent.name == "snapshots":
-        inside.append(inside[0].parent.parent / "blobs")
-    real = Path(entry.path).resolve()
-    if entry.is_symlink() and not any(real.is_relative_to(place) for place in inside):
-        raise UserError(f"{folder}: {entry.name!r} is a link that leads out of the folder")
-    if real.exists() and not real.is_file() and not real.is_dir():
-        raise UserError(f"{folder}: {entry.name!r} is not a regular file")
+def _known_fields(folder: Path, name: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a file that are used: transformers would make attributes, or paths, of all others."""
+    known: dict[str, Any] = {}
+    if (kind := fields.get("tokenizer_class")) not in TOKENIZER_CLASSES:
+        raise UserError(f"{folder}: {name} says tokenizer_class={kind!r}, which is not supported")
+    if kind is not None:
+        known["tokenizer_class"] = kind
+    for field, value in fields.items():
+        types = TOKENIZER_FIELDS.get(field) or ((str, dict) if field.endswith("_token") else ())
+        if types and value is not None and not (type(value) in types and _is_possible(field, value)):
+            raise UserError(f"{folder}: {name} says {field}={value!r}, which is not possible")
+        if types:
+            known[field] = value
+    _warn_of_unknown(folder, name, fields, known.keys() | SILENT)
+    return known
 
 
-def _check_index(folder: Path, weight_map: Any) -> None:
-    names = set(weight_map.values()) if isinstance(weight_map, dict) and _are_texts(weight_map.values()) else {""}
+def _is_possible(field: str, value: Any) -> bool:
+    if field in ("padding_side", "truncation_side"):
+        return value in ("left", "right")
+    if field == "model_max_length":
+        return value >= 1
+    if field == "chat_template" and not isinstance(value, str):  # several, each saved as a file of its name
+        pairs = value.items() if isinstance(value, dict) else [(one["name"], one["template"]) for one in value]
+        return all(re.fullmatch(r"\w[\w.-]{0,99}", name) and isinstance(text, str) for name, text in pairs)
+    return True
+
+
+# Weights.
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder's weights: one, or the shards that the index names.
+
+    Raises:
+        UserError: the folder has none, or a shard is missing.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    index = read_json(folder, INDEX)
+    if index is None:
+        raise cannot_load(folder, f"no {WEIGHTS} and no {INDEX}")
+    shards = index.get("weight_map")
+    names = sorted({str(name) for name in shards.values()}) if isinstance(shards, dict) else []
+    if not names:
+        raise cannot_load(folder, f"{INDEX} names no shards")
     for name in names:
-        if "/" in name or "\\" in name or not name.endswith(".safetensors"):
-            raise UserError(f"{folder}: model.safetensors.index.json names {name!r}, which is no part of the folder")
+        if not re.fullmatch(r"[^/\\]+\.safetensors", name) or not (folder / name).is_file():
+            raise cannot_load(folder, f"{INDEX} names {name!r}, and there is no such shard in the folder")
+    return [folder / name for name in names]
 
 
-def _are_texts(values: Any) -> bool:
-    return all(isinstance(value, str) for value in values)
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """A folder's tensors by name, mapped from its files.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    weights: dict[str, torch.Tensor] = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, "pt") as file:
+                weights |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise cannot_load(folder, f"{path.name}: {error}") from None
+    return weights
 
 
-def _listed(value: Any) -> list[int]:
-    return value if isinstance(value, list) else [] if value is None else [value]
+def check_weights(folder: Path, config: CustomGPTConfig) -> torch.dtype:
+    """Check by the headers of the files that a folder's weights are those of its configuration.
+
+    Returns:
+        The narrowest dtype that holds all weights without loss.
+
+    Raises:
+        UserError: a weight is missing, unknown, of another shape than config.json says, or of an unsupported dtype.
+    """
+    shapes: dict[str, list[int]] = {}
+    dtypes: dict[str, str] = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    header = file.get_slice(name)
+                    shapes[name], dtypes[name] = header.get_shape(), header.get_dtype()
+        except (SafetensorError, OSError) as error:
+            raise cannot_load(folder, f"{path.name}: {error}") from None
+    n_layers = len({match[1] for name in shapes if (match := re.match(r"transformer\.h\.(\d+)\.", name))})
+    if config.n_layer != n_layers:  # checked first: to build a model of a billion layers takes forever
+        raise _mismatch(folder, f"n_layer={config.n_layer}, but the weights have {n_layers} layers")
+    with torch.device("meta"):
+        expected = {name: list(tensor.shape) for name, tensor in CustomGPTForCausalLM(config).state_dict().items()}
+    optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if missing := sorted(expected.keys() - shapes.keys() - optional):
+        raise _mismatch(folder, f"the weights lack {', '.join(missing[:5])}")
+    if unknown := sorted(shapes.keys() - expected.keys()):
+        raise _mismatch(folder, f"the model has no place for {', '.join(unknown[:5])}")
+    for name, shape in shapes.items():
+        if shape != expected[name]:
+            raise _mismatch(folder, f"{name} has the shape {shape}, and config.json says {expected[name]}")
+        if dtypes[name] not in DTYPES:
+            raise UserError(f"{folder}: {name} has the unsupported dtype {dtypes[name]}")
+    return widest(DTYPES[dtype] for dtype in dtypes.values())
 
 
-def _warn_of_others(folder: Path, name: str, said: dict[str, Any], known: set[str]) -> None:
-    others = [key for key, value in said.items() if key not in known and value not in (None, False)]
-    if others:
-        listed = json.dumps(others[:5], ensure_ascii=False)[1:-1]
-        warnings.warn(f"{folder}: {name} says {listed}, which this model has no use for: ignored", stacklevel=2)
+def _mismatch(folder: Path, what: str) -> UserError:
+    return UserError(f"{folder}: its config.json and its weights do not belong together ({what})")

@@ -1,31 +1,39 @@
-"""The original's two files, or a converted folder, to a model and a tokenizer in memory."""
+"""Load a trainer's files or a converted folder: `Source` says where a model comes from, `Loaded` is what was loaded."""
 
-import re
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from typing_extensions import Unpack
 
 from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError, memory_for, one_line
-from hf_model.folder import check_folder, read_config, read_generation_config
+from hf_model.folder import (
+    check_weights,
+    load_tokenizer,
+    read_config,
+    read_generation_config,
+    read_weights,
+    weight_files,
+)
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.tokenizer import (
     FoundTokenizer,
     ModelInfo,
     check_fits,
     find_tokenizer,
-    own_tokenizer,
+    switch_off,
     takes_instructions,
     unused_ids,
 )
 from hf_model.tokenizer.prompt import PROMPT_FORMAT, RAW
-from hf_model.trainers import Checkpoint, read_checkpoint, widest
+from hf_model.trainers import Checkpoint, read_checkpoint
+from hf_model.trainers.tensors import WEIGHT_DTYPES
 
 AUTO_MAP = {
     "AutoConfig": "configuration_custom_gpt.CustomGPTConfig",
@@ -33,22 +41,285 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_custom_gpt.CustomGPTForCausalLM",
     "AutoModelForSequenceClassification": "modeling_custom_gpt.CustomGPTForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_custom_gpt.CustomGPTForTokenClassification",
-    # `transformers serve` takes a folder's own code by this name alone, before it looks for the library's classes.
+    # `transformers serve` looks for a folder's own code under this name only.
     "AutoModelForDecision": "modeling_custom_gpt.CustomGPTForCausalLM",
 }
-
-
-# By safetensors' names, and by torch's.
-STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED.values()}
 ACTIVATIONS = ("auto", "gelu", "gelu_new", "gelu_pytorch_tanh")
+# `from_pretrained` sets torch's default dtype for the whole process while it builds a model.
+FROM_PRETRAINED = threading.Lock()
+
+
+class SourceOptions(TypedDict, total=False):
+    """How to read a source: keyword arguments of `load`, `inspect` and `convert`, and fields of `Source`."""
+
+    dtype: torch.dtype | str
+    n_head: int | None
+    activation: str
+    characters_of: str | Path | None
+    raw: bool
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model on the CPU, with what is known of where it came from."""
+
+    model: CustomGPTForCausalLM
+    found: FoundTokenizer | None
+    """The tokenizer and where it was found; None for a folder without one."""
+    checkpoint: Checkpoint | None = None
+    """What the trainer's file held; None for a converted folder."""
+    choices: tuple[tuple[str, str], ...] = ()
+    """What the user left open: the option, and what was chosen and why."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        assert self.found is not None
+        return self.found.tokenizer
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: a trainer's checkpoint with its tokenizer, or a converted folder.
+
+    A source keeps nothing in memory. A format's `write` loads it, and `verify` loads it again, so that a change that
+    the writer made to its model cannot hide an error.
+    """
+
+    path: Path
+    """A `torch.save` file, or a folder that was converted and perhaps fine-tuned since."""
+    tokenizer_path: str | Path | None = None
+    """A tokenizer's file, folder or Hub name; `"auto"` looks where the trainer put it; None is a folder's own."""
+    dtype: torch.dtype | str = "auto"
+    """`"auto"` keeps the dtype of the weights; otherwise a floating-point dtype of torch, or its name."""
+    n_head: int | None = None
+    """The number of attention heads, for a checkpoint that does not state it."""
+    activation: str = "auto"
+    """`"gelu"` (exact), `"gelu_new"` or `"gelu_pytorch_tanh"` (tanh form); `"auto"` follows the trainer."""
+    characters_of: str | Path | None = None
+    """The training text of a character-level model, in place of `tokenizer_path`."""
+    raw: bool = False
+    """Prompts are raw text, even if the tokenizer has `[BOS]` and `[EOS]`."""
+
+    @property
+    def is_folder(self) -> bool:
+        return self.path.is_dir()
+
+    def load(self, needs_tokenizer: bool = True, may_be_quantized: bool = False) -> Loaded:
+        """Load model and tokenizer, on the CPU. The weights stay mapped from their file until they are used.
+
+        Args:
+            needs_tokenizer: False accepts a folder that has no tokenizer.
+            may_be_quantized: True accepts a folder whose weights were quantized.
+
+        Raises:
+            UserError: a file is missing, damaged or not of this model family, or the files do not belong together.
+        """
+        loaded = self._load_folder(needs_tokenizer) if self.is_folder else self._load_checkpoint()
+        if is_quantized(loaded.model.config) and not may_be_quantized:
+            raise UserError(f"{self.path}: is quantized, so its weights are not the trained ones: give the full model")
+        return loaded
+
+    def find_tokenizer(self) -> FoundTokenizer:
+        """The tokenizer, read again from the source."""
+        if self._has_own_tokenizer:
+            return own_tokenizer(self.path)
+        if self.is_folder:
+            config = read_config(self.path)
+            return self._find_tokenizer(ModelInfo(self.path, config.vocab_size, config.block_size))
+        return self._find_tokenizer(self._info(read_checkpoint(self.path, check_bytes=False)))
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """All tensors as they are in the source, mapped again, a tied head included."""
+        if self.is_folder:
+            weights = read_weights(self.path)
+        else:
+            weights = dict(read_checkpoint(self.path, check_bytes=False).state_dict)
+        weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])
+        return weights
+
+    @property
+    def _has_own_tokenizer(self) -> bool:
+        return self.is_folder and self.tokenizer_path is None and self.characters_of is None
+
+    def _find_tokenizer(self, info: ModelInfo) -> FoundTokenizer:
+        return find_tokenizer(self.tokenizer_path, info, characters_of=self.characters_of, raw=self.raw)
+
+    def _info(self, checkpoint: Checkpoint) -> ModelInfo:
+        architecture = checkpoint.architecture(self.n_head)
+        return ModelInfo(checkpoint.path, architecture.vocab_size, architecture.block_size, checkpoint.dataset)
+
+    def _load_checkpoint(self) -> Loaded:
+        if self.tokenizer_path is None and self.characters_of is None and self.path.exists():
+            raise UserError(f'{self.path}: needs a tokenizer: give tokenizer_path, or "auto" to look for one')
+        if self.activation not in ACTIVATIONS:
+            raise UserError(f"activation={self.activation!r} is none of {', '.join(ACTIVATIONS)}")
+        checkpoint = read_checkpoint(self.path)
+        dtype = pick_dtype(self.dtype, checkpoint.dtype)
+        found = self._find_tokenizer(self._info(checkpoint))
+        tokenizer, chosen = found.tokenizer, checkpoint.trainer.activation
+        try:
+            config = CustomGPTConfig(
+                **asdict(checkpoint.architecture(self.n_head)),
+                activation_function=chosen if self.activation == "auto" else self.activation,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        except StrictDataclassError as error:
+            raise UserError(f"{self.path}: {error}") from None
+        config.dtype, config.auto_map = dtype, AUTO_MAP
+        model = with_weights(config, {name: tensor.to(dtype) for name, tensor in checkpoint.state_dict.items()})
+        model.generation_config = default_generation(tokenizer, config.vocab_size)
+        return Loaded(model, found, checkpoint, tuple(self._choices(checkpoint, tokenizer)))
+
+    def _choices(self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[str, str]]:
+        if self.n_head is None and (beside := checkpoint.heads_beside()):
+            yield "heads", f"{beside[0]} ({beside[1]})"
+        trainer = checkpoint.trainer
+        if self.activation == "auto" and not trainer.is_known:
+            unsure = "nothing in the file tells; models of older trainers need --activation gelu_new"
+            yield "activation", f"{trainer.activation} ({unsure})"
+        elif self.activation == "auto" and trainer.why:
+            yield "activation", f"{trainer.activation} ({trainer.why})"
+        yield from prompt_choice(tokenizer)
+
+    def _load_folder(self, needs_tokenizer: bool) -> Loaded:
+        folder = self.path
+        try:
+            config = read_config(folder)
+            has_tokenizer = not self._has_own_tokenizer or (folder / "tokenizer.json").is_file()
+            model = _folder_model(folder, config, self.dtype)
+            if needs_tokenizer and not has_tokenizer:
+                raise UserError(f"{folder}: holds no tokenizer (no tokenizer.json); give one with --tokenizer_path")
+            if not has_tokenizer:
+                return Loaded(model, None)
+            if self._has_own_tokenizer:
+                found = own_tokenizer(folder, config)
+                check_fits(found.tokenizer, config.vocab_size, folder, folder)
+            else:
+                found = self._find_tokenizer(ModelInfo(folder, config.vocab_size, config.block_size))
+                model.generation_config = default_generation(found.tokenizer, config.vocab_size)
+        except UserError:
+            raise
+        except Exception as error:  # a stranger's file can make the library fail in any way
+            raise UserError(f"{folder}: cannot be loaded ({one_line(error, 200)})") from None
+        if self.raw:
+            found.tokenizer.init_kwargs[PROMPT_FORMAT] = RAW
+            found.tokenizer.chat_template = None
+        return Loaded(model, found, choices=prompt_choice(found.tokenizer))
+
+
+@memory_for("to load the model")
+def load(
+    checkpoint_path: str | Path,
+    tokenizer_path: str | Path | None = None,
+    *,
+    device: torch.device | str | None = None,
+    report: Callable[[str, str], None] = lambda item, text: None,
+    **options: Unpack[SourceOptions],
+) -> tuple[CustomGPTForCausalLM, PreTrainedTokenizerFast]:
+    """Load a trainer's checkpoint or a converted folder. Nothing is written.
+
+    Args:
+        checkpoint_path: a `torch.save` file, which is converted in memory, or a converted folder.
+        tokenizer_path: a tokenizer's file, folder or Hub name, or `"auto"` to look where the trainer put it. A folder
+            has its own.
+        device: where the model goes; by default the best device there is (`pick_device`).
+        report: called for each thing that was found or chosen, with its name and a description.
+        options: `dtype` (`"auto"` keeps that of the weights), `n_head`, `activation`, `characters_of` (the training
+            text of a character-level model) and `raw` (prompts are raw text), as in `Source`.
+
+    Raises:
+        UserError: a file is missing, damaged or not of this model family, or the files do not belong together.
+    """
+    loaded = Source(Path(checkpoint_path), tokenizer_path, **options).load(may_be_quantized=True)
+    assert loaded.found is not None
+    report("tokenizer", loaded.found.taken + (f" ({loaded.found.why})" if loaded.found.why else ""))
+    for item, text in loaded.choices:
+        report(item, text)
+    return loaded.model.to(pick_device(device)), loaded.tokenizer
+
+
+def with_weights(config: CustomGPTConfig, state_dict: dict[str, torch.Tensor]) -> CustomGPTForCausalLM:
+    """A model in evaluation mode that uses these tensors: nothing is initialised or copied."""
+    with torch.device("meta"):
+        model = CustomGPTForCausalLM(config)
+    if config.tie_word_embeddings:
+        state_dict = state_dict | {"lm_head.weight": state_dict["transformer.wte.weight"]}
+    model.load_state_dict(state_dict, assign=True)
+    model.tie_weights()
+    return model.eval()
+
+
+def own_tokenizer(folder: Path, config: CustomGPTConfig | None = None) -> FoundTokenizer:
+    """The tokenizer of a converted folder. The folder's own code is never run.
+
+    Args:
+        config: the folder's, if it has been read already.
+    """
+    tokenizer = load_tokenizer(folder, config or read_config(folder))
+    notes = switch_off(tokenizer.backend_tokenizer)
+    return FoundTokenizer(tokenizer, str(folder), lambda text: tokenizer(text, verbose=False).input_ids, notes=notes)
+
+
+def default_generation(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> GenerationConfig:
+    """The defaults of the original script. Ids without a token are never sampled."""
+    return GenerationConfig(
+        do_sample=True,
+        temperature=0.8,
+        top_k=50,
+        repetition_penalty=1.0,
+        max_new_tokens=150,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=unused_ids(tokenizer, vocab_size) or None,
+    )
+
+
+def prompt_choice(tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[str, str], ...]:
+    """What to report about the prompt format: nothing for instructions, which are the default."""
+    if takes_instructions(tokenizer):
+        return ()
+    return (("prompt", f"raw text; a text ends at {tokenizer.eos_token or 'max_new_tokens only'}"),)
+
+
+def is_quantized(config: CustomGPTConfig) -> bool:
+    return getattr(config, "quantization_config", None) is not None
+
+
+def _folder_model(folder: Path, config: CustomGPTConfig, dtype: torch.dtype | str) -> CustomGPTForCausalLM:
+    if is_quantized(config):
+        weight_files(folder)  # an index that leads out of the folder is an error
+        with FROM_PRETRAINED:
+            model: CustomGPTForCausalLM = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
+    else:
+        own_dtype = check_weights(folder, config)
+        weights = read_weights(folder)
+        config.dtype = pick_dtype(dtype, own_dtype)
+        config.auto_map = AUTO_MAP  # a trainer may have saved a part of it
+        model = with_weights(config, {name: tensor.to(config.dtype) for name, tensor in weights.items()})
+    model.generation_config = read_generation_config(folder, config)
+    return model
+
+
+# Dtypes and devices.
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+DTYPES = {dtype_name(dtype): dtype for dtype in WEIGHT_DTYPES}
 
 
 def pick_dtype(dtype: torch.dtype | str, own: torch.dtype) -> torch.dtype:
-    """The dtype of that name; `"auto"` is the weights' own.
+    """The dtype of that name; `"auto"` is `own`, the dtype of the weights.
 
     Raises:
-        UserError: there is none that weights can have.
+        UserError: weights of that dtype are not supported.
     """
     name = str(dtype).removeprefix("torch.")
     if name != "auto" and name not in DTYPES:
@@ -71,7 +342,7 @@ def pick_device(name: torch.device | str | None = None) -> torch.device:
     try:
         device = torch.device(name)
         if device.type == "meta":
-            raise RuntimeError("holds no values")
+            raise RuntimeError("the meta device holds no values")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):  # each backend has its own way of not being there
         raise UserError(
@@ -80,266 +351,36 @@ def pick_device(name: torch.device | str | None = None) -> torch.device:
     return device
 
 
-@memory_for("to load the model")
-def load(
-    checkpoint_path: str | Path,
-    tokenizer_path: str | Path | None = None,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | str = "auto",
-    n_head: int | None = None,
-    activation: str = "auto",
-    characters_of: str | Path | None = None,
-    raw: bool = False,
-    report: Callable[[str, str], None] = lambda item, text: None,
-) -> tuple[CustomGPTForCausalLM, PreTrainedTokenizerFast]:
-    """Load a trainer's checkpoint file, or a converted folder.
-
-    Args:
-        checkpoint_path: a `.pt` file (converted in memory, memory-mapped, nothing written) or a folder.
-        tokenizer_path, characters_of, raw: as in `read_original`; neither of the first two takes the folder's own.
-        device: where the model goes; None is the best device there is, as `pick_device` says.
-        dtype: `"auto"` for that of the weights, or a floating-point dtype of torch, or its name.
-        n_head, activation: as in `read_original`, for a file.
-        report: called with each thing that was found or chosen: what it is, and what was taken and why.
-
-    Raises:
-        UserError: a file or the folder is not what it should be.
-    """
-    if Path(checkpoint_path).is_dir():
-        model, vocabulary = load_folder(Path(checkpoint_path), tokenizer_path, dtype, characters_of, raw)
-        assert vocabulary is not None
-        choices = prompt_choice(vocabulary.tokenizer)
-    else:
-        original = read_original(
-            checkpoint_path,
-            tokenizer_path,
-            dtype=dtype,
-            n_head=n_head,
-            activation=activation,
-            characters_of=characters_of,
-            raw=raw,
-        )
-        model, vocabulary, choices = original.model, original.vocabulary, original.choices
-    report("tokenizer", vocabulary.taken + (f" ({vocabulary.why})" if vocabulary.why else ""))
-    for item, text in choices:
-        report(item, text)
-    return model.to(pick_device(device)), vocabulary.tokenizer
+# What the command lines print about a source and its model.
 
 
-def load_folder(
-    folder: Path,
-    tokenizer_path: str | Path | None,
-    dtype: torch.dtype | str,
-    characters_of: str | Path | None = None,
-    raw: bool = False,
-    needs_tokenizer: bool = True,
-) -> tuple[CustomGPTForCausalLM, FoundTokenizer | None]:
-    """`load` of a folder, on the CPU. If `needs_tokenizer` is False, the vocabulary of a folder without one is None."""
-    try:
-        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").exists():
-            raise UserError(f"{folder}: is a PEFT adapter; save merge_and_unload() of it and give that folder")
-        config = read_config(folder)
-        check_folder(folder)
-        is_given = tokenizer_path is not None or characters_of is not None
-        has_tokenizer = is_given or (folder / "tokenizer.json").is_file()
-        own_dtype = check_weights(folder, config)
-        if needs_tokenizer and not has_tokenizer:
-            raise UserError(f"{folder}: holds no tokenizer (no tokenizer.json); give one with --tokenizer_path")
-        # A stranger's folder may name code of its own; the library would ask on the terminal whether to run it.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            generation_config=read_generation_config(folder, config),
-            dtype=pick_dtype(dtype, own_dtype) if own_dtype else dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-        model, loading = loaded
-        if astray := sorted(loading["missing_keys"] | loading["unexpected_keys"]):  # the library would go on without
-            raise UserError(f"{folder}: its config.json and its weights do not belong together ({', '.join(astray)})")
-        if not has_tokenizer:
-            return model, None
-        if tokenizer_path is None and characters_of is None:
-            vocabulary = own_vocabulary(folder, config)
-            check_fits(vocabulary.tokenizer, config.vocab_size, folder, folder)
-        else:
-            source = ModelInfo(folder, config.vocab_size, config.block_size)
-            vocabulary = find_tokenizer(tokenizer_path, source, characters_of=characters_of, raw=raw)
-            model.generation_config = default_generation(vocabulary.tokenizer, config.vocab_size)
-        if raw:
-            vocabulary.tokenizer.init_kwargs[PROMPT_FORMAT] = RAW
-            vocabulary.tokenizer.chat_template = None
-        return model, vocabulary
-    except UserError:
-        raise
-    # The folder's files are not to be trusted in anything: whatever they trip in the library is their fault.
-    except Exception as error:
-        if "ignore_mismatched_sizes" in str(error):  # the library's own words speak of a table that it logs
-            raise UserError(f"{folder}: cannot be loaded (its config.json and its weights differ in sizes)") from None
-        raise UserError(f"{folder}: cannot be loaded ({one_line(error, 200)})") from None
-
-
-def check_weights(folder: Path, config: CustomGPTConfig) -> torch.dtype | None:
-    """The narrowest dtype that holds all weights without loss; None of quantized ones.
-
-    Raises:
-        UserError: config.json has sizes that the weights cannot have, for which the library would first take the time
-            and the memory; or a weight is no real number, of which the library would drop a part.
-    """
-    layers: set[str] = set()
-    n_bytes, dtypes = 0, {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:  # reads names, shapes and dtypes only
-            for name in file.keys():  # noqa: SIM118
-                layers.update(re.findall(r"\bh\.(\d+)\.", name))
-                dtypes[name] = file.get_slice(name).get_dtype()
-        n_bytes += path.stat().st_size
-    if not n_bytes:
-        raise UserError(f"{folder}: cannot be loaded (no file named model.safetensors, nor a part of it)")
-    n_weights = (config.vocab_size + config.block_size + 12 * config.n_layer * config.n_embd) * config.n_embd
-    if config.n_layer > len(layers) or n_weights > 2 * n_bytes:  # the narrowest weights have four bits
-        raise UserError(
-            f"{folder}: its config.json and its weights do not belong together (n_layer={config.n_layer}, "
-            f"n_embd={config.n_embd}, vocab_size={config.vocab_size} and block_size={config.block_size} are "
-            f"more than the weights' {len(layers)} layers and {n_bytes:,} bytes)"
-        )
-    if getattr(config, "quantization_config", None) is not None:
-        return None
-    if strange := [name for name, dtype in dtypes.items() if dtype not in STORED]:
-        raise UserError(f"{folder}: the weight {strange[0]!r} is of the type {dtypes[strange[0]]}, which no GPT's is")
-    return widest(STORED[dtype] for dtype in dtypes.values())
-
-
-def own_vocabulary(folder: Path, config: CustomGPTConfig | None = None) -> FoundTokenizer:
-    """The tokenizer of a converted folder.
-
-    Args:
-        config: the folder's, where it has been read already.
-    """
-    return own_tokenizer(folder, config=config or read_config(folder))
-
-
-@dataclass(frozen=True)
-class Original:
-    """A trainer's checkpoint and its vocabulary, in memory."""
-
-    model: CustomGPTForCausalLM
-    vocabulary: FoundTokenizer
-    checkpoint: Checkpoint
-    choices: tuple[tuple[str, str], ...]
-    """What the user did not say: what it is, and what was taken and why."""
-
-
-def load_original(
-    checkpoint_path: str | Path, tokenizer_path: str | Path | None, **how: Any
-) -> tuple[CustomGPTForCausalLM, PreTrainedTokenizerFast, Checkpoint]:
-    """Model, tokenizer and checkpoint of `read_original`, which takes the same arguments."""
-    original = read_original(checkpoint_path, tokenizer_path, **how)
-    return original.model, original.vocabulary.tokenizer, original.checkpoint
-
-
-def read_original(
-    checkpoint_path: str | Path,
-    tokenizer_path: str | Path | None,
-    *,
-    dtype: torch.dtype | str = "auto",
-    n_head: int | None = None,
-    activation: str = "auto",
-    characters_of: str | Path | None = None,
-    raw: bool = False,
-) -> Original:
-    """Make the model and the tokenizer of a trainer's files, in memory; nothing is written.
-
-    The weights stay mapped from the file (zip format) and are read when they are used.
-
-    Args:
-        checkpoint_path: `torch.save` file.
-        tokenizer_path: a `tokenizers` JSON, nanoGPT's meta.pkl, either of GPT-2's two files, a folder of any of them,
-            the name `"gpt2"`, a folder or name that AutoTokenizer knows; or `"auto"`, to look where the trainer put it.
-        dtype: `"auto"` for the file's own, or a floating-point dtype of torch, or its name.
-        n_head: number of attention heads, where the file does not tell.
-        activation: `"gelu"` (exact), `"gelu_new"` or `"gelu_pytorch_tanh"` (tanh, written out or torch's); `"auto"` for
-            what the file tells.
-        characters_of: the training text of a model of characters, in place of `tokenizer_path`.
-        raw: the model's prompts are raw text, though its tokenizer has `[BOS]` and `[EOS]`.
-
-    Raises:
-        UserError: one of the files is not what it should be, or they do not belong together.
-    """
-    if tokenizer_path is None and characters_of is None and Path(checkpoint_path).exists():
-        raise UserError(f'{checkpoint_path}: is a file, so the tokenizer must be given too, or "auto" to look for it')
-    if activation not in ACTIVATIONS:
-        raise UserError(f"activation={activation!r} is none of {', '.join(ACTIVATIONS)}")
-    checkpoint = read_checkpoint(checkpoint_path)
-    torch_dtype = pick_dtype(dtype, checkpoint.dtype)
-    architecture = checkpoint.architecture(n_head)
-    source = ModelInfo(checkpoint.path, architecture.vocab_size, architecture.block_size, checkpoint.dataset)
-    vocabulary = find_tokenizer(tokenizer_path, source, characters_of=characters_of, raw=raw)
-    tokenizer = vocabulary.tokenizer
-    try:
-        config = CustomGPTConfig(
-            **asdict(architecture),
-            activation_function=checkpoint.trainer.activation if activation == "auto" else activation,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    except StrictDataclassError as error:
-        raise UserError(f"{checkpoint_path}: {error}") from None
-    config.dtype, config.auto_map = torch_dtype, AUTO_MAP
-    model = _model_of(config, {name: tensor.to(torch_dtype) for name, tensor in checkpoint.state_dict.items()})
-    model.generation_config = default_generation(tokenizer, architecture.vocab_size)
-    return Original(model, vocabulary, checkpoint, tuple(_choices(checkpoint, tokenizer, n_head, activation)))
-
-
-def _choices(
-    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast, n_head: int | None, activation: str
-) -> Iterator[tuple[str, str]]:
-    """What is said of choices that the user did not make; of the original's own files, nothing."""
-    if n_head is None and (beside := checkpoint.heads_beside()):
-        yield "heads", f"{beside[0]} ({beside[1]})"
-    trainer = checkpoint.trainer
-    if activation == "auto" and not trainer.is_known:
-        yield (
-            "activation",
-            (f"{trainer.activation}, though nothing in the file tells: an older relative wants --activation gelu_new"),
-        )
-    elif activation == "auto" and trainer.why:
-        yield "activation", f"{trainer.activation} ({trainer.why})"
-    yield from prompt_choice(tokenizer)
-
-
-def prompt_choice(tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[str, str], ...]:
-    """What is said of a model's prompts; of instructions, nothing."""
-    if takes_instructions(tokenizer):
-        return ()
-    return (("prompt", f"raw text; a text ends at {tokenizer.eos_token or 'max_new_tokens only'}"),)
-
-
-def _model_of(config: CustomGPTConfig, state_dict: dict[str, torch.Tensor]) -> CustomGPTForCausalLM:
-    """A model around these tensors: built without memory of its own, so nothing is initialised or copied."""
-    if config.tie_word_embeddings:
-        state_dict["lm_head.weight"] = state_dict["transformer.wte.weight"]
-    with torch.device("meta"):
-        model = CustomGPTForCausalLM(config)
-    model.load_state_dict(state_dict, assign=True)
-    model.tie_weights()
-    return model.eval()
-
-
-def default_generation(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> GenerationConfig:
-    """The original script's defaults. Ids past the tokenizer's vocabulary (padding rows) are never sampled."""
-    unused = unused_ids(tokenizer, vocab_size)
-    return GenerationConfig(
-        do_sample=True,
-        temperature=0.8,
-        top_k=50,
-        repetition_penalty=1.0,
-        max_new_tokens=150,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=unused or None,
+def describe_architecture(config: CustomGPTConfig) -> str:
+    return (
+        f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, context {config.block_size}, "
+        f"vocabulary {config.vocab_size}, {'with' if config.bias else 'no'} biases, "
+        f"head {'tied' if config.tie_word_embeddings else 'untied'}, {config.activation_function}"
     )
+
+
+def describe_parameters(model: CustomGPTForCausalLM) -> str:
+    return f"{model.num_parameters():,} in {dtype_name(model.dtype)}"
+
+
+def describe_source(path: Path, checkpoint: Checkpoint | None) -> str:
+    if checkpoint is None:
+        return f"{path} (a folder)"
+    place = f"weights under {checkpoint.weights_key!r}" if checkpoint.weights_key else "a bare state dict"
+    progress = "".join(f", {name} {number:.6g}" for name, number in checkpoint.progress.items())
+    return f"{checkpoint.path} ({place}{progress})"
+
+
+def describe_tokenizer(found: FoundTokenizer) -> str:
+    why = f", {found.why}" if found.why else ""
+    return f"{found.taken} ({len(found.tokenizer)} {found.unit}{why})"
+
+
+def describe_rounding(source: torch.dtype, dtype: torch.dtype) -> str:
+    """What the conversion to `dtype` did to weights of dtype `source`; "" if it lost nothing."""
+    if torch.promote_types(source, dtype) == dtype:
+        return ""
+    return f"rounded from {dtype_name(source)} to {dtype_name(dtype)}"

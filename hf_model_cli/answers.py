@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from hf_model import journal, scoring
+from hf_model import scoring
 from hf_model.batch import answer_file
 from hf_model.errors import UserError
 from hf_model.generation import Generation, Sampling, encode, generate
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.records import check_records
+from hf_model.records import check_records, journal_path
 from hf_model.scoring import ScoredToken
 from hf_model.tokenizer import prompt_text, takes_instructions
 from hf_model_cli.common import MOST_PROMPT_BYTES, show
@@ -228,7 +228,7 @@ def answer_records(
         )
     except BaseException:  # Ctrl-C and SIGTERM too
         if kept:
-            of, place = count(len(args.records), "record"), journal.path_of(args.output_file)
+            of, place = count(len(args.records), "record"), journal_path(args.output_file)
             show(f"\n{kept} of {of} answered and kept in {place}: the same command goes on from there", file=sys.stderr)
         raise
     seconds = time.perf_counter() - start

@@ -291,7 +291,7 @@ def quoted(prompt: str) -> str:
 
 def look(args: argparse.Namespace) -> None:
     from hf_model.learnt.inspection import inspect
-    from hf_model.learnt.report import check_page, write_page
+    from hf_model.learnt.page import check_page, write_page
 
     if args.report is not None:
         check_page(args.report)

@@ -317,8 +317,8 @@ def run(args: argparse.Namespace) -> None:
         from transformers.utils import logging
 
         from hf_model import loading
-        from hf_model.description import describe_architecture, describe_parameters
-        from hf_model.processes import Processes, join
+        from hf_model.batch import Processes, join
+        from hf_model.loading import describe_architecture, describe_parameters
         from hf_model.records import read_records
         from hf_model_cli.answers import answer_prompt, answer_records, content_of, given_prompt, score_text
         from hf_model_cli.chat import converse

@@ -12,9 +12,8 @@ from examples.plain_gpt import GPT
 from hf_model import conversion
 from hf_model.conversion import convert, push
 from hf_model.errors import UserError
-from hf_model.loading import load_original
 from hf_model.output_dir import MANIFEST
-from tests.tiny import BOS, CHECKPOINT, PAD, SIZES, TOKENIZER, gpt, save_files
+from tests.tiny import BOS, CHECKPOINT, PAD, SIZES, TOKENIZER, gpt, load_plain, save_files
 
 
 def converted(tmp_path: Path, model: GPT, **how) -> tuple[Path, list[str]]:
@@ -123,8 +122,8 @@ class TestOptions:
         checkpoint_path, tokenizer_path = save_files(tmp_path, model)
         torch.save(model.state_dict(), checkpoint_path)
         with pytest.raises(UserError, match="give it with --n_head"):
-            load_original(checkpoint_path, tokenizer_path)
-        converted_model, _, _ = load_original(checkpoint_path, tokenizer_path, n_head=8)
+            load_plain(checkpoint_path, tokenizer_path)
+        converted_model, _ = load_plain(checkpoint_path, tokenizer_path, n_head=8)
         ids = torch.randint(SIZES["vocab_size"], (2, 16))
         assert torch.equal(converted_model(ids).logits, model(ids)[0])
 

@@ -7,8 +7,8 @@ import torch
 
 import generate
 from hf_model import CustomGPTForCausalLM
-from hf_model.loading import load_original
 from hf_model.tokenizer import format_prompt
+from tests.tiny import load_plain
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "capitals"
 FILES = (EXAMPLE / "ckpt.pt", EXAMPLE / "tokenizer.json")
@@ -20,12 +20,12 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 
 @pytest.fixture(scope="module")
 def ids() -> torch.Tensor:
-    _, tokenizer, _ = load_original(*FILES)
+    _, tokenizer = load_plain(*FILES)
     return tokenizer(format_prompt(QUESTION), return_tensors="pt").input_ids
 
 
 def model_in(dtype: str) -> CustomGPTForCausalLM:
-    return load_original(*FILES, dtype=dtype)[0]
+    return load_plain(*FILES, dtype=dtype)[0]
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-3), ("float16", 0.05), ("bfloat16", 0.4)])

@@ -57,10 +57,6 @@ class TestPythonFace:
     def test_every_name_is_there_and_documented(self, name: str) -> None:
         assert getattr(hf_model, name).__doc__
 
-    def test_a_name_that_is_not_there_is_an_attribute_error(self) -> None:
-        with pytest.raises(AttributeError, match="'hf_model' has no attribute 'generat'"):
-            hf_model.generat  # noqa: B018
-
     @pytest.mark.parametrize(
         ("wrong", "message"),
         [
@@ -109,12 +105,9 @@ class TestPythonFace:
         text = pydoc.plain(pydoc.render_doc(hf_model))
         assert all(f" {name}(" in text for name in ("convert", "load", "generate", "encode", "format_prompt"))
 
-    def test_importing_it_imports_nothing_beside_the_model(self) -> None:
-        code = "import sys, hf_model; print(__import__('json').dumps(sorted(sys.modules)))"
-        modules = json.loads(run(sys.executable, "-c", code, cwd=ROOT))
-        ours = {name for name in modules if name.startswith("hf_model")}
-        travelling = {f"hf_model.{name}_custom_gpt" for name in ("configuration", "modeling", "decoding")}
-        assert ours == {"hf_model", "hf_model.errors"} | travelling
+    def test_dir_lists_what_is_documented(self) -> None:
+        assert set(dir(hf_model)) == set(hf_model.__all__)
+        assert {"convert", "load", "generate"} <= set(dir(hf_model))
 
 
 def test_the_default_device_is_the_best_one(monkeypatch: pytest.MonkeyPatch) -> None:

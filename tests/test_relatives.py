@@ -14,10 +14,11 @@ from examples.plain_gpt import GPT
 from hf_model.conversion import convert
 from hf_model.errors import UserError
 from hf_model.generation import Sampling, encode, generate
-from hf_model.loading import load, load_original
+from hf_model.loading import load
 from hf_model.tokenizer import takes_instructions
 from tests import relatives
 from tests.relatives import CHARACTERS, TEXT
+from tests.tiny import load_plain
 
 KINDS = ["nanoGPT of characters", "nanoGPT of BPE", "build-nanogpt", "minGPT"]
 
@@ -124,9 +125,9 @@ class TestChoices:
     @pytest.mark.parametrize(
         "kind, activation, why",
         [
-            ("nanoGPT of characters", "gelu", "nanoGPT's since June 2023"),
-            ("build-nanogpt", "gelu_pytorch_tanh", "build-nanogpt's: a config object, step and val_loss"),
-            ("minGPT", "gelu_new", "minGPT's: a bare state dict with causal masks and biases"),
+            ("nanoGPT of characters", "gelu", "nanoGPT's default since June 2023"),
+            ("build-nanogpt", "gelu_pytorch_tanh", "build-nanogpt's default: a config object, step and val_loss"),
+            ("minGPT", "gelu_new", "minGPT's default: a bare state dict with causal masks and biases"),
         ],
     )
     def test_the_activation_is_told_by_the_file(
@@ -141,7 +142,7 @@ class TestChoices:
         content = torch.load(path, weights_only=True)
         del content["model_args"]["bias"], content["model_args"]["dropout"]
         torch.save(content, path)
-        loaded, _, _ = load_original(path, relatives.save_meta(tmp_path / "meta.pkl"))
+        loaded, _ = load_plain(path, relatives.save_meta(tmp_path / "meta.pkl"))
         ids = torch.randint(len(CHARACTERS), (2, 16))
         assert torch.equal(loaded(ids).logits, model(ids)[0])
 
@@ -151,12 +152,12 @@ class TestChoices:
         lines: list[str] = []
         meta = relatives.save_meta(tmp_path / "meta.pkl")
         convert(tmp_path / "ckpt.pt", meta, tmp_path / "hf", report=lines.append)
-        assert "activation    gelu, though nothing in the file tells: " in "\n".join(lines)
+        assert "activation    gelu (nothing in the file tells" in "\n".join(lines)
 
     def test_the_user_s_word_is_the_last(self, family: dict[str, Relative]) -> None:
         meta = family["nanoGPT of characters"].path.parent.parent / "data" / "tiny_char" / "meta.pkl"
         path = family["nanoGPT of characters"].path
-        model, _, _ = load_original(path, meta, activation="gelu_pytorch_tanh")
+        model, _ = load_plain(path, meta, activation="gelu_pytorch_tanh")
         assert model.config.activation_function == "gelu_pytorch_tanh"
 
     def test_heads_are_told_by_mingpt_s_config(self, family: dict[str, Relative]) -> None:
@@ -167,7 +168,7 @@ class TestChoices:
     def test_a_mingpt_config_of_another_model_is_refused(self, tmp_path: Path) -> None:
         path = relatives.save_mingpt(tmp_path, relatives.mingpt_model(), "gpt-mini")
         with pytest.raises(UserError, match=r"says gpt-mini \(6 layers, 192 wide\), but the weights have 3 layers"):
-            load_original(path, relatives.save_meta(tmp_path / "meta.pkl"))
+            load_plain(path, relatives.save_meta(tmp_path / "meta.pkl"))
 
     @pytest.mark.parametrize(
         "sizes, heads",
@@ -180,7 +181,7 @@ class TestChoices:
     def test_heads_are_told_by_a_config_of_sizes(self, sizes: dict, heads: int, tmp_path: Path) -> None:
         path = relatives.save_mingpt(tmp_path, relatives.mingpt_model())
         path.with_name("config.json").write_text(json.dumps({"model": sizes}), encoding="utf-8")
-        assert load_original(path, relatives.save_meta(tmp_path / "meta.pkl"))[0].config.n_head == heads
+        assert load_plain(path, relatives.save_meta(tmp_path / "meta.pkl"))[0].config.n_head == heads
 
     @pytest.mark.parametrize("other", [{"n_layer": 4}, {"n_embd": 96}])
     def test_a_config_of_other_sizes_is_refused(self, other: dict, tmp_path: Path) -> None:
@@ -188,14 +189,14 @@ class TestChoices:
         sizes = {"model_type": None, "n_layer": 3, "n_head": 3, "n_embd": 48} | other
         path.with_name("config.json").write_text(json.dumps({"model": sizes}), encoding="utf-8")
         with pytest.raises(UserError, match=r"says n_head=3 \(.*\), but the weights have 3 layers and are 48 wide"):
-            load_original(path, relatives.save_meta(tmp_path / "meta.pkl"))
+            load_plain(path, relatives.save_meta(tmp_path / "meta.pkl"))
 
     @pytest.mark.parametrize("content", ["", "[]", "{}", '{"model": 1}', '{"model": {"model_type": "none"}}'])
     def test_a_config_that_tells_nothing_leaves_the_question(self, content: str, tmp_path: Path) -> None:
         path = relatives.save_mingpt(tmp_path, relatives.mingpt_model())
         path.with_name("config.json").write_text(content, encoding="utf-8")
         with pytest.raises(UserError, match="give it with --n_head"):
-            load_original(path, relatives.save_meta(tmp_path / "meta.pkl"))
+            load_plain(path, relatives.save_meta(tmp_path / "meta.pkl"))
 
     def test_build_nanogpt_has_no_dropout(self, family: dict[str, Relative]) -> None:
         assert read_json(family["build-nanogpt"].folder / "config.json")["dropout"] == 0.0

@@ -5,9 +5,11 @@ from pathlib import Path
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from examples.plain_gpt import GPT, GPTConfig, save_checkpoint
 from hf_model import CustomGPTConfig, CustomGPTForCausalLM
+from hf_model.loading import Source
 
 ROOT = Path(__file__).parent.parent
 CAPITALS = ROOT / "examples" / "capitals"
@@ -55,3 +57,11 @@ def save_files(folder: Path, model: GPT) -> tuple[Path, Path]:
     """Write a model's checkpoint and the tokenizer beside it, as the original has them."""
     save_checkpoint(folder / "ckpt.pt", model, iter_num=7, config={"seed": 1})
     return folder / "ckpt.pt", save_tokenizer(folder / "tokenizer.json")
+
+
+def load_plain(
+    path: Path, tokenizer_path: Path | str, **options
+) -> tuple[CustomGPTForCausalLM, PreTrainedTokenizerFast]:
+    """The model and the tokenizer of a trainer's files, as a converted folder holds them."""
+    loaded = Source(path, tokenizer_path, **options).load()
+    return loaded.model, loaded.tokenizer

@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 from examples.capitals.train import Record, examples
 from hf_model.generation import Sampling, continue_prompts, encode
 from hf_model.learnt.diagnosis import diagnose
-from hf_model.loading import load_original
+from hf_model.loading import Source
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.tokenizer import format_prompt, save_tokenizer
 
@@ -65,7 +65,8 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
-    model, tokenizer, _ = load_original(args.checkpoint_path, args.tokenizer_path)
+    loaded = Source(args.checkpoint_path, args.tokenizer_path).load()
+    model, tokenizer = loaded.model, loaded.tokenizer
     records = examples()
 
     def report(when: str) -> None:

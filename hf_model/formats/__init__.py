@@ -12,10 +12,10 @@ from typing import Protocol
 
 from hf_model.errors import UserError
 from hf_model.formats.target import Options
-from hf_model.source import Loaded, Source
+from hf_model.loading import Loaded, Source
 
 
-class Target(Protocol):
+class Format(Protocol):
     def write(self, loaded: Loaded, folder: Path, options: Options) -> list[str]: ...
 
     def verify(self, folder: Path, source: Source, options: Options) -> str: ...
@@ -31,7 +31,7 @@ FORMATS = {
 }
 
 
-def find_target(name: str) -> Target:
+def find_format(name: str) -> Format:
     """The module of a format; its engine is imported when it is used.
 
     Raises:

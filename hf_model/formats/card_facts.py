@@ -1,7 +1,7 @@
 """What a model's card says beside its sizes and its code: the user's words, the checkpoint's, and the diagnosis."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,13 +146,13 @@ def card_facts(
 
 
 def _learnt(inspection: Inspection) -> list[str]:
-    """The diagnosis and what the training data told, with nothing of where that data lies."""
-    diagnosis, lines = inspection.diagnosis, inspection.findings()
-    if diagnosis is not None and diagnosis.verdict == "nothing":
-        lines = [f"no harm was found: {diagnosis.line().removeprefix('nothing to say: ')}", *lines]
+    """The diagnosis and what the training data told; the data's own name, but not its place."""
     if inspection.measurement is not None:
-        path = inspection.measurement.path
-        lines = [line.replace(path, Path(path).name) for line in lines]
+        name = Path(inspection.measurement.path).name
+        inspection = replace(inspection, measurement=replace(inspection.measurement, path=name))
+    lines = [str(finding) for finding in inspection.findings()]
+    if inspection.diagnosis is not None and not inspection.diagnosis.is_harm:
+        lines.insert(0, str(inspection.diagnosis))
     return [one_line(line) for line in lines]
 
 

@@ -8,10 +8,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from hf_model.configuration_custom_gpt import CustomGPTConfig
-from hf_model.description import describe_architecture
 from hf_model.formats.card_facts import CardFacts
 from hf_model.formats.target import Options
-from hf_model.source import Loaded
+from hf_model.loading import Loaded, describe_architecture
 from hf_model.tokenizer import format_example, format_prompt, is_of_characters, prompt_text, takes_instructions
 
 FOLDER_CARD = """\
@@ -145,6 +144,6 @@ def write_card(
 
 def _example(loaded: Loaded, options: Options) -> str:
     """The text of a prompt that this model understands; "" where no tokenizer tells."""
-    if loaded.tokenizer is None:
+    if loaded.found is None:
         return ""
     return prompt_text(loaded.tokenizer, options.card.about.examples(loaded.tokenizer)[0])

@@ -27,8 +27,8 @@ from hf_model.formats.target import (
     probe_ids,
     require,
 )
+from hf_model.loading import Loaded, Source
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.source import Loaded, Source
 from hf_model.tokenizer import save_tokenizer
 
 ACTIVATIONS = ("gelu", "gelu_fast", "gelu_new", "gelu_python", "gelu_pytorch_tanh", "relu", "silu", "swish")
@@ -128,7 +128,8 @@ def verify(folder: Path, source: Source, options: Options) -> str:
     """
     if absent := missing(["ctranslate2"], "ctranslate2"):
         raise MissingEngineError(absent)
-    model, tokenizer, *_ = source.load()
+    loaded = source.load()
+    model, tokenizer = loaded.model, loaded.tokenizer
     texts_encoded = check_written_tokenizer(folder, tokenizer)
     quantization = options.quantization or "float32"
     found = compared(folder, model, "float32")
@@ -155,7 +156,7 @@ def compared(folder: Path, model: CustomGPTForCausalLM, compute_type: str) -> Di
 
     ids, keep = probe_ids(model), n_compared(model)
     expected = logits_of(in_float32(model), ids, keep).log_softmax(-1)
-    with blamed_on(f"{folder}: CTranslate2 does not run it"):
+    with blamed_on("CTranslate2 does not run it"):
         generator = Generator(str(folder), compute_type=compute_type)
         log_probs = generator.forward_batch([ids[0].tolist()], return_log_probs=True)
     return difference(expected, torch.from_numpy(np.array(log_probs)[0, -keep:]))

@@ -30,8 +30,8 @@ from hf_model.formats.target import (
     probe_ids,
     require,
 )
+from hf_model.loading import Loaded, Source
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.source import Loaded, Source
 from hf_model.tokenizer import is_of_characters, probes
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
         UserError: the package `gguf` is not installed, or llama.cpp cannot express the model or its tokenizer.
     """
     require(["gguf"], "gguf")
-    model, tokenizer, *_ = loaded
+    model, tokenizer = loaded.model, loaded.tokenizer
     check_expressible(model, options.gguf_type)
     vocabulary = express(tokenizer, model.config.vocab_size)
     write_file(folder / file_name(options), model, options.gguf_type, vocabulary, options.card.title)
@@ -276,7 +276,8 @@ def verify(folder: Path, source: Source, options: Options) -> str:
     """
     if absent := missing(["llama_cpp"], "gguf"):
         raise MissingEngineError(absent)
-    model, tokenizer, *_ = source.load()
+    loaded = source.load()
+    model, tokenizer = loaded.model, loaded.tokenizer
     activation = None if model.config.activation_function in TANH_GELU else "gelu_pytorch_tanh"
     ids, keep = probe_ids(model), n_compared(model)
     expected = logits_of(in_float32(model, activation), ids, keep).log_softmax(-1)

@@ -23,9 +23,8 @@ from hf_model.formats.target import (
     same_bits,
     save_weights,
 )
-from hf_model.loading import default_generation
+from hf_model.loading import Loaded, Source, default_generation
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.source import Loaded, Source
 from hf_model.tokenizer import save_tokenizer
 
 TRANSPOSED = (
@@ -58,7 +57,7 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
     Raises:
         OSError: the disk is full.
     """
-    model, tokenizer, *_ = loaded
+    model, tokenizer = loaded.model, loaded.tokenizer
     stock = stock_model(model)
     stock.generation_config = stock_generation(model, loaded)
     save_weights(stock, folder, options.max_shard_size)
@@ -125,17 +124,18 @@ def verify(folder: Path, source: Source, options: Options) -> str:
     Raises:
         UserError: something differs.
     """
-    model, tokenizer, *_ = source.load()
-    with blamed_on(f"{folder}: cannot be read back"):
+    loaded = source.load()
+    model, tokenizer = loaded.model, loaded.tokenizer
+    with blamed_on("cannot be read back"):
         stock = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
     if not isinstance(stock, GPT2LMHeadModel) or stock.dtype != model.dtype:
-        raise UserError(f"{folder}: came back as {type(stock).__name__} in {stock.dtype}")
+        raise UserError(f"came back as {type(stock).__name__} in {stock.dtype}")
     texts_encoded = check_written_tokenizer(folder, tokenizer)
     written = stock.state_dict()
     expected = stock_weights(model)
     for name, tensor in expected.items():
         if name not in written or not same_bits(tensor, written[name]):
-            raise UserError(f"{folder}: {name} differs from {source.path}: the disk or the memory is faulty")
+            raise UserError(f"{name} differs from {source.path}: the disk or the memory is faulty")
 
     ids, keep = probe_ids(model), n_compared(model)
     found = difference(logits_of(in_float32(model), ids, keep), logits_of(stock.float(), ids, keep))

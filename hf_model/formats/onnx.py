@@ -31,8 +31,8 @@ from hf_model.formats.target import (
     missing,
     require,
 )
+from hf_model.loading import Loaded, Source
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.source import Loaded, Source
 from hf_model.tokenizer import save_tokenizer
 
 if TYPE_CHECKING:
@@ -138,9 +138,10 @@ def verify(folder: Path, source: Source, options: Options) -> str:
         raise MissingEngineError(absent)
     import onnxruntime
 
-    model, tokenizer, *_ = source.load()
+    loaded = source.load()
+    model, tokenizer = loaded.model, loaded.tokenizer
     texts_encoded = check_written_tokenizer(folder, tokenizer)
-    with blamed_on(f"{folder}: onnxruntime does not load it"):
+    with blamed_on("onnxruntime does not load it"):
         session = onnxruntime.InferenceSession(str(folder / FILE))
     reference = in_float32(model)
     T = model.config.block_size

@@ -9,8 +9,8 @@ import torch
 from hf_model.errors import UserError
 from hf_model.formats.cards import write_card
 from hf_model.formats.target import TANH_GELU, Options, same_bits
+from hf_model.loading import Loaded, Source
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.source import Loaded, Source
 from hf_model.trainers import read_checkpoint
 
 FILE = "ckpt.pt"

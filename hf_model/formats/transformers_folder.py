@@ -4,11 +4,10 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_model.description import rounding
 from hf_model.errors import UserError
 from hf_model.formats.cards import model_card
 from hf_model.formats.target import Options, same_bits, save_weights
-from hf_model.source import Loaded, Source
+from hf_model.loading import Loaded, Source, describe_rounding
 from hf_model.tokenizer import probes, save_tokenizer
 from hf_model.trainers import widest
 
@@ -38,11 +37,11 @@ def verify(folder: Path, source: Source, options: Options) -> str:
     Raises:
         UserError: a tensor or a token differs.
     """
-    vocabulary = source.vocabulary()
+    vocabulary = source.find_tokenizer()
     tokenizer, texts = AutoTokenizer.from_pretrained(folder), probes(vocabulary.tokenizer)
     for text in texts:
         if tokenizer(text, verbose=False).input_ids != vocabulary.encode(text):
-            raise UserError(f"{folder}: the tokenizer encodes {text!r} differently from {vocabulary.taken}")
+            raise UserError(f"the tokenizer encodes {text!r} differently from {vocabulary.taken}")
 
     names = list(AutoModelForCausalLM.from_pretrained(folder).state_dict())
     remaining = list(names)
@@ -51,14 +50,14 @@ def verify(folder: Path, source: Source, options: Options) -> str:
         written = AutoModelForCausalLM.from_pretrained(folder).state_dict()
         weights = source.weights()
         if astray := written.keys() ^ weights.keys():
-            raise UserError(f"{folder}: {', '.join(sorted(astray))} is on one side only")
+            raise UserError(f"{', '.join(sorted(astray))} is on one side only")
         compared_bytes = 0
         while remaining and compared_bytes < VERIFY_BYTES:
             name = remaining.pop()
             tensor = written[name]
             if not same_bits(tensor, weights[name].to(tensor.dtype)):
-                raise UserError(f"{folder}: {name} differs from {source.path}: the disk or the memory is faulty")
+                raise UserError(f"{name} differs from {source.path}: the disk or the memory is faulty")
             compared_bytes += tensor.nbytes
-    rounded = rounding(widest(weight.dtype for weight in weights.values()), tensor.dtype)
+    rounded = describe_rounding(widest(weight.dtype for weight in weights.values()), tensor.dtype)
     equal = f"{len(names)} tensors equal bit for bit" + (f" to the source's, {rounded}" if rounded else "")
     return f"{equal}, {len(texts)} texts encoded the same"

@@ -86,30 +86,18 @@ def read_word_pieces(path: Path) -> tuple[Tokenizer, str]:
     return backend, f"a vocab.txt does not tell how a text is prepared; as in BERT, {case}"
 
 
-def open_folder(folder: Path, **how: Any) -> PreTrainedTokenizerFast:
-    """What `AutoTokenizer.from_pretrained(folder, **how)` gives; the folder's own code is never run.
+def load_auto(name: str, **how: Any) -> PreTrainedTokenizerFast:
+    """What `AutoTokenizer.from_pretrained(name, **how)` gives for a folder or a name; no code of a folder's is run.
 
-    A tokenizer.json is tried out before the library reads it; a tokenizer that the library makes of other files, after.
+    A folder's tokenizer.json is tried out before the library reads it. A tokenizer that the library makes of other
+    files, or that it has in its cache, is tried out afterwards.
 
     Raises:
         UserError: the library cannot load it, it has no fast form, or using it takes too much time or memory.
     """
-    path = folder / "tokenizer.json"
+    path = Path(name, "tokenizer.json")
     if has_json := path.exists():
         check_by_trial(read_text(path, MAX_TOKENIZER_BYTES), path)
-    return load_auto(str(folder), is_tried=has_json, **how)
-
-
-def load_auto(name: str, *, is_tried: bool = False, **how: Any) -> PreTrainedTokenizerFast:
-    """What AutoTokenizer gives for a folder or a name.
-
-    Args:
-        is_tried: the tokenizer has passed a trial already.
-        how: more arguments of `AutoTokenizer.from_pretrained`.
-
-    Raises:
-        UserError: as `open_folder`.
-    """
     try:
         # A stranger's folder may name code of its own; the library would ask on the terminal whether to run it.
         with panics_as_errors():
@@ -118,7 +106,7 @@ def load_auto(name: str, *, is_tried: bool = False, **how: Any) -> PreTrainedTok
         raise UserError(f"{name}: AutoTokenizer cannot load it ({one_line(error, 150)})") from None
     if not isinstance(loaded, PreTrainedTokenizerFast):
         raise UserError(f"{name}: is a {type(loaded).__name__}, which has no fast form (a tokenizer.json)")
-    if not is_tried:
+    if not has_json:
         check_by_trial(loaded.backend_tokenizer.to_str(), name)
     return loaded
 

@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
@@ -12,7 +11,6 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from hf_model.errors import UserError, one_line
-from hf_model.folder import check_places
 from hf_model.tokenizer.characters import (
     CHARACTERS,
     UNKNOWN,
@@ -24,7 +22,6 @@ from hf_model.tokenizer.characters import (
 from hf_model.tokenizer.files import (
     check_regular,
     load_auto,
-    open_folder,
     read_start,
     read_tokenizer,
     read_word_pieces,
@@ -138,20 +135,6 @@ def find_tokenizer(
         found = _named(tokenizer_path, model, choices)
     check_fits(found.tokenizer, model.vocab_size, found.taken, model.path)
     return found
-
-
-def own_tokenizer(folder: Path, **how: Any) -> FoundTokenizer:
-    """The tokenizer that is in a converted folder, as it stands there.
-
-    Args:
-        how: more arguments of `AutoTokenizer.from_pretrained`, such as `config`.
-
-    Raises:
-        UserError: the library cannot load it, or using it takes too much time or memory.
-    """
-    tokenizer = open_folder(folder, **how)
-    notes = switch_off(tokenizer.backend_tokenizer)
-    return FoundTokenizer(tokenizer, str(folder), lambda text: tokenizer(text, verbose=False).input_ids, notes=notes)
 
 
 def _found(model: ModelInfo, choices: Choices) -> FoundTokenizer:
@@ -280,11 +263,7 @@ def _check_hub() -> None:
 def _of_auto_tokenizer(
     name: str, taken: str, model: ModelInfo, choices: Choices, is_local: bool = False
 ) -> FoundTokenizer:
-    if Path(name).is_dir():
-        check_places(Path(name))
-        loaded = open_folder(Path(name))
-    else:
-        loaded = load_auto(name, local_files_only=is_local)
+    loaded = load_auto(name, local_files_only=is_local)
     if is_of_characters(loaded):
         return _of_characters(loaded.get_vocab(), taken, model, choices)
     if takes_instructions(loaded):

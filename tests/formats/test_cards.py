@@ -143,7 +143,7 @@ class TestWhatTheCheckpointTells:
         learnt = section(
             card_of(convert(CHECKPOINT, TOKENIZER, tmp_path / "hf", training_data=data)), "What it has learnt"
         )
-        assert "at its own answers it repeats" in learnt
+        assert "healthy: does not repeat itself (0%)" in learnt
         assert "exact answers 3 of 3" in learnt
         assert "data.jsonl" in learnt and "private" not in learnt
 

@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
 from hf_model import loading
+from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError
-from hf_model.tokenizer import ModelInfo, find_tokenizer, open_folder, read_tokenizer
+from hf_model.folder import load_tokenizer
+from hf_model.tokenizer import ModelInfo, find_tokenizer, read_tokenizer
 from hf_model.tokenizer import save_tokenizer as write_tokenizer
 from tests.reliability.files import bounded
 from tests.tiny import TOKENIZER
@@ -54,7 +56,7 @@ class TestConfiguration:
     )
     def test_what_the_model_has_no_use_for_is_named_and_ignored(self, said: dict, folder: Path) -> None:
         say(folder, "config.json", **said)
-        with pytest.warns(UserWarning, match=rf'config\.json says .*"{next(iter(said))}".*: ignored'):
+        with pytest.warns(UserWarning, match=rf'config\.json .*"{next(iter(said))}".*: ignored'):
             model, tokenizer = load(folder)
         assert model.generate(tokenizer("the", return_tensors="pt").input_ids, max_new_tokens=2).shape[1] == 4
 
@@ -88,7 +90,7 @@ class TestConfiguration:
     )
     def test_what_is_no_object_is_refused(self, name: str, content: str, folder: Path) -> None:
         (folder / name).write_text(content, encoding="latin-1")
-        with pytest.raises(UserError, match=rf"(cannot be loaded \({name}|/{name}): "):
+        with pytest.raises(UserError, match=rf"cannot be loaded \({name} |/{name}: is not the JSON"):
             load(folder)
 
 
@@ -136,7 +138,7 @@ class TestGeneration:
     )
     def test_what_this_project_does_not_write_is_named_and_ignored(self, said: dict, folder: Path) -> None:
         say(folder, "generation_config.json", **said)
-        with pytest.warns(UserWarning, match=rf'generation_config\.json says .*"{next(iter(said))}".*: ignored'):
+        with pytest.warns(UserWarning, match=rf'generation_config\.json .*"{next(iter(said))}".*: ignored'):
             model, tokenizer = load(folder)
         assert model.generate(tokenizer("the", return_tensors="pt").input_ids, max_new_tokens=2).shape == (1, 4)
 
@@ -164,29 +166,44 @@ class TestTokenizerConfiguration:
             {"added_tokens_decoder": {"x": {"content": "y"}}},
             {"added_tokens_decoder": {"5": "y"}},
             {"extra_special_tokens": 1},
-            {"extra_special_tokens": ["t"] * 20_000},
             {"additional_special_tokens": [[]]},
             {"padding_side": "up"},
             {"truncation_side": ["left"]},
             {"clean_up_tokenization_spaces": "yes"},
             {"tokenizer_class": ["GPT2Tokenizer"]},
-            {"auto_map": "evil"},
             {"bos_token": ["[BOS]"]},
             {"bos_token": "b" * 10**6},
             {"model_input_names": 3},
+        ],
+        ids=lambda said: str(said)[:60],
+    )
+    def test_an_impossible_value_is_an_error_that_names_the_folder(self, said: dict, folder: Path) -> None:
+        (folder / "chat_template.jinja").unlink()
+        say(folder, "tokenizer_config.json", **said)
+        with pytest.raises(UserError, match=rf"^{folder}: "):
+            load(folder)
+
+    @pytest.mark.parametrize(
+        "said",
+        [
             {"vocab": {"a": 0}},
             {"post_processor": "x"},
             {"init_inputs": ["x"]},
             {"tokenizer_padding": {"length": 10**9}},
             {"save_pretrained": 1},
+            {"tokenizer_file": "/etc/passwd"},
+            {"a_setting_of_a_later_version": {"a": 1}},
         ],
-        ids=lambda said: str(said)[:60],
+        ids=lambda said: next(iter(said)),
     )
-    def test_a_value_that_cannot_be_is_named(self, said: dict, folder: Path) -> None:
-        (folder / "chat_template.jinja").unlink()
-        say(folder, "tokenizer_config.json", **said)
-        with pytest.raises(UserError, match=rf"^{folder}: tokenizer_config\.json says '?{next(iter(said))}"):
-            load(folder)
+    @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+    def test_an_unknown_field_is_named_and_ignored(self, name: str, said: dict, folder: Path) -> None:
+        before = load(folder)[1]
+        say(folder, name, **said)
+        with pytest.warns(UserWarning, match=rf'{name} .*"{next(iter(said))}".*: ignored'):
+            _, tokenizer = load(folder)
+        assert tokenizer("Hello").input_ids == before("Hello").input_ids
+        assert not hasattr(tokenizer, "a_setting_of_a_later_version")
 
     @pytest.mark.parametrize(
         "said",
@@ -213,18 +230,7 @@ class TestPlaces:
         template = folder / "additional_chat_templates" / "x.jinja"
         template.parent.mkdir()
         os.mkfifo(template) if is_pipe else template.symlink_to(tmp_path / "secret")
-        with pytest.raises(UserError, match=r"'x\.jinja' is (a link that leads out of the folder|not a regular file)"):
-            load(folder)
-
-    @pytest.mark.parametrize("spoil", ["many", "large", "a folder"])
-    def test_templates_are_few_and_small(self, spoil: str, folder: Path) -> None:
-        templates = folder / "additional_chat_templates"
-        templates.mkdir()
-        for number in range(200 if spoil == "many" else 1):
-            (templates / f"{number}.jinja").write_text("x" * (2**22 if spoil == "large" else 1))
-        if spoil == "a folder":
-            (templates / "x.jinja").mkdir()
-        with pytest.raises(UserError, match="additional_chat_templates holds too many files"):
+        with pytest.raises(UserError, match=r"x\.jinja is (a link that leads out of the folder|not a regular file)"):
             load(folder)
 
     def test_a_few_templates_are_read(self, folder: Path) -> None:
@@ -232,16 +238,11 @@ class TestPlaces:
         (folder / "additional_chat_templates" / "tool_use.jinja").write_text("x")
         assert load(folder)[1].chat_template["tool_use"] == "x"
 
-    def test_a_tokenizer_s_folder_is_no_way_out_either(self, folder: Path, tmp_path: Path) -> None:
-        (folder / "vocab.txt").symlink_to("/etc/passwd")
-        with pytest.raises(UserError, match=r"'vocab\.txt' is a link that leads out of the folder"):
-            find_tokenizer(folder, ModelInfo(tmp_path / "ckpt.pt", 300, 16))
-
-    @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "chat_template.jinja"])
+    @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja"])
     def test_a_link_out_of_the_folder_is_not_followed(self, name: str, folder: Path, tmp_path: Path) -> None:
         (folder / name).rename(tmp_path / name)
         (folder / name).symlink_to(tmp_path / name)
-        with pytest.raises(UserError, match=f"'{name}' is a link that leads out of the folder"):
+        with pytest.raises(UserError, match=f"{name} is a link that leads out of the folder"):
             load(folder)
 
     def test_a_snapshot_of_the_hub_s_cache_is_read(self, folder: Path, tmp_path: Path) -> None:
@@ -254,17 +255,11 @@ class TestPlaces:
             (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
         load(snapshot)
 
-    @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "model.safetensors"])
+    @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
     def test_a_pipe_does_not_keep_it_waiting(self, name: str, folder: Path) -> None:
         (folder / name).unlink()
         os.mkfifo(folder / name)
         with pytest.raises(UserError, match=f"{name}.* is not a regular file"):
-            load(folder)
-
-    @pytest.mark.parametrize("key", ["tokenizer_file", "vocab_file", "added_tokens_file", "cache_dir"])
-    def test_special_tokens_name_no_file(self, key: str, folder: Path) -> None:
-        say(folder, "special_tokens_map.json", **{key: "/etc/passwd"})
-        with pytest.raises(UserError, match=rf"special_tokens_map\.json says '{key}'"):
             load(folder)
 
     @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "evil.bin", 7, ""])
@@ -273,14 +268,12 @@ class TestPlaces:
         (folder / "model.safetensors").unlink()
         save_file(weights, folder / "model-00001-of-00001.safetensors", {"format": "pt"})
         say(folder, "model.safetensors.index.json", weight_map=dict.fromkeys(weights, name))
-        with pytest.raises(
-            UserError, match=r"model\.safetensors\.index\.json names .*, which is no part of the folder"
-        ):
+        with pytest.raises(UserError, match=r"model\.safetensors\.index\.json names"):
             load(folder)
 
     def test_an_adapter_s_other_model_is_not_loaded(self, folder: Path) -> None:
         say(folder, "adapter_config.json", base_model_name_or_path="/elsewhere", peft_type="LORA")
-        with pytest.raises(UserError, match="holds an adapter, which names another model"):
+        with pytest.raises(UserError, match="holds a PEFT adapter"):
             load(folder)
 
 
@@ -447,7 +440,7 @@ class TestTrial:
         tokenizer = find_tokenizer(TOKENIZER, ModelInfo(tmp_path / "ckpt.pt", 1024, 16)).tokenizer
         monkeypatch.setattr("subprocess.run", None)
         write_tokenizer(tokenizer, tmp_path / "hf")
-        assert open_folder(tmp_path / "hf")("the").input_ids == tokenizer("the").input_ids
+        assert load_tokenizer(tmp_path / "hf", CustomGPTConfig())("the").input_ids == tokenizer("the").input_ids
 
     def test_is_held_for_a_folder_that_says_that_it_is_ours(self, no_trial_before: Path, folder: Path) -> None:
         path = save_spoilt(folder / "tokenizer.json", HOSTILE["a decoder that multiplies"])

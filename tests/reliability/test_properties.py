@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from examples.plain_gpt import GPT, GPTConfig
 from hf_model.errors import UserError
-from hf_model.loading import load_original
+from tests.tiny import load_plain
 
 EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "100"))
 PREFIXES = ("", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.")
@@ -50,9 +50,7 @@ class Written:
             torch.save(self.content, path, _use_new_zipfile_serialization=self.is_zip)
             is_stated = "n_head" in self.content.get("model_args", {})
             heads = None if is_stated else self.model.config.n_head
-            return load_original(path, tokenizer, n_head=heads, activation="gelu")[
-                0
-            ]  # a bare file with masks says tanh
+            return load_plain(path, tokenizer, n_head=heads, activation="gelu")[0]  # a bare file with masks says tanh
 
 
 @st.composite

@@ -253,8 +253,8 @@ class TestOtherTokenizers:
         "name, content, message",
         [
             ("input.txt", b"To be", "is no tokenizer; the training text .* goes to --characters_of"),
-            ("meta.pkl", b"text", "is a damaged pickle, or none"),
-            ("vocab", b"\x80\x04cos\nsystem\n.", "holds more than plain data"),
+            ("meta.pkl", b"text", "is a damaged pickle"),
+            ("vocab", b"\x80\x04cos\nsystem\n.", "refers to os.system"),
         ],
     )
     def test_another_file_is_refused(self, name: str, content: bytes, message: str, tmp_path: Path) -> None:

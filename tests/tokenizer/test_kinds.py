@@ -544,7 +544,8 @@ class TestSentencePiece:
         def requires(*_: object) -> None:
             raise ImportError("SentencePieceExtractor requires the SentencePiece library")
 
-        monkeypatch.setattr("transformers.convert_slow_tokenizer.requires_backends", requires)
+        # A function of transformers hides the module of the same name.
+        monkeypatch.setattr(sys.modules["transformers.convert_slow_tokenizer"], "requires_backends", requires)
         (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>")
         with pytest.raises(UserError, match=r"tokenizer\.model: .*pip install sentencepiece protobuf"):
             find_tokenizer(tmp_path / "tokenizer.model", model(tmp_path))

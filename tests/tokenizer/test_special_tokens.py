@@ -7,14 +7,15 @@ import pytest
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError
+from hf_model.loading import own_tokenizer
 from hf_model.tokenizer import (
     FoundTokenizer,
     ModelInfo,
     find_tokenizer,
     format_example,
     format_prompt,
-    own_tokenizer,
     probes,
     save_tokenizer,
     takes_instructions,
@@ -173,6 +174,6 @@ def test_a_folder_whose_trainer_left_padding_on_is_read_without_it(tmp_path: Pat
     trained = Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json"))
     trained.enable_padding(length=50)
     trained.save(str(tmp_path / "hf" / "tokenizer.json"))
-    found = own_tokenizer(tmp_path / "hf")
+    found = own_tokenizer(tmp_path / "hf", CustomGPTConfig())
     assert len(found.encode("Paris")) < 10
     assert ["padding" in note for note in found.notes] == [True]
