@@ -36,8 +36,8 @@ save_file(state_dict, sys.argv[2])
 """
 
 IMPORTS = """
-from hf_model_cli.common import no_garbage_search
-with no_garbage_search():
+from hf_model_cli.run import quick_imports
+with quick_imports():
     import hf_model.conversion
 """
 

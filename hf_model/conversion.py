@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 from hf_model.errors import UserError, memory_for, one_line
 from hf_model.folder import check_weights
 from hf_model.formats import Format, Options, find_format
-from hf_model.formats.card_facts import About, card_facts
+from hf_model.formats.cards import About, card_facts
 from hf_model.formats.target import MissingEngineError
 from hf_model.learnt.inspection import examine
 from hf_model.learnt.page import check_page, write_page

@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 
 from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError, memory_for, one_line
+from hf_model.fast_cpu import fast_on_cpu
 from hf_model.folder import (
     check_weights,
     load_tokenizer,
@@ -20,6 +21,7 @@ from hf_model.folder import (
     read_generation_config,
     read_weights,
     weight_files,
+    with_weights,
 )
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.tokenizer import (
@@ -218,7 +220,7 @@ def load(
     report: Callable[[str, str], None] = lambda item, text: None,
     **options: Unpack[SourceOptions],
 ) -> tuple[CustomGPTForCausalLM, PreTrainedTokenizerFast]:
-    """Load a trainer's checkpoint or a converted folder. Nothing is written.
+    """Load a trainer's checkpoint or a converted folder. Nothing is written. On a CPU the model is a `FastCustomGPT`.
 
     Args:
         checkpoint_path: a `torch.save` file, which is converted in memory, or a converted folder.
@@ -237,18 +239,7 @@ def load(
     report("tokenizer", loaded.found.taken + (f" ({loaded.found.why})" if loaded.found.why else ""))
     for item, text in loaded.choices:
         report(item, text)
-    return loaded.model.to(pick_device(device)), loaded.tokenizer
-
-
-def with_weights(config: CustomGPTConfig, state_dict: dict[str, torch.Tensor]) -> CustomGPTForCausalLM:
-    """A model in evaluation mode that uses these tensors: nothing is initialised or copied."""
-    with torch.device("meta"):
-        model = CustomGPTForCausalLM(config)
-    if config.tie_word_embeddings:
-        state_dict = state_dict | {"lm_head.weight": state_dict["transformer.wte.weight"]}
-    model.load_state_dict(state_dict, assign=True)
-    model.tie_weights()
-    return model.eval()
+    return fast_on_cpu(loaded.model.to(pick_device(device))), loaded.tokenizer
 
 
 def own_tokenizer(folder: Path, config: CustomGPTConfig | None = None) -> FoundTokenizer:

@@ -21,7 +21,7 @@ from hf_model.tokenizer import (
     takes_instructions,
 )
 from hf_model.tokenizer.find import ORIGINAL
-from hf_model_cli.common import DEFAULT_TOKENIZER
+from hf_model_cli.options import DEFAULT_TOKENIZER
 from tests import relatives
 from tests.relatives import END_OF_TEXT, TEXT
 from tests.tiny import CAPITALS, TOKENIZER
