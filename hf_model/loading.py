@@ -15,19 +15,24 @@ from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError, memory_for, one_line
 from hf_model.fast_cpu import fast_on_cpu
 from hf_model.folder import (
-    cannot_load,
     check_weights,
     load_tokenizer,
     read_config,
     read_generation_config,
-    read_json,
     read_weights,
     weight_files,
     with_weights,
 )
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.tokenizer import FoundTokenizer, ModelInfo, check_fits, find_tokenizer, takes_instructions
-from hf_model.tokenizer.check import check_tokenizer
+from hf_model.tokenizer import (
+    FoundTokenizer,
+    ModelInfo,
+    check_fits,
+    find_tokenizer,
+    switch_off,
+    takes_instructions,
+    unused_ids,
+)
 from hf_model.tokenizer.prompt import PROMPT_FORMAT, RAW
 from hf_model.trainers import Checkpoint, read_checkpoint
 from hf_model.trainers.tensors import WEIGHT_DTYPES
@@ -243,17 +248,13 @@ def own_tokenizer(folder: Path, config: CustomGPTConfig | None = None) -> FoundT
     Args:
         config: the folder's, if it has been read already.
     """
-    try:
-        check_tokenizer(read_json(folder, "tokenizer.json"))
-    except ValueError as error:
-        raise cannot_load(folder, f"tokenizer.json: {error}") from None
     tokenizer = load_tokenizer(folder, config or read_config(folder))
-    return FoundTokenizer(tokenizer, str(folder), lambda text: tokenizer(text, verbose=False).input_ids)
+    notes = switch_off(tokenizer.backend_tokenizer)
+    return FoundTokenizer(tokenizer, str(folder), lambda text: tokenizer(text, verbose=False).input_ids, notes=notes)
 
 
 def default_generation(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> GenerationConfig:
-    """The defaults of the original script. Ids without a token (padding rows of the embedding) are never sampled."""
-    unused = list(range(len(tokenizer), vocab_size))
+    """The defaults of the original script. Ids without a token are never sampled."""
     return GenerationConfig(
         do_sample=True,
         temperature=0.8,
@@ -263,7 +264,7 @@ def default_generation(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> G
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=unused or None,
+        suppress_tokens=unused_ids(tokenizer, vocab_size) or None,
     )
 
 
