@@ -70,7 +70,7 @@ def convert(
         about: what the folder's model card says beside what is known: licence, languages and so on.
         on_tokenizer: called with the model's tokenizer, if the format needs one.
         report: called with each line of the report.
-        options: `dtype`, `n_head`, `activation`, `characters_of` and `raw` as in `load`; `max_shard_size` (such as
+        options: those of `load`; `max_shard_size` (such as
             `"5GB"`); `gguf_type` (`"f32"`, `"f16"` or `"q8_0"`); `quantization` (a name that CTranslate2 knows); `like`
             (whose checkpoint the format `"checkpoint"` writes: `"original"` or `"nanogpt"`).
 

@@ -59,6 +59,10 @@ class SourceOptions(TypedDict, total=False):
     activation: str
     characters_of: str | Path | None
     raw: bool
+    instructions: bool
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,14 @@ class Source:
     """The training text of a character-level model, in place of `tokenizer_path`."""
     raw: bool = False
     """Prompts are raw text, even if the tokenizer has `[BOS]` and `[EOS]`."""
+    instructions: bool = False
+    """Prompts are instructions, whatever the tokenizer's special tokens are called."""
+    bos_token: str | None = None
+    """The token in front of a text; None takes the one that the tokenizer itself tells."""
+    eos_token: str | None = None
+    """The token that ends an answer."""
+    pad_token: str | None = None
+    """The token that fills up the rows of a batch."""
 
     @property
     def is_folder(self) -> bool:
@@ -144,7 +156,16 @@ class Source:
         return self.is_folder and self.tokenizer_path is None and self.characters_of is None
 
     def _find_tokenizer(self, info: ModelInfo) -> FoundTokenizer:
-        return find_tokenizer(self.tokenizer_path, info, characters_of=self.characters_of, raw=self.raw)
+        return find_tokenizer(
+            self.tokenizer_path,
+            info,
+            characters_of=self.characters_of,
+            raw=self.raw,
+            instructions=self.instructions,
+            bos_token=self.bos_token,
+            eos_token=self.eos_token,
+            pad_token=self.pad_token,
+        )
 
     def _info(self, checkpoint: Checkpoint) -> ModelInfo:
         architecture = checkpoint.architecture(self.n_head)
@@ -172,9 +193,9 @@ class Source:
         config.dtype, config.auto_map = dtype, AUTO_MAP
         model = with_weights(config, {name: tensor.to(dtype) for name, tensor in checkpoint.state_dict.items()})
         model.generation_config = default_generation(tokenizer, config.vocab_size)
-        return Loaded(model, found, checkpoint, tuple(self._choices(checkpoint, tokenizer)))
+        return Loaded(model, found, checkpoint, tuple(self._choices(checkpoint, found)))
 
-    def _choices(self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[str, str]]:
+    def _choices(self, checkpoint: Checkpoint, found: FoundTokenizer) -> Iterator[tuple[str, str]]:
         if self.n_head is None and (beside := checkpoint.heads_beside()):
             yield "heads", f"{beside[0]} ({beside[1]})"
         trainer = checkpoint.trainer
@@ -183,7 +204,7 @@ class Source:
             yield "activation", f"{trainer.activation} ({unsure})"
         elif self.activation == "auto" and trainer.why:
             yield "activation", f"{trainer.activation} ({trainer.why})"
-        yield from prompt_choice(tokenizer)
+        yield from tokenizer_choices(found)
 
     def _load_folder(self, needs_tokenizer: bool) -> Loaded:
         folder = self.path
@@ -198,6 +219,9 @@ class Source:
             if self._has_own_tokenizer:
                 found = own_tokenizer(folder, config)
                 check_fits(found.tokenizer, config.vocab_size, folder, folder)
+                # Tokens may have been added since the folder was written.
+                unused = unused_ids(found.tokenizer, config.vocab_size)
+                model.generation_config.suppress_tokens = unused or None
             else:
                 found = self._find_tokenizer(ModelInfo(folder, config.vocab_size, config.block_size))
                 model.generation_config = default_generation(found.tokenizer, config.vocab_size)
@@ -208,7 +232,7 @@ class Source:
         if self.raw:
             found.tokenizer.init_kwargs[PROMPT_FORMAT] = RAW
             found.tokenizer.chat_template = None
-        return Loaded(model, found, choices=prompt_choice(found.tokenizer))
+        return Loaded(model, found, choices=tuple(tokenizer_choices(found)))
 
 
 @memory_for("to load the model")
@@ -229,7 +253,8 @@ def load(
         device: where the model goes; by default the best device there is (`pick_device`).
         report: called for each thing that was found or chosen, with its name and a description.
         options: `dtype` (`"auto"` keeps that of the weights), `n_head`, `activation`, `characters_of` (the training
-            text of a character-level model) and `raw` (prompts are raw text), as in `Source`.
+            text of a character-level model), `raw` or `instructions` (the kind of prompts), and `bos_token`,
+            `eos_token`, `pad_token` (names of tokens), as in `Source`.
 
     Raises:
         UserError: a file is missing, damaged or not of this model family, or the files do not belong together.
@@ -268,11 +293,12 @@ def default_generation(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> G
     )
 
 
-def prompt_choice(tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[str, str], ...]:
-    """What to report about the prompt format: nothing for instructions, which are the default."""
-    if takes_instructions(tokenizer):
-        return ()
-    return (("prompt", f"raw text; a text ends at {tokenizer.eos_token or 'max_new_tokens only'}"),)
+def tokenizer_choices(found: FoundTokenizer) -> Iterator[tuple[str, str]]:
+    """What to report about a tokenizer: its notes, and the prompt format unless it is the default, instructions."""
+    if not takes_instructions(found.tokenizer):
+        yield "prompt", f"raw text; a text ends at {found.tokenizer.eos_token or 'max_new_tokens only'}"
+    for note in found.notes:
+        yield "note", note
 
 
 def is_quantized(config: CustomGPTConfig) -> bool:

@@ -17,6 +17,7 @@ from hf_model_cli.options import (
     add_model,
     named,
     shard_size,
+    source_options,
     words,
 )
 from hf_model_cli.run import OutputError, discard_output, is_terminal, quick_imports, run_command, show
@@ -177,15 +178,10 @@ def run(args: argparse.Namespace) -> None:
         args.tokenizer_path,
         args.output_dir,
         format=args.format,
-        dtype=args.dtype,
         max_shard_size=args.max_shard_size,
         gguf_type=args.gguf_type or "f32",
         quantization=args.quantization,
         like=args.like or "original",
-        n_head=args.n_head,
-        activation=args.activation or "auto",
-        characters_of=args.characters_of,
-        raw=args.raw,
         overwrite=args.overwrite,
         verify=not args.no_verify,
         training_data=args.training_data,
@@ -202,6 +198,7 @@ def run(args: argparse.Namespace) -> None:
         ),
         on_tokenizer=tokenizers.append,
         report=say,
+        **source_options(args),
     )
     say("\nTry it:")
     for line in how_to_try(
@@ -227,12 +224,8 @@ def look(args: argparse.Namespace) -> None:
     inspection, model, tokenizer = inspect(
         args.checkpoint_path,
         args.tokenizer_path,
-        dtype=args.dtype,
-        n_head=args.n_head,
-        activation=args.activation or "auto",
-        characters_of=args.characters_of,
-        raw=args.raw,
         training_data=args.training_data,
+        **source_options(args),
     )
     if args.report is not None:
         write_page(inspection, model, tokenizer, args.report)

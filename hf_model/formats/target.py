@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_model.errors import UserError, memory_for, one_line
@@ -97,8 +98,10 @@ def save_model(model: PreTrainedModel, folder: Path, max_shard_size: str) -> Non
     Raises:
         OSError: the disk is full.
     """
-    with engine_errors("transformers cannot save the model", folder):
+    try:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
+    except SafetensorError as error:  # raised for the errors of the disk
+        raise OSError(str(error)) from None
     for weights in folder.glob("*.safetensors"):  # safetensors lets only the owner read them
         shutil.copymode(folder / "config.json", weights)
 
