@@ -30,7 +30,7 @@ def fast_on_cpu(model: CustomGPTForCausalLM) -> CustomGPTForCausalLM:
     in training or quantised, or if its weights are not all on the CPU in float32, float16 or bfloat16.
     """
     kinds = {(weight.device.type, weight.dtype) for weight in model.parameters()}
-    is_usual = type(model) is CustomGPTForCausalLM and not getattr(model.config, "quantization_config", None)
+    is_usual = type(model) in (CustomGPTForCausalLM, FastCustomGPT) and not getattr(model.config, "quantization_config", None)
     if not is_usual or model.training or kinds not in [{("cpu", dtype)} for dtype in (torch.float32, *HALF)]:
         return model
     fast = same_weights(FastCustomGPT, model)
@@ -83,12 +83,13 @@ def product(layer: nn.Linear, packed: Any) -> Any:
 def step_of(model: "FastCustomGPT") -> Any:
     """A forward pass of few calls: adds (B, T) tokens to a cache, gives logits (B, keep, V), in float32 at least."""
     decoder, n_head, dtype = model.transformer, model.config.n_head, torch.promote_types(model.dtype, torch.float32)
+    packed = model.packed if model.dtype in HALF else {}
 
     def fast(layer: nn.Module) -> Any:
         if isinstance(layer, nn.LayerNorm):
             weight, bias = (None if p is None else p.to(dtype) for p in (layer.weight, layer.bias))
             return lambda x: torch.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
-        return product(layer, model.packed.get(layer)) if isinstance(layer, nn.Linear) else layer
+        return product(layer, packed.get(layer)) if isinstance(layer, nn.Linear) else layer
 
     layers = [(h.ln_1, h.attn.c_attn, h.attn.c_proj, h.ln_2, h.mlp.c_fc, h.mlp.act, h.mlp.c_proj) for h in decoder.h]
     blocks, ln_f, head = [list(map(fast, block)) for block in layers], fast(decoder.ln_f), fast(model.lm_head)
@@ -152,6 +153,10 @@ class FastCustomGPT(CustomGPTForCausalLM):
     def plain(self) -> CustomGPTForCausalLM:
         """The same weights as a plain model: to train, compile or export it, or to put hooks or adapters on it."""
         return same_weights(CustomGPTForCausalLM, self)
+
+    def train(self, mode: bool = True) -> "FastCustomGPT":
+        self.packed = {} if mode else self.packed  # training changes the weights
+        return super().train(mode)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         self.plain().save_pretrained(*args, **kwargs)
