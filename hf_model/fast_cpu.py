@@ -168,6 +168,7 @@ class FastCustomGPT(CustomGPTForCausalLM):
         if isinstance(given, FastCache) or (given is None and type(made) is DynamicCache and not made.offloading):
             model_kwargs["past_key_values"] = FastCache(self, None if given is None else given.layers)
 
+    @functools.wraps(CustomGPTForCausalLM.prepare_inputs_for_generation)  # `generate` reads the names of its arguments
     def prepare_inputs_for_generation(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(*args, past_key_values=past_key_values, **kwargs)
         if isinstance(past_key_values, FastCache) and not inputs.keys() & {"past_key_values", "inputs_embeds"}:

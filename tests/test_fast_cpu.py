@@ -193,6 +193,11 @@ class TestWhatTheStepDoesNotCompute:
         for step, expected in zip(getattr(one, name), getattr(other, name), strict=True):
             assert all(map(torch.equal, step, expected))
 
+    def test_a_prompt_of_embeddings_gives_the_plain_model_s_tokens(self) -> None:
+        model = plain_model()
+        how = {"inputs_embeds": model.get_input_embeddings()(prompts()), "max_new_tokens": CONTEXT, "do_sample": False}
+        assert torch.equal(fast_on_cpu(model).generate(**how), model.generate(**how))
+
     def test_a_cache_of_the_caller_is_filled(self) -> None:
         model, cache = plain_model(), DynamicCache()
         output = generated(fast_on_cpu(model), prompts(), past_key_values=cache)
