@@ -103,7 +103,7 @@ def convert(
         report(f"report        {page}")
 
     card = card_facts(loaded.checkpoint, inspection, source.path, folder, about or About())
-    choices = replace(choices, card=card, rounded=_rounding(source, loaded))
+    choices = replace(choices, card=replace(card, rounded=_rounding(source, loaded)))
     with whole_folder(folder, overwrite, say=report) as new:
         for line in target.write(loaded, new, choices):
             report(line)

@@ -32,8 +32,6 @@ class Options:
     """
 
     card: CardFacts = field(default_factory=CardFacts)
-    rounded: str = ""
-    """How the weights were rounded, as `describe_rounding` tells; "" if they were not."""
     max_shard_size: str = "5GB"
     gguf_type: str = "f32"
     quantization: str | None = None
