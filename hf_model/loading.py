@@ -1,10 +1,10 @@
 """Load a trainer's files or a converted folder: `Source` says where a model comes from, `Loaded` is what was loaded."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -35,6 +35,8 @@ from hf_model.tokenizer import (
 )
 from hf_model.tokenizer.prompt import PROMPT_FORMAT, RAW
 from hf_model.trainers import Checkpoint, read_checkpoint
+from hf_model.trainers.architecture import is_copied
+from hf_model.trainers.pickle_reader import kind_of
 from hf_model.trainers.tensors import WEIGHT_DTYPES
 
 AUTO_MAP = {
@@ -63,6 +65,7 @@ class SourceOptions(TypedDict, total=False):
     bos_token: str | None
     eos_token: str | None
     pad_token: str | None
+    ignore_model_args: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,8 @@ class Source:
     """The token that ends an answer."""
     pad_token: str | None = None
     """The token that fills up the rows of a batch."""
+    ignore_model_args: Sequence[str] = ()
+    """Names of unknown options in the checkpoint's `model_args` that a conversion may leave out."""
 
     @property
     def is_folder(self) -> bool:
@@ -177,6 +182,12 @@ class Source:
         if self.activation not in ACTIVATIONS:
             raise UserError(f"activation={self.activation!r} is none of {', '.join(ACTIVATIONS)}")
         checkpoint = read_checkpoint(self.path)
+        if unknown := [name for name in checkpoint.unknown_args if name not in self.ignore_model_args]:
+            told = ", ".join(f"{name}={_shown(checkpoint.unknown_args[name])}" for name in unknown)
+            raise UserError(
+                f"{self.path}: its model_args say {told}, which may change what the model computes, in a way not "
+                f"known here: --ignore_model_args {' '.join(unknown)} converts without it"
+            )
         dtype = pick_dtype(self.dtype, checkpoint.dtype)
         found = self._find_tokenizer(self._info(checkpoint))
         tokenizer, chosen = found.tokenizer, checkpoint.trainer.activation
@@ -198,6 +209,13 @@ class Source:
     def _choices(self, checkpoint: Checkpoint, found: FoundTokenizer) -> Iterator[tuple[str, str]]:
         if self.n_head is None and (beside := checkpoint.heads_beside()):
             yield "heads", f"{beside[0]} ({beside[1]})"
+        for name, value in checkpoint.unknown_args.items():
+            ignored = f"{name}={_shown(value)} in model_args was ignored"
+            yield "warning", f"{ignored}: the model may not compute what its trainer computes"
+        head, embedding = (checkpoint.state_dict.get(f"{name}.weight") for name in ("lm_head", "transformer.wte"))
+        is_other = head is not None and embedding is not None and head.data_ptr() != embedding.data_ptr()
+        if is_other and is_copied(head, embedding):
+            yield "head", "tied: the file has an equal copy of the embedding"
         trainer = checkpoint.trainer
         if self.activation == "auto" and not trainer.is_known:
             unsure = "nothing in the file tells; models of older trainers need --activation gelu_new"
@@ -254,7 +272,7 @@ def load(
         report: called for each thing that was found or chosen, with its name and a description.
         options: `dtype` (`"auto"` keeps that of the weights), `n_head`, `activation`, `characters_of` (the training
             text of a character-level model), `raw` or `instructions` (the kind of prompts), and `bos_token`,
-            `eos_token`, `pad_token` (names of tokens), as in `Source`.
+            `eos_token`, `pad_token` (names of tokens), `ignore_model_args`, as in `Source`.
 
     Raises:
         UserError: a file is missing, damaged or not of this model family, or the files do not belong together.
@@ -299,6 +317,10 @@ def tokenizer_choices(found: FoundTokenizer) -> Iterator[tuple[str, str]]:
         yield "prompt", f"raw text; a text ends at {found.tokenizer.eos_token or 'max_new_tokens only'}"
     for note in found.notes:
         yield "note", note
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, (bool, int, float, str)) else f"a {kind_of(value)}"
 
 
 def is_quantized(config: CustomGPTConfig) -> bool:

@@ -166,13 +166,21 @@ def add_model(group: argparse._ArgumentGroup) -> None:
         help="gelu is exact, the others are the tanh form (default: what the checkpoint tells)",
     )
     group.add_argument(
+        "--ignore_model_args",
+        metavar="NAME",
+        nargs="+",
+        default=[],
+        help="options in the checkpoint's model_args that are not known here, to convert without them",
+    )
+    group.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="dtype of the weights (default: that of the file)"
     )
 
 
 def source_options(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `hf_model.load`, `convert` and `inspect` that say how to read a model."""
-    names = ("dtype", "n_head", "characters_of", "raw", "instructions", "bos_token", "eos_token", "pad_token")
+    roles = ("bos_token", "eos_token", "pad_token")
+    names = ("dtype", "n_head", "characters_of", "raw", "instructions", *roles, "ignore_model_args")
     return {"activation": args.activation or "auto", **{name: getattr(args, name) for name in names}}
 
 

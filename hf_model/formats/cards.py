@@ -193,14 +193,14 @@ def card_facts(
 
 
 def _learnt(inspection: Inspection) -> list[str]:
-    """The diagnosis and the measurement, without the place of the training data on the user's disk."""
+    """Warnings, diagnosis and measurement, without the place of the training data on the user's disk."""
     if inspection.measurement is not None:
         name = Path(inspection.measurement.path).name
         inspection = replace(inspection, measurement=replace(inspection.measurement, path=name))
     lines = [str(finding) for finding in inspection.findings()]
     if inspection.diagnosis is not None and not inspection.diagnosis.is_harm:
         lines.insert(0, str(inspection.diagnosis))
-    return lines
+    return [*(text for item, text in inspection.choices if item == "warning"), *lines]
 
 
 def _evidence(inspection: Inspection | None, is_file: bool) -> str:
