@@ -1,4 +1,4 @@
-"""Configuration of the CustomGPT model: the names of the checkpoint's own `model_args`, mapped to the standard ones."""
+"""Configuration of the CustomGPT model: the names of a checkpoint's `model_args`, mapped to the standard names."""
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -6,41 +6,27 @@ from transformers.configuration_utils import PreTrainedConfig
 
 @strict
 class CustomGPTConfig(PreTrainedConfig):
-    r"""
-    Configuration of a [`CustomGPTModel`], a GPT-2 style decoder in the nanoGPT tradition.
+    """Configuration of a [`CustomGPTModel`], a GPT-2 style decoder in the nanoGPT tradition.
 
     Args:
-        vocab_size (`int`, *optional*, defaults to 32000):
-            Number of rows of the token embedding and of the output head, padding rows included.
-        block_size (`int`, *optional*, defaults to 1024):
-            Context length in tokens: the number of learned positions (`max_position_embeddings`).
-        n_layer (`int`, *optional*, defaults to 12):
-            Number of blocks (`num_hidden_layers`).
-        n_head (`int`, *optional*, defaults to 12):
-            Number of attention heads (`num_attention_heads`). Must divide `n_embd`.
-        n_embd (`int`, *optional*, defaults to 768):
-            Width of the residual stream (`hidden_size`). The MLP is four times as wide.
-        bias (`bool`, *optional*, defaults to `True`):
-            Whether every Linear (but `lm_head`) and every LayerNorm has a bias.
-        dropout (`float`, *optional*, defaults to 0.1):
-            Dropout probability of the embedding sum, the attention weights and both output projections.
-        activation_function (`str`, *optional*, defaults to `"gelu"`):
-            Activation of the MLP, a key of `transformers.activations.ACT2FN`: `"gelu"` is the exact (erf) form,
-            `"gelu_new"` the tanh form of GPT-2 and of older relatives.
-        layer_norm_epsilon (`float`, *optional*, defaults to 1e-5):
-            Epsilon of every LayerNorm.
-        initializer_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation that new Linear and Embedding weights are drawn with.
-        use_cache (`bool`, *optional*, defaults to `True`):
-            Whether the model returns its keys and values for the next step.
-        bos_token_id, eos_token_id, pad_token_id (`int`, *optional*, defaults to 2, 3 and 1):
-            Ids of `[BOS]`, `[EOS]` and `[PAD]`.
-        tie_word_embeddings (`bool`, *optional*, defaults to `False`):
-            Whether `lm_head.weight` is `transformer.wte.weight`.
+        vocab_size: rows of the token embedding and of the output head, padding rows included.
+        block_size: context length in tokens: the number of learned positions (`max_position_embeddings`).
+        n_layer: number of blocks (`num_hidden_layers`).
+        n_head: number of attention heads (`num_attention_heads`). Must divide `n_embd`.
+        n_embd: width of the residual stream (`hidden_size`). The MLP is four times as wide.
+        bias: whether every LayerNorm and every Linear except `lm_head` has a bias.
+        dropout: probability for the embedding sum, the attention weights and both output projections; in [0, 1).
+        activation_function: activation of the MLP, a key of `transformers.activations.ACT2FN`: `"gelu"` is the exact
+            (erf) form, `"gelu_new"` the tanh form of GPT-2 and of older relatives.
+        layer_norm_epsilon: epsilon of every LayerNorm.
+        initializer_range: standard deviation of new Linear and Embedding weights.
+        use_cache: whether the model returns its keys and values for the next step.
+        bos_token_id, eos_token_id, pad_token_id: ids of `[BOS]`, `[EOS]` and `[PAD]`.
+        tie_word_embeddings: whether `lm_head.weight` is `transformer.wte.weight`.
 
     Raises:
-        `huggingface_hub.errors.StrictDataclassError`: a value of the wrong type, a size below 1, `n_embd` not divisible
-            by `n_head`, `dropout` outside of [0, 1), or an `activation_function` that `transformers` does not know.
+        huggingface_hub.errors.StrictDataclassError: a value of the wrong type, a size below 1, `n_embd` not divisible
+            by `n_head`, `dropout` outside [0, 1), or an `activation_function` that `transformers` does not know.
     """
 
     model_type = "custom_gpt"
@@ -51,8 +37,8 @@ class CustomGPTConfig(PreTrainedConfig):
         "num_attention_heads": "n_head",
         "max_position_embeddings": "block_size",
     }
-    # Query, key and value are one weight, so a contiguous shard of it is no set of heads: `c_attn` is computed in
-    # shards and gathered, and every rank runs all the heads.
+    # Query, key and value are one weight, so a contiguous shard does not hold whole heads. Each rank computes a shard
+    # of `c_attn`, the shards are gathered, and every rank runs all heads.
     base_model_tp_plan = {
         "wte": "embedding_rowwise",
         "h.*.attn.c_attn": "colwise_gather_output",
@@ -91,8 +77,8 @@ class CustomGPTConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def validate_architecture(self) -> None:
-        """Part of `@strict`-powered validation."""
-        from transformers.activations import ACT2FN  # here, so that reading a configuration does not import torch
+        """Called by `@strict` when a configuration is made."""
+        from transformers.activations import ACT2FN  # imports torch, which reading a configuration does not need
 
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:

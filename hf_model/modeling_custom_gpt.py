@@ -1,26 +1,20 @@
 """CustomGPT, a GPT-2 style decoder in the nanoGPT tradition, as a transformers model.
 
-The names of the modules are the checkpoint's own, so its state dict loads as it is. On a CPU, `generate` computes the
-same forward pass by `LeanStep` in decoding_custom_gpt.py: who changes one changes the other. Shapes in the comments:
-B batch, T tokens given, S tokens seen (cached and given), C = n_embd, nh = n_head, hs = C / n_head, V = vocab_size.
+The modules have the names of the trainer's checkpoint, so its state dict loads unchanged. Shapes in the comments:
+B batch, T given tokens, S seen tokens (cached and given), C = n_embd, nh = n_head, hs = C / n_head, V = vocab_size.
 """
 
-import functools
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn as nn
-from transformers import GenerationConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.generation.utils import GenerateOutput
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask, sdpa_mask
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -34,7 +28,6 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_custom_gpt import CustomGPTConfig
-from .decoding_custom_gpt import GELU, GrowingCache, LeanStep, can_grow, settle
 
 
 def eager_attention_forward(
@@ -52,8 +45,7 @@ def eager_attention_forward(
         weights = weights + attention_mask
     weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    output = torch.matmul(weights, value)  # (B, nh, T, hs)
-    return output.transpose(1, 2).contiguous(), weights  # (B, T, nh, hs)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights  # (B, T, nh, hs), (B, nh, T, S)
 
 
 class CustomGPTAttention(nn.Module):
@@ -61,10 +53,8 @@ class CustomGPTAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.width = config.n_embd
         self.head_dim = config.n_embd // config.n_head
         self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.dropout
         self.is_causal = True
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
@@ -78,10 +68,10 @@ class CustomGPTAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        B, T, _ = hidden_states.shape
+        B, T, C = hidden_states.shape
         query, key, value = (
             states.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, nh, T, hs)
-            for states in self.c_attn(hidden_states).split((self.width, self.width, self.width), dim=-1)
+            for states in self.c_attn(hidden_states).split(C, dim=-1)
         )
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, nh, S, hs)
@@ -95,7 +85,7 @@ class CustomGPTAttention(nn.Module):
             key,
             value,
             attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
+            dropout=self.config.dropout if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
         )  # (B, T, nh, hs)
@@ -145,15 +135,15 @@ class CustomGPTPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        # Two projections of each layer write to the residual stream: scaled as in the GPT-2 paper. They carry a mark,
-        # since the library does not call this for a module of custom code without parameters of its own.
+        # The two projections of a layer that write to the residual stream are scaled as in the GPT-2 paper. The
+        # library calls this for modules with parameters only, so the projections are marked, not their parents.
         if getattr(module, "writes_to_residual", False):
             std = self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
             init.normal_(module.weight, mean=0.0, std=std)
 
 
 class CustomGPTPositionEmbedding(nn.Embedding):
-    """Adds to its first input, so that a pipeline stage which starts later can have an identity in its place."""
+    """Adds to its first input, so that a later pipeline stage can have an identity in its place."""
 
     def forward(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         return inputs_embeds + super().forward(position_ids)  # (B, T, C)
@@ -184,28 +174,23 @@ class CustomGPTModel(CustomGPTPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
-        r"""
+        """The hidden states of the given tokens.
+
         Args:
-            input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
-                Token ids. Exactly one of `input_ids` and `inputs_embeds` must be given.
-            attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*):
-                1 for tokens, 0 for padding, over the cached and the given tokens; or a mask of shape `(B, 1, T, S)`
-                that is used as it is.
-            position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
-                Positions in [0, block_size). By default they count the tokens that `attention_mask` leaves, so that
-                a left-padded row gets the positions that it has alone.
-            past_key_values (`Cache`, *optional*):
-                The keys and values of the tokens before; filled in place.
-            inputs_embeds (`torch.FloatTensor` of shape `(B, T, C)`, *optional*):
-                Token embeddings to use instead of `wte(input_ids)`.
-            use_cache (`bool`, *optional*):
-                Whether to return `past_key_values`, a new `DynamicCache` where none is given.
+            input_ids: token ids (B, T). Give exactly one of `input_ids` and `inputs_embeds`.
+            attention_mask: (B, S), 1 for tokens and 0 for padding, over the cached and the given tokens; or a mask
+                (B, 1, T, S) to use as it is.
+            position_ids: (B, T), in [0, block_size). The default counts the tokens that `attention_mask` shows, so a
+                left-padded row gets the positions that it has alone.
+            past_key_values: keys and values of the tokens before; extended in place.
+            inputs_embeds: token embeddings (B, T, C) in place of `wte(input_ids)`.
+            use_cache: whether to return `past_key_values`, a new `DynamicCache` if none is given.
 
         Returns:
-            `BaseModelOutputWithPast` with `last_hidden_state` of shape `(B, T, C)`.
+            `last_hidden_state` of shape (B, T, C).
 
         Raises:
-            `ValueError`: both or neither of `input_ids` and `inputs_embeds`, or a position past `block_size`.
+            ValueError: both or neither of `input_ids` and `inputs_embeds`, or a position past `block_size`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -224,7 +209,7 @@ class CustomGPTModel(CustomGPTPreTrainedModel):
         if position_ids is None:
             position_ids = self._position_ids(inputs_embeds, attention_mask, past_key_values)
         elif (
-            position_ids.device.type == "cpu"  # elsewhere, to look at a value is to wait for the device
+            position_ids.device.type == "cpu"  # on a GPU, reading a value would wait for the device
             and not torch.compiler.is_compiling()
             and (last := int(position_ids.max())) >= self.config.block_size
         ):
@@ -244,10 +229,10 @@ class CustomGPTModel(CustomGPTPreTrainedModel):
     def _position_ids(
         self, inputs: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
     ) -> torch.Tensor:
-        """Positions of the T given tokens, of shape (1, T), or (B, T) where a mask of shape (B, S) tells of padding."""
+        """Positions of the T given tokens: (B, T) if a mask (B, S) shows the padding, otherwise (1, T)."""
         T, device = inputs.shape[1], inputs.device  # ids or embeddings
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        # The length of a static cache is a tensor, which a compiler cannot ask.
+        # The length of a static cache is a tensor. Compiled code cannot branch on its value.
         known = isinstance(past, int) or not torch.compiler.is_compiling()
         if known and past + T > self.config.block_size:
             raise ValueError(
@@ -257,17 +242,6 @@ class CustomGPTModel(CustomGPTPreTrainedModel):
         if attention_mask is not None and attention_mask.ndim == 2:
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
         return torch.arange(T, device=device).unsqueeze(0) + past
-
-
-def positions_kept(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """Of (B, T, C): the last positions, or those that a tensor names, for all rows or for each, or as a mask (B, T)."""
-    if isinstance(logits_to_keep, int):
-        return hidden_states[:, -logits_to_keep:]
-    if logits_to_keep.ndim == 1:
-        return hidden_states[:, logits_to_keep]
-    if logits_to_keep.dtype == torch.bool:
-        return hidden_states[logits_to_keep]
-    return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
 
 
 class CustomGPTForCausalLM(CustomGPTPreTrainedModel, GenerationMixin):
@@ -297,26 +271,16 @@ class CustomGPTForCausalLM(CustomGPTPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
-        r"""
-        Args:
-            labels (`torch.LongTensor` of shape `(B, T)`, *optional*):
-                Token ids, usually `input_ids` themselves: the loss shifts them by one. -100 is ignored (the original
-                trainer's -1 is not known here).
-            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
-                How many of the last positions get logits; 0 means all. Or the positions, as a tensor.
+        """Logits of the next token, and the loss. Arguments that are not listed are those of [`CustomGPTModel`].
 
-            The others are those of [`CustomGPTModel`].
+        Args:
+            labels: token ids (B, T), usually `input_ids` themselves: the loss shifts them by one. -100 is ignored (not
+                -1, as in the original trainer).
+            logits_to_keep: the number of last positions that get logits, 0 for all; or the positions, as a tensor.
 
         Returns:
-            `CausalLMOutputWithPast` with `logits` of shape `(B, T, V)` and, with `labels`, a scalar `loss` in nats.
+            `logits` of shape (B, T, V), or fewer positions, and with `labels` a scalar `loss` in nats.
         """
-        if isinstance(past_key_values, GrowingCache) and inputs_embeds is None and labels is None and use_cache:
-            if position_ids is None and input_ids is not None:
-                position_ids = self.transformer._position_ids(input_ids, attention_mask, past_key_values)
-            logits = past_key_values.logits(input_ids, attention_mask, position_ids, logits_to_keep, **kwargs)
-            if logits is not None:
-                return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
-
         outputs: BaseModelOutputWithPast = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -326,12 +290,10 @@ class CustomGPTForCausalLM(CustomGPTPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(positions_kept(outputs.last_hidden_state, logits_to_keep))  # (B, T, V)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])  # (B, T kept, V)
 
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-
+        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -340,28 +302,9 @@ class CustomGPTForCausalLM(CustomGPTPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        """`generate` makes its cache here, or takes the one that it was given."""
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if can_grow(cache := model_kwargs.get("past_key_values")):
-            step = LeanStep(self) if is_plain(self) else None
-            model_kwargs["past_key_values"] = GrowingCache(cache, self.config.n_layer, step)
-
     def _prepare_static_cache(self, *args: Any, max_cache_len: int, **kwargs: Any) -> Cache:
-        """No longer than the context: past it there is no cache, see `prepare_inputs_for_generation`."""
+        """A static cache is no longer than the context: past it, no cache is used."""
         return super()._prepare_static_cache(*args, max_cache_len=min(max_cache_len, self.config.block_size), **kwargs)
-
-    @functools.wraps(GenerationMixin.generate)
-    def generate(self, *args: Any, **kwargs: Any) -> GenerateOutput | torch.LongTensor:
-        output = None
-        try:
-            output = super().generate(*args, **kwargs)
-            return output
-        finally:
-            for cache in (kwargs.get("past_key_values"), getattr(output, "past_key_values", None)):
-                settle(cache, self.dtype)
 
     def prepare_inputs_for_generation(
         self,
@@ -372,23 +315,12 @@ class CustomGPTForCausalLM(CustomGPTPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.FloatTensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As in the library up to `block_size` tokens; from there on the model sees the last `block_size` of them.
+        """As in the library up to `block_size` tokens; past them, the model sees the last `block_size` tokens.
 
-        The learned positions start again from 0 in that window, which changes every key and value at every step: no
-        cache can serve, so each token past the context costs a forward pass over the window, as in the original.
+        In that window the learned positions start from 0 again, so every key and value changes at every step. No cache
+        can hold them: each token past the context takes a forward pass over the window, as in the original.
         """
-        if (
-            isinstance(past_key_values, GrowingCache)
-            and past_key_values.step is not None
-            and next_sequence_length == 1
-            and input_ids.shape[1] <= self.config.block_size
-            and inputs_embeds is None
-            and kwargs.keys() == {"position_ids", "use_cache", "logits_to_keep"}
-        ):  # one more token, and nothing that the library would have to look at
-            kwargs["position_ids"] = kwargs["position_ids"][:, -1:]
-            inputs = {"past_key_values": past_key_values, "attention_mask": attention_mask, **kwargs}
-            return {"input_ids": input_ids[:, -1:], **inputs}
-        # The prompt may be given as embeddings, with its ids or without; the tokens generated since are ids only.
+        # The prompt may be given as embeddings, with or without its ids. Generated tokens are ids only.
         generated = input_ids
         if inputs_embeds is not None and kwargs.get("position_ids") is not None:
             generated = input_ids[:, input_ids.shape[1] + inputs_embeds.shape[1] - kwargs["position_ids"].shape[-1] :]
@@ -402,14 +334,11 @@ class CustomGPTForCausalLM(CustomGPTPreTrainedModel, GenerationMixin):
                 )
             if inputs_embeds is not None:
                 inputs_embeds = torch.cat([inputs_embeds, self.get_input_embeddings()(generated)], dim=1)[:, -window:]
-                kwargs["is_first_iteration"] = True  # the library takes embeddings only then
+                kwargs["is_first_iteration"] = True  # otherwise the library drops the embeddings
             input_ids = input_ids[:, -window:]
             attention_mask = attention_mask[:, -window:] if attention_mask is not None else None
-            next_sequence_length, kwargs["position_ids"] = None, None
-            if isinstance(past_key_values, GrowingCache):
-                past_key_values.reset()  # the window fills it again
-            else:
-                past_key_values, kwargs["use_cache"] = None, False
+            next_sequence_length, past_key_values = None, None
+            kwargs["position_ids"], kwargs["use_cache"] = None, False
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -420,48 +349,13 @@ class CustomGPTForCausalLM(CustomGPTPreTrainedModel, GenerationMixin):
         )
 
 
-def is_plain(model: PreTrainedModel) -> bool:
-    """Whether the lean step computes what the modules would: classes it knows, on the CPU, untampered."""
-    config, activation = model.config, model.config.activation_function
-    ordinary = (nn.Parameter, model.dtype, "cpu", torch.strided)
-    unusual = [
-        os.environ.get("CUSTOM_GPT_PLAIN_DECODE") or activation not in GELU,
-        torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"),
-        nn.modules.module._has_any_global_hook(),
-        ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation) is not sdpa_attention_forward,
-        ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation) is not sdpa_mask,
-        config.output_attentions or config.output_hidden_states or not getattr(config, "is_causal", True),
-        [m.layer_idx for m in model.modules() if "layer_idx" in vars(m)] != list(range(config.n_layer)),
-        {(type(p), p.dtype, p.device.type, p.layout) for p in model.parameters()} != {ordinary},
-    ]
-    head_dim, gelu = config.n_embd // config.n_head, ACT2FN[activation]
-    as_made = {"eps": config.layer_norm_epsilon, "scaling": head_dim**-0.5, "head_dim": head_dim, "max_norm": None}
-    as_made |= {"is_causal": True, "act": getattr(gelu, "act", None)}
-    known = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout, nn.ModuleList, type(gelu))
-    homes = ("torch", "transformers", type(model).__module__.partition(".")[0])  # of a class's forward
-    return not any(unusual) and all(
-        not module.training
-        and (type(module) in known or type(module).__module__ == type(model).__module__)
-        and all(repr(module.__dict__.get(name, value)) == repr(value) for name, value in as_made.items())
-        and not {"forward", "prepare_inputs_for_generation"} & module.__dict__.keys()
-        and getattr(type(module).forward, "__globals__", {}).get("__name__", "").partition(".")[0] in homes
-        and not (module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl or module._buffers)
-        and module._parameters.keys() <= {"weight", "bias"}
-        for module in model.modules()
-    )
-
-
-# The two heads below take the library's forward, but not its `__init__`: that makes the decoder by `AutoModel`, which
-# does not know it where this file is loaded as a folder's custom code.
-
-
 class CustomGPTForSequenceClassification(GenericForSequenceClassification, CustomGPTPreTrainedModel):
-    """The decoder with a label head, `score`, on the last token that is not `[PAD]`."""
+    """The decoder with a label head, `score`, on the last token that is not padding."""
 
     base_model_prefix = "transformer"
 
     def __init__(self, config: CustomGPTConfig):
-        CustomGPTPreTrainedModel.__init__(self, config)
+        CustomGPTPreTrainedModel.__init__(self, config)  # the mixin's own would ask AutoModel for the decoder
         self.num_labels = config.num_labels
         self.transformer = CustomGPTModel(config)
         self.score = nn.Linear(config.n_embd, config.num_labels, bias=False)
@@ -474,7 +368,7 @@ class CustomGPTForTokenClassification(GenericForTokenClassification, CustomGPTPr
     base_model_prefix = "transformer"
 
     def __init__(self, config: CustomGPTConfig):
-        CustomGPTPreTrainedModel.__init__(self, config)
+        CustomGPTPreTrainedModel.__init__(self, config)  # the mixin's own would ask AutoModel for the decoder
         self.num_labels = config.num_labels
         self.transformer = CustomGPTModel(config)
         self.dropout = nn.Dropout(config.dropout)

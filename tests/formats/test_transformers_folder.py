@@ -34,7 +34,6 @@ class TestTheExampleFolder:
             "chat_template.jinja",
             "config.json",
             "configuration_custom_gpt.py",
-            "decoding_custom_gpt.py",
             "generation_config.json",
             "model.safetensors",
             "modeling_custom_gpt.py",
@@ -83,9 +82,7 @@ class TestTheExampleFolder:
             "pad_token_id": PAD,
         }
 
-    @pytest.mark.parametrize(
-        "name", ["configuration_custom_gpt.py", "decoding_custom_gpt.py", "modeling_custom_gpt.py"]
-    )
+    @pytest.mark.parametrize("name", ["configuration_custom_gpt.py", "modeling_custom_gpt.py"])
     def test_carries_the_model_s_code(self, name: str, capitals: Path) -> None:
         assert (capitals / name).read_bytes() == (ROOT / "hf_model" / name).read_bytes()
 
