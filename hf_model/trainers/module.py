@@ -707,9 +707,7 @@ class _Reader:
         for i, names in enumerate(layers):
             own = {template: self.parameters[name].cpu() for template, name in names.items()}
             to = f"transformer.h.{i}."
-            places = ("ln_1", "ln_2")
-            norms = layer.norms if layer.norm_first else layer.norms
-            for place, norm in zip(places, norms, strict=True):
+            for place, norm in zip(("ln_1", "ln_2"), layer.norms, strict=True):
                 state |= _norm_tensors(f"{to}{place}", norm, own, C)
             joined = torch.cat([linear.matrix(own, C) for linear in layer.projections])
             biases = [linear.vector(own, linear.matrix(own, C).shape[0]) for linear in layer.projections]
@@ -754,11 +752,11 @@ class _Reader:
             "activation_function": layer.activation,
             "layer_norm_epsilon": self.epsilon if self.epsilon is not None else 1e-5,
             "tie_word_embeddings": tied,
-            "n_inner": H,
+            "n_inner": None if H == 4 * C else H,
             "norm_first": layer.norm_first,
             "final_norm": final is not None,
             "head_bias": head_bias is not None,
-            "attention_scale": attention.scale,
+            "attention_scale": None if attention.scale == (C // attention.n_head) ** -0.5 else attention.scale,
         }
         return Reading(options, _filled(state, has_bias), tuple(self.notes))
 
