@@ -13,7 +13,7 @@ class CustomGPTConfig(PreTrainedConfig):
         block_size: context length in tokens: the number of learned positions (`max_position_embeddings`).
         n_layer: number of blocks (`num_hidden_layers`).
         n_head: number of attention heads (`num_attention_heads`). Must divide `n_embd`.
-        n_embd: width of the residual stream (`hidden_size`). 
+        n_embd: width of the residual stream (`hidden_size`).
         bias: whether every LayerNorm and every Linear except `lm_head` has a bias.
         dropout: probability for the embedding sum, the attention weights and both output projections; in [0, 1).
         activation_function: activation of the MLP, a key of `transformers.activations.ACT2FN`: `"gelu"` is the exact

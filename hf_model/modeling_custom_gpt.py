@@ -299,7 +299,8 @@ class CustomGPTForCausalLM(CustomGPTPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])  # (B, T kept, V)
+        hidden_states: Any = outputs.last_hidden_state
+        logits = self.lm_head(hidden_states[:, kept])  # (B, T kept, V)
 
         loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(

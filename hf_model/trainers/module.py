@@ -46,6 +46,10 @@ class Reading:
     """Fields of `CustomGPTConfig`: sizes, `activation_function`, `layer_norm_epsilon` and so on."""
     state_dict: dict[str, Tensor]
     """Tensors under the names of `CustomGPTForCausalLM`, on the CPU, in the module's dtype."""
+    ids: Tensor
+    """Random token ids (1, block_size), the longest input that the module takes."""
+    logits: Tensor
+    """The module's logits for `ids`, (1, T, V), or (1, 1, V) if it gives the last position only."""
     notes: tuple[str, ...] = ()
     """What was folded or filled in, in words."""
 
@@ -85,7 +89,7 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def untouched(module: nn.Module) -> Iterator[None]:
-    """Run a block with the module in evaluation mode, without gradients; then mode, buffers and random state are back."""
+    """Run a block without gradients and in evaluation mode; restore the modes, buffers and random state after it."""
     modes = {part: part.training for part in module.modules()}
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     devices = {parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"}
@@ -104,11 +108,14 @@ def untouched(module: nn.Module) -> Iterator[None]:
 # Logits of a module, however it returns them.
 
 
-def logits_of(module: nn.Module, ids: Tensor) -> Tensor:
+def logits_of(module: nn.Module, ids: Tensor, every_position: bool = True) -> Tensor:
     """Logits (B, T, V) for token ids (B, T).
 
     Takes a tensor, a tuple or list that begins with one, a dict or an object with `logits`; of shape (B, T, V) or
-    (B T, V). Where the module gives the last position only, targets are given too, or each prefix is run.
+    (B T, V). If the module gives the last position only, targets are given too, and at last each prefix is run.
+
+    Args:
+        every_position: False accepts the last position only, (B, 1, V), and saves running each prefix.
 
     Raises:
         NoReadingError: the module does not run on token ids, or returns no logits.
@@ -117,13 +124,15 @@ def logits_of(module: nn.Module, ids: Tensor) -> Tensor:
     last = _logits(_call(module, ids), rows, length)
     if last.shape[1] == length:
         return last
-    for how in (dict(targets=ids), dict(labels=ids), (ids,)):
+    for args, kwargs in (((), {"targets": ids}), ((), {"labels": ids}), ((ids,), {})):
         try:
-            full = _logits(module(ids, **how) if isinstance(how, dict) else module(ids, *how), rows, length)
+            full = _logits(module(ids, *args, **kwargs), rows, length)
         except Exception:
             continue
         if full.shape[1] == length and torch.allclose(full[:, -1:], last, rtol=1e-3, atol=1e-4):
             return full
+    if not every_position:
+        return last
     return torch.cat([_logits(_call(module, ids[:, : n + 1]), rows, n + 1)[:, -1:] for n in range(length)], dim=1)
 
 
@@ -358,14 +367,11 @@ class _Reader:
             self._in_float32(ids)
         if recorder.embedding is None:
             raise NoReadingError("its token embedding was not found: no matrix is looked up by the token ids")
-        self.embedding_name = next(
-            (
-                n
-                for n, p in self.parameters.items()
-                if p.shape == recorder.embedding.shape and torch.equal(p.float(), recorder.embedding.float())
-            ),
-            "",
+        looked_up = recorder.embedding.float()
+        same = (
+            n for n, p in self.parameters.items() if p.shape == looked_up.shape and torch.equal(p.float(), looked_up)
         )
+        self.embedding_name = next(same, "")
         if not self.embedding_name:
             raise NoReadingError("its token embedding is not one of its parameters")
         self.vocab_size = recorder.embedding.shape[0]
@@ -374,11 +380,8 @@ class _Reader:
     def _in_float32(self, ids: Tensor) -> Tensor:
         if all(parameter.dtype == torch.float32 for parameter in self.parameters.values()):
             return logits_of(self.module, ids)
-        wide = {
-            name: tensor.float()
-            for name, tensor in itertools.chain(self.module.named_parameters(), self.module.named_buffers())
-            if tensor.is_floating_point()
-        }
+        named = itertools.chain(self.module.named_parameters(), self.module.named_buffers())
+        wide = {name: tensor.float() for name, tensor in named if tensor.is_floating_point()}
         return logits_of(_Functional(self.module, wide), ids)
 
     # Embeddings.
@@ -416,16 +419,17 @@ class _Reader:
                         return self._as_long_as_it_runs(table[start:])
         for length in self._stated_lengths():
             if (computed := self._computed_positions(length)) is not None:
-                self.notes.append(f"its {length} computed positions became a table")
-                return computed
+                self.notes.append(f"the {length} computed positions became a table")
+                return self._as_long_as_it_runs(computed)
         raise NoReadingError("its positions are computed, and no attribute such as block_size says how many there are")
 
     def _as_long_as_it_runs(self, table: Tensor) -> Tensor:
-        """The table up to the longest input that the module takes."""
+        """The table up to the longest input that the module takes; its logits for such an input are kept."""
         for length in (len(table), *(n for n in self._stated_lengths() if n < len(table))):
+            generator = torch.Generator().manual_seed(1)
+            self.longest = torch.randint(self.vocab_size, (1, length), generator=generator).to(self.ids.device)
             try:
-                ids = torch.zeros((1, length), dtype=torch.long, device=self.ids.device)
-                _call(self.module, ids)
+                self.longest_logits = logits_of(self.module, self.longest, every_position=False)
                 return table[:length]
             except NoReadingError:
                 continue
@@ -433,22 +437,13 @@ class _Reader:
 
     def _stated_lengths(self) -> list[int]:
         """Lengths that attributes or causal masks of the module state, the longest first."""
-        stated = set()
+        stated: set[int] = set()
         for part in self.module.modules():
-            holders = [
-                vars(part),
-                *(
-                    vars(value)
-                    for name, value in vars(part).items()
-                    if "conf" in name.lower() and hasattr(value, "__dict__")
-                ),
-            ]
-            holders += [
-                value for name, value in vars(part).items() if isinstance(value, Mapping) and "conf" in name.lower()
-            ]
-            for holder in holders:
+            configs = [value for name, value in vars(part).items() if "conf" in name.lower()]
+            for holder in (part, *configs):
+                fields = holder if isinstance(holder, Mapping) else getattr(holder, "__dict__", {})
                 stated |= {
-                    v for k, v in holder.items() if type(v) is int and v > 1 and LENGTH_NAMES.fullmatch(str(k).lower())
+                    n for name, n in fields.items() if type(n) is int and LENGTH_NAMES.fullmatch(str(name).lower())
                 }
         for buffer in self.module.buffers():
             if buffer.ndim >= 2 and buffer.shape[-1] == buffer.shape[-2] > 1:
@@ -511,7 +506,7 @@ class _Reader:
         return layer
 
     def _epsilons(self) -> list[float]:
-        """Candidates for the norms' epsilon: found already, seen in a call, an attribute of a module, the usual ones."""
+        """Candidates for the norms' epsilon: seen in a call, an attribute of a module, or a usual one."""
         if self.epsilon is not None:
             return [self.epsilon]
         seen = list(dict.fromkeys(self.recorder.epsilons))
@@ -709,16 +704,13 @@ class _Reader:
             to = f"transformer.h.{i}."
             for place, norm in zip(("ln_1", "ln_2"), layer.norms, strict=True):
                 state |= _norm_tensors(f"{to}{place}", norm, own, C)
-            joined = torch.cat([linear.matrix(own, C) for linear in layer.projections])
-            biases = [linear.vector(own, linear.matrix(own, C).shape[0]) for linear in layer.projections]
+            parts = [(linear.matrix(own, C), linear) for linear in layer.projections]
+            joined = torch.cat([matrix for matrix, _ in parts])
+            biases = [linear.vector(own, len(matrix)) for matrix, linear in parts]
             bias = None
             if any(one is not None for one in biases):
-                bias = torch.cat(
-                    [
-                        joined.new_zeros(linear.matrix(own, C).shape[0]) if one is None else one
-                        for linear, one in zip(layer.projections, biases, strict=True)
-                    ]
-                )
+                zeros = [matrix.new_zeros(len(matrix)) for matrix, _ in parts]
+                bias = torch.cat([zero if one is None else one for one, zero in zip(biases, zeros, strict=True)])
             rows = attention.rows
             state[f"{to}attn.c_attn.weight"] = joined[rows].contiguous()
             state[f"{to}attn.c_attn.bias"] = None if bias is None else bias[rows].contiguous()
@@ -758,7 +750,13 @@ class _Reader:
             "head_bias": head_bias is not None,
             "attention_scale": None if attention.scale == (C // attention.n_head) ** -0.5 else attention.scale,
         }
-        return Reading(options, _filled(state, has_bias), tuple(self.notes))
+        return Reading(
+            options,
+            _filled(state, has_bias),
+            self.longest.cpu(),
+            self.longest_logits.float().cpu(),
+            tuple(self.notes),
+        )
 
     def _dropout(self) -> float:
         rates = {part.p for part in self.module.modules() if isinstance(part, nn.Dropout)}
@@ -767,6 +765,8 @@ class _Reader:
 
 class _Functional(nn.Module):
     """A module run with other tensors in place of its own."""
+
+    inner: nn.Module
 
     def __init__(self, module: nn.Module, tensors: dict[str, Tensor]):
         super().__init__()
@@ -797,11 +797,11 @@ def same_attention(one: Attention, other: Attention) -> bool:
     return (one.n_head, one.scale) == (other.n_head, other.scale) and torch.equal(one.rows, other.rows)
 
 
-def _attentions(C: int, heads: Iterable[int]) -> Iterator[Attention]:
+def _attentions(width: int, heads: Iterable[int]) -> Iterator[Attention]:
     """Ways to read joined projections: the order of queries, keys and values, of heads and of their values."""
     for n_head in heads:
-        size = C // n_head
-        index = torch.arange(3 * C)
+        size = width // n_head
+        index = torch.arange(3 * width)
         orders = {
             "which, head, value": index.view(3, n_head, size),
             "head, which, value": index.view(n_head, 3, size).permute(1, 0, 2),
@@ -816,7 +816,7 @@ def _attentions(C: int, heads: Iterable[int]) -> Iterator[Attention]:
                 if (key := tuple(rows.tolist())) in seen:
                     continue
                 seen.add(key)
-                for scale in dict.fromkeys((size**-0.5, C**-0.5, 1.0)):
+                for scale in dict.fromkeys((size**-0.5, width**-0.5, 1.0)):
                     yield Attention(rows, n_head, scale)
 
 
@@ -857,9 +857,8 @@ def _linears(name: str, weight: Tensor, n_in: int, parameters: Mapping[str, Tens
     n_out = weight.numel() // n_in
     biases = [other for other, p in parameters.items() if p.numel() == n_out and p is not weight and p.ndim <= 2]
     biases = [other for other in biases if parameters[other].ndim == 1 or weight.ndim == 3]
-    named = re.sub(
-        r"(weight|kernel|W|w)(?=[^.]*$)", lambda m: {"weight": "bias", "kernel": "bias", "W": "b", "w": "b"}[m[0]], name
-    )
+    last = name.rpartition(".")[2]
+    named = name.removesuffix(last) + last.replace("weight", "bias").replace("kernel", "bias").replace("W", "b")
     place = name.rpartition(".")[0]
     biases.sort(key=lambda other: (other != named, other.rpartition(".")[0] != place))
     for is_transposed in ways:
