@@ -1,7 +1,7 @@
-"""The engines under comparison, each built from one plain GPT: a function from (prompts, number of tokens) to tokens.
+"""The engines that the benchmarks compare. Each is built from one plain GPT and continues prompts.
 
-All decode greedily on the CPU with the threads of PyTorch and never stop early. An engine that is not installed raises
-ImportError when it is built; one that does not do what it is asked for raises NotImplementedError.
+All decode greedily on the CPU, with as many threads as PyTorch has, and never stop early. An engine that is not
+installed raises ImportError when it is built. An engine that cannot do a case raises NotImplementedError.
 """
 
 from collections.abc import Callable
@@ -10,19 +10,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import GPT2LMHeadModel, PreTrainedModel
 
 from examples.plain_gpt import GPT
 from hf_model import CustomGPTConfig, CustomGPTForCausalLM
+from hf_model.fast_cpu import fast_on_cpu
+from hf_model.formats.gguf import write_file
+from hf_model.formats.gpt2 import stock_model
+from hf_model.loading import with_weights
 
 Prompts = list[list[int]]  # all of one length
-Generate = Callable[[Prompts, int], list[list[int]]]
+Generate = Callable[[Prompts, int], list[list[int]]]  # prompts and the number of new tokens -> the new tokens
 
 
 def original(gpt: GPT, folder: Path) -> Generate:
     def generate(prompts: Prompts, new: int) -> list[list[int]]:
         if len(prompts) > 8:
-            raise NotImplementedError("one after the other: no faster than eight, and minutes long")
+            raise NotImplementedError("prompts run one after another, so 32 take minutes and are no faster than 8")
         rows = [gpt.generate(torch.tensor([prompt]), new, temperature=0) for prompt in prompts]
         return [row[0, len(prompts[0]) :].tolist() for row in rows]
 
@@ -30,7 +34,7 @@ def original(gpt: GPT, folder: Path) -> Generate:
 
 
 class ThroughGenerate:
-    """A transformers model as its users run it."""
+    """A transformers model, run by its `generate`."""
 
     def __init__(self, model: PreTrainedModel):
         model.generation_config.update(eos_token_id=None, pad_token_id=0, do_sample=False)
@@ -46,36 +50,20 @@ class ThroughGenerate:
 
 def twin(gpt: GPT) -> CustomGPTForCausalLM:
     """The same weights in this repository's model."""
-    model = CustomGPTForCausalLM(CustomGPTConfig(**gpt.model_args())).eval()
-    model.load_state_dict(gpt.state_dict())
-    return model
+    return with_weights(CustomGPTConfig(**gpt.model_args()), gpt.state_dict())
 
 
-def ours(gpt: GPT, folder: Path, dtype: torch.dtype = torch.float32) -> ThroughGenerate:
-    """As a user has it: `from_pretrained` of a saved folder, then `model.generate`."""
+def ours(gpt: GPT, folder: Path, dtype: torch.dtype = torch.float32, is_fast: bool = True) -> ThroughGenerate:
+    """A saved folder by `from_pretrained`, in its fast form as `hf_model.load` gives it, or as it is."""
     if not (folder / "hf").exists():
         twin(gpt).save_pretrained(folder / "hf")
-    return ThroughGenerate(CustomGPTForCausalLM.from_pretrained(folder / "hf", dtype=dtype))
+    model = CustomGPTForCausalLM.from_pretrained(folder / "hf", dtype=dtype)
+    return ThroughGenerate(fast_on_cpu(model) if is_fast else model)
 
 
 def gpt2(gpt: GPT) -> GPT2LMHeadModel:
-    """The same weights in the library's GPT-2, whose projections are stored transposed and always have a bias."""
-    args = gpt.config
-    config = GPT2Config(
-        vocab_size=args.vocab_size,
-        n_positions=args.block_size,
-        n_embd=args.n_embd,
-        n_layer=args.n_layer,
-        n_head=args.n_head,
-        activation_function="gelu",
-        tie_word_embeddings=False,
-    )
-    model = GPT2LMHeadModel(config).eval()
-    projections = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-    weights = {name: w.t() if name.endswith(projections) else w for name, w in gpt.state_dict().items()}
-    biases = {name: torch.zeros_like(b) for name, b in model.state_dict().items() if name.endswith("bias")}
-    model.load_state_dict(biases | weights)
-    return model
+    """The same weights in the library's GPT-2, as `--format gpt2` writes them."""
+    return stock_model(twin(gpt)).eval()
 
 
 def gpt2_in_transformers(gpt: GPT, folder: Path) -> Generate:
@@ -103,7 +91,7 @@ def ctranslate2(gpt: GPT, folder: Path, compute_type: str = "float32") -> Genera
         if len(prompts[0]) + new > gpt.config.block_size:
             raise NotImplementedError("CTranslate2 ends with the context")
         tokens = [[str(i) for i in prompt] for prompt in prompts]
-        options = {"max_length": new, "min_length": new}  # never the end token
+        options = {"max_length": new, "min_length": new}  # min_length forbids the end token
         results = generator.generate_batch(tokens, beam_size=1, include_prompt_in_result=False, **options)
         return [[int(token) for token in result.sequences[0]] for result in results]
 
@@ -111,20 +99,18 @@ def ctranslate2(gpt: GPT, folder: Path, compute_type: str = "float32") -> Genera
 
 
 def llama_cpp(gpt: GPT, folder: Path, quantization: str = "F32") -> Generate:
-    """llama.cpp's own GPT-2, with the tanh GELU in place of the exact one: the same work, nearly the same numbers."""
+    """llama.cpp's own GPT-2. It computes the tanh GELU, not the exact one: the same work, nearly the same numbers."""
     from llama_cpp import Llama, llama_get_logits_ith
-
-    from hf_model.formats.gguf import write_file
 
     args, path = gpt.config, folder / f"{quantization}.gguf"
     if not path.exists():
-        write_file(path, twin(gpt), quantization.lower(), vocabulary=None)
+        write_file(path, twin(gpt), quantization.lower(), tokenizer=None)
     threads = torch.get_num_threads()
     llama = Llama(str(path), n_ctx=args.block_size, n_threads=threads, n_threads_batch=threads, verbose=False)
 
     def generate(prompts: Prompts, new: int) -> list[list[int]]:
         if len(prompts) > 1 or len(prompts[0]) + new > args.block_size:
-            raise NotImplementedError("one sequence within the context, by this binding's simple interface")
+            raise NotImplementedError("the binding's simple interface runs one sequence, within the context")
         llama.reset()
         llama.eval(prompts[0])
         tokens: list[int] = []
@@ -144,9 +130,11 @@ ENGINES: dict[str, Callable[[GPT, Path], Generate]] = {
     "CTranslate2 f32": ctranslate2,
     "llama.cpp f32": llama_cpp,
     "this repository f32": ours,
+    "AutoModelForCausalLM f32": partial(ours, is_fast=False),
     "llama.cpp f16": partial(llama_cpp, quantization="F16"),
     "this repository f16": partial(ours, dtype=torch.float16),
     "this repository bf16": partial(ours, dtype=torch.bfloat16),
+    "AutoModelForCausalLM bf16": partial(ours, dtype=torch.bfloat16, is_fast=False),
     "llama.cpp q8_0": partial(llama_cpp, quantization="Q8_0"),
     "CTranslate2 int8": partial(ctranslate2, compute_type="int8"),
 }

@@ -1,10 +1,11 @@
-"""Whole processes, from start to end: `python -m benchmarks.processes`.
+"""Measures whole processes, from start to end: `python -m benchmarks.processes`.
 
-Answering from the trained example and from random models of the sizes B and A: the original's way, `generate.py` on
-the checkpoint, on the converted folder and on that in float16; to the first token, and to the end of 150. Many prompts:
-one by one and in batches, the example's 900 questions or 64 of them with 16 tokens for an answer each. Converting:
-beside the imports alone and a bare read and write of the same tensors. The programs take turns. Writes
-results/processes.md and processes.json beside this file.
+The models are the trained example and random ones of the sizes B and A.
+- Answering: the original's way, then `generate.py` on the checkpoint, on the converted folder, and on the folder in
+  float16; each up to the first token, and up to 150 tokens.
+- Many prompts: one by one and in batches. The example answers 900 questions, the other models 64, with 16 tokens each.
+- Converting: the whole conversion, its imports alone, and a bare read and write of the same tensors.
+The programs take turns. The results go to results/processes.md and results/processes.json beside this file.
 """
 
 import argparse
@@ -35,14 +36,14 @@ save_file(state_dict, sys.argv[2])
 """
 
 IMPORTS = """
-from hf_model_cli.common import no_garbage_search
-with no_garbage_search():
+from hf_model_cli.run import quick_imports
+with quick_imports():
     import hf_model.conversion
 """
 
 
 def files_of(size: str, folder: Path) -> tuple[Path, Path]:
-    """A random checkpoint, and the example's tokenizer with as many tokens as the checkpoint has embeddings."""
+    """Write a random checkpoint, and the example's tokenizer, filled up to one token for each embedding."""
     config = SIZES[size]
     torch.manual_seed(0)
     save_checkpoint(folder / "ckpt.pt", GPT(config), 0)
@@ -54,7 +55,7 @@ def files_of(size: str, folder: Path) -> tuple[Path, Path]:
 
 
 def run(*command: str | Path) -> tuple[float, float]:
-    """Seconds, and peak resident memory in GB."""
+    """Run a command in a process; return its seconds and its peak resident memory in GB."""
     start = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -68,6 +69,7 @@ def run(*command: str | Path) -> tuple[float, float]:
 
 
 def measure(label: str, programs: dict[str, list[str | Path]], rounds: int) -> dict[str, dict[str, float]]:
+    """Run each program once a round, and return the median seconds and GB of each by its name."""
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
     for _ in range(rounds):
         for name, command in programs.items():
@@ -98,9 +100,8 @@ def main() -> None:
             folder = Path(temporary)
             checkpoint, tokenizer = EXAMPLE / "ckpt.pt", EXAMPLE / "tokenizer.json"
             if size != "example":
-                with multiprocessing.get_context("spawn").Pool(
-                    1
-                ) as pool:  # our own memory would count as the programs'
+                # In another process: the memory of this one would count as the programs'.
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
                     checkpoint, tokenizer = pool.apply(files_of, (size, folder))
             paths = ["--checkpoint_path", checkpoint, "--tokenizer_path", tokenizer]
             run("convert_checkpoint.py", *paths, "--output_dir", folder / "hf")

@@ -1,27 +1,92 @@
-"""Answers a file of instructions or prompts in batches, so that a run that was killed goes on where it stopped."""
+"""Answers a file of instructions or prompts in batches. A run that was killed goes on where it stopped."""
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from hf_model import journal
 from hf_model.errors import UserError, memory_for
 from hf_model.generation import Sampling, continue_prompts, encode
-from hf_model.journal import exists_already
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.output_dir import disk_errors
-from hf_model.processes import Processes
-from hf_model.records import Record, check_records
+from hf_model.records import Record, check_records, is_complete, open_journal
 from hf_model.tokenizer import prompt_text, takes_instructions
+
+T = TypeVar("T")
+UNUSED_WHEN_GREEDY = ("top_k", "top_p", "min_p", "seed", "seed_like_original")
+
+
+class Processes:
+    """This process and the others that share a run, started by `accelerate launch` or `torchrun`."""
+
+    def __init__(self, state: PartialState | None = None):
+        self.state = state
+        """None: this process is alone."""
+        self.count: int = state.num_processes if state else 1
+        self.is_main: bool = state is None or state.is_main_process
+        """Whether this process reads and writes the files, and talks to the user."""
+
+    def share(self, items: list[T]) -> list[T]:
+        """This process's part of a list that all processes have. A part may be empty."""
+        # Not accelerate's `split_between_processes`: version 1.3 repeats the last item for a process without any.
+        return items if self.state is None else items[self.state.process_index :: self.count]
+
+    def gather(self, items: list[T]) -> list[T]:
+        """The items of all processes, in every process.
+
+        Raises:
+            UserError: another process has ended.
+        """
+        with _another_has_ended():
+            return items if self.state is None else gather_object(items)
+
+    def from_main(self, value: T) -> T:
+        """The main process's value, in every process.
+
+        Raises:
+            UserError: another process has ended.
+        """
+        with _another_has_ended():
+            return value if self.state is None else broadcast_object_list([value])[0]
+
+    def device(self, chosen: torch.device, is_certain: bool) -> torch.device:
+        """The device of this process: its own one of the chosen kind, or the chosen one if that is certain."""
+        return chosen if self.state is None or is_certain or chosen.type == "cpu" else self.state.device
+
+    def close(self) -> None:
+        if self.state is not None:
+            self.state.destroy_process_group()
+
+
+def join(device: torch.device) -> Processes:
+    """Join the processes that were started with this one, to work on devices of this kind.
+
+    Raises:
+        UserError: accelerate cannot connect processes that work on such a device.
+    """
+    state = PartialState(cpu=device.type == "cpu")  # without `cpu`, processes on CPUs are not connected
+    if state.num_processes == 1:
+        raise UserError(f"several processes cannot share their work on {device.type}: start one, or give --device cpu")
+    return Processes(state)
+
+
+@contextmanager
+def _another_has_ended() -> Iterator[None]:
+    """Turn torch's error about a process that is gone into a UserError. That process has said why it ended."""
+    try:
+        with memory_for("for what the processes tell each other", "choose a smaller --batch_size"):
+            yield
+    except RuntimeError as error:
+        raise UserError(f"another process of this run has ended ({error})") from None
 
 
 def answer_file(
@@ -34,92 +99,69 @@ def answer_file(
     *,
     parse_special_tokens: bool = False,
     processes: Processes | None = None,
+    overwrite: bool = False,
     on_kept: Callable[[int], None] = lambda kept: None,
 ) -> int:
-    """Write each record with its `response` to a JSON Lines file, in the records' order.
+    """Write each record with its `response` to a JSON Lines file, in the order of the records.
 
-    Batches are made of prompts of like length, left-padded. Each finished batch is appended to a journal beside the
-    output file, which takes its place only when it is complete; the same call after a killed run goes on from there.
+    Prompts of similar length are answered together, left-padded. Each finished batch is added to a journal beside the
+    output file. The next call uses the journal's answers to all records whose prompt is the same. If the output file
+    holds these records with responses already, nothing is done.
 
-    Greedy answers are those of one record at a time. Sampled ones depend on what else is in their batch too: so on
-    `batch_size`, on how many processes there are, and on where an earlier run was stopped.
+    Greedy answers are those of one record at a time. Sampled ones also depend on the other records in their batch: on
+    `batch_size`, on the number of processes, and on where an earlier run was stopped.
 
     Args:
         batch_size: how many records a process answers at a time.
-        processes: those that share the work, each of which makes the same call; the main one writes. None: no others.
-        on_kept: called in the main process with how many answers the journal holds, at first and after each batch.
+        processes: this process and the others that share the work. Each makes the same call; the main one writes.
+        overwrite: replace the output file of an earlier run, and discard answers in the journal that were made with
+            other options.
+        on_kept: called in the main process with the number of records that have an answer in the journal: at the start
+            and after each batch.
 
     Returns:
-        The number of records answered now, those of an earlier run left out.
+        The number of records answered by this call, without those that had an answer.
 
     Raises:
-        UserError: `batch_size` is less than 1, the output file exists already, another run is writing it, a file that
-            is no journal stands where its journal goes, it cannot be written, a record is not of the model's kind or
-            holds a character that the model does not know, or another process has ended.
+        UserError: `batch_size` is less than 1, the output file's name is taken (see `records.is_complete`), the journal
+            holds answers made with other options (see `records.open_journal`), another run is writing them, they cannot
+            be written, a record does not fit the model, or another process has ended.
     """
     processes, output_file = processes or Processes(), Path(output_file)
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1")
-    with disk_errors(output_file):
-        if os.path.lexists(output_file):
-            raise exists_already(output_file)
     # Before there is a journal: a record that cannot be encoded leaves nothing behind.
     check_records(records, raw=not takes_instructions(tokenizer))
+    if is_complete(output_file, records, overwrite):
+        return 0
     prompts = [_encoded(tokenizer, record, index, parse_special_tokens) for index, record in enumerate(records)]
     with ExitStack() as stack:
-        book = None
+        journal, responses, keys = None, {}, []
         if processes.is_main:
-            run = _name_of_run(model, tokenizer, records, sampling, parse_special_tokens)
-            book = stack.enter_context(journal.opened(output_file, run, len(records)))
-            on_kept(len(book.responses))
-        done = processes.from_main(set(book.responses) if book else set())
-        by_length = sorted(  # memory runs out early or never
-            (index for index in range(len(records)) if index not in done),
-            key=lambda index: prompts[index].shape[1],
-            reverse=True,
-        )
+            options = _options(model, tokenizer, sampling, parse_special_tokens)
+            keys = [hashlib.sha256(str(prompt.tolist()).encode()).hexdigest() for prompt in prompts]
+            journal = stack.enter_context(open_journal(output_file, options, overwrite))
+            responses = journal.responses(keys)
+            on_kept(len(responses))
+        done = processes.from_main(set(responses))
+        left = [index for index in range(len(records)) if index not in done]
+        left.sort(key=lambda index: prompts[index].shape[1], reverse=True)  # memory runs out at once or never
         progress = stack.enter_context(
-            tqdm(total=len(records), initial=len(done), unit="record", disable=None if book else True)
+            tqdm(total=len(records), initial=len(done), unit="record", disable=None if journal else True)
         )
-        for round in _chunks(by_length, batch_size * processes.count):
-            batch = processes.share(round)
-            mine = [prompts[index] for index in batch]
+        for start in range(0, len(left), batch_size * processes.count):
+            batch = processes.share(left[start : start + batch_size * processes.count])
             with memory_for("to generate", "choose a smaller --batch_size"):
-                answers = continue_prompts(model, tokenizer, mine, sampling) if mine else []
+                answers = continue_prompts(model, tokenizer, [prompts[i] for i in batch], sampling) if batch else []
             gathered = processes.gather(list(zip(batch, answers, strict=True)))
-            if book:
-                book.append(dict(gathered))
-                on_kept(len(book.responses))
-            progress.update(len(round))
-        if book:
-            book.finish(_content(records, book.responses))
-    return len(by_length)
-
-
-def _content(records: list[Record], responses: dict[int, str]) -> bytes:
-    lines = (
-        json.dumps({**record, "response": responses[index]}, ensure_ascii=False) + "\n"
-        for index, record in enumerate(records)
-    )
-    # "backslashreplace" makes of an unpaired surrogate its JSON escape.
-    return "".join(lines).encode("utf-8", "backslashreplace")
-
-
-def _name_of_run(
-    model: CustomGPTForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    records: list[Record],
-    sampling: Sampling,
-    parse_special_tokens: bool,
-) -> str:
-    """A hash of all that greedy answers depend on; of sampled ones, of all but the batches that they come in."""
-    # Without the options that are not used, so that a new one leaves the journals of before as they are.
-    how = {name: value for name, value in asdict(sampling).items() if value is not None}
-    identity = [
-        *(records, how, parse_special_tokens, model.config.to_dict(), tokenizer.get_vocab()),
-        *(_checksums(model), takes_instructions(tokenizer)),
-    ]
-    return hashlib.sha256(json.dumps(identity, default=str, sort_keys=True).encode()).hexdigest()
+            if journal:
+                journal.append([(keys[index], response) for index, response in gathered])
+                responses |= dict(gathered)
+                on_kept(len(responses))
+            progress.update(len(gathered))
+        if journal:
+            journal.finish(records, responses, overwrite)
+    return len(left)
 
 
 def _encoded(
@@ -132,11 +174,16 @@ def _encoded(
         raise UserError(f"record {index + 1}: {error}") from None
 
 
-def _checksums(model: CustomGPTForCausalLM) -> list[int]:
-    """Of the weights as they are used: a model keeps its identity in another folder, and in no other dtype."""
-    return [zlib.crc32(tensor.cpu().reshape(-1).view(torch.uint8).numpy()) for tensor in model.state_dict().values()]
-
-
-def _chunks(items: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def _options(
+    model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast, sampling: Sampling, parse_special_tokens: bool
+) -> dict[str, Any]:
+    """All options that an answer depends on, for JSON. Sampled answers also depend on the rest of their batch."""
+    unused = ("cache_implementation", *(UNUSED_WHEN_GREEDY if sampling.temperature == 0 else ()))
+    # Checksums of the weights as they are used: another folder with them is the same model, another dtype is not.
+    weights = [zlib.crc32(w.cpu().reshape(-1).view(torch.uint8).numpy()) for w in model.state_dict().values()]
+    identity = [weights, model.config.to_dict(), tokenizer.get_vocab(), takes_instructions(tokenizer)]
+    return {
+        **{name: value for name, value in asdict(sampling).items() if name not in unused},
+        "parse_special_tokens": parse_special_tokens,
+        "model": hashlib.sha256(json.dumps(identity, default=str, sort_keys=True).encode()).hexdigest(),
+    }

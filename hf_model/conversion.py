@@ -15,10 +15,10 @@ from typing_extensions import Unpack
 
 from hf_model.errors import UserError, memory_for, one_line
 from hf_model.formats import Format, Options, find_format
-from hf_model.formats.card_facts import About, card_facts
+from hf_model.formats.cards import About, card_facts
 from hf_model.formats.target import MissingEngineError
 from hf_model.learnt.inspection import examine
-from hf_model.learnt.report import check_page, write_page
+from hf_model.learnt.page import check_page, write_page
 from hf_model.loading import (
     Loaded,
     Source,
@@ -106,7 +106,7 @@ def convert(
 
     card = card_facts(loaded.checkpoint, inspection, source.path, folder, about or About())
     choices = replace(choices, card=card, rounded=describe_rounding(loaded.dtype, loaded.model.dtype))
-    with whole_folder(folder, overwrite, warn=lambda line: report(f"warning: {line}")) as new:
+    with whole_folder(folder, overwrite, say=report) as new:
         for line in target.write(loaded, new, choices):
             report(line)
         evidence = loaded.evidence

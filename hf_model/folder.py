@@ -306,6 +306,21 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
+def with_weights(
+    config: CustomGPTConfig,
+    state_dict: dict[str, torch.Tensor],
+    model_class: type[CustomGPTForCausalLM] = CustomGPTForCausalLM,
+) -> CustomGPTForCausalLM:
+    """A model in evaluation mode that uses these tensors: nothing is initialised or copied."""
+    with torch.device("meta"):
+        model = model_class(config)
+    if config.tie_word_embeddings:
+        state_dict = state_dict | {"lm_head.weight": state_dict["transformer.wte.weight"]}
+    model.load_state_dict(state_dict, assign=True)
+    model.tie_weights()
+    return model.eval()
+
+
 def check_weights(folder: Path, config: CustomGPTConfig) -> torch.dtype:
     """Check by the headers of the files that a folder's weights are those of its configuration.
 

@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 
 from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError, memory_for, one_line
+from hf_model.fast_cpu import fast_on_cpu
 from hf_model.folder import (
     cannot_load,
     check_weights,
@@ -24,6 +25,7 @@ from hf_model.folder import (
     read_json,
     read_weights,
     weight_files,
+    with_weights,
 )
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.tokenizer import FoundTokenizer, ModelInfo, check_fits, find_tokenizer, takes_instructions
@@ -209,7 +211,8 @@ class Source:
         config.dtype, config.auto_map = dtype, AUTO_MAP
         model = with_weights(config, {name: tensor.to(dtype) for name, tensor in checkpoint.state_dict.items()})
         model.generation_config = default_generation(tokenizer, config.vocab_size)
-        return Loaded(model, found, checkpoint.dtype, checkpoint, tuple(self._choices(checkpoint, tokenizer)))
+        choices = tuple(self._choices(checkpoint, tokenizer))
+        return Loaded(model, found, checkpoint.dtype, checkpoint, choices=choices)
 
     def _load_module(self, module: nn.Module, needs_tokenizer: bool) -> Loaded:
         if self.tokenizer_path is None and self.characters_of is None and needs_tokenizer:
@@ -280,7 +283,7 @@ def load(
     report: Callable[[str, str], None] = lambda item, text: None,
     **options: Unpack[SourceOptions],
 ) -> tuple[CustomGPTForCausalLM, PreTrainedTokenizerFast]:
-    """Load a trainer's checkpoint or a converted folder. Nothing is written.
+    """Load a trainer's checkpoint or a converted folder. Nothing is written. On a CPU the model is a `FastCustomGPT`.
 
     Args:
         checkpoint_path: a `torch.save` file, which is converted in memory; a converted folder; or your own model, a
@@ -300,18 +303,7 @@ def load(
     report("tokenizer", loaded.found.taken + (f" ({loaded.found.why})" if loaded.found.why else ""))
     for item, text in loaded.choices:
         report(item, text)
-    return loaded.model.to(pick_device(device)), loaded.tokenizer
-
-
-def with_weights(config: CustomGPTConfig, state_dict: dict[str, torch.Tensor]) -> CustomGPTForCausalLM:
-    """A model in evaluation mode that uses these tensors: nothing is initialised or copied."""
-    with torch.device("meta"):
-        model = CustomGPTForCausalLM(config)
-    if config.tie_word_embeddings:
-        state_dict = state_dict | {"lm_head.weight": state_dict["transformer.wte.weight"]}
-    model.load_state_dict(state_dict, assign=True)
-    model.tie_weights()
-    return model.eval()
+    return fast_on_cpu(loaded.model.to(pick_device(device))), loaded.tokenizer
 
 
 @torch.no_grad()
@@ -335,8 +327,8 @@ def compare_logits(module: nn.Module, model: CustomGPTForCausalLM, reading: Read
             off = float((got - expected).abs().max()) / spread if spread > 0 else 0.0
             if not off <= LOGITS_CLOSE[model.dtype]:
                 raise UserError(
-                    f"{type(unwrap(module)).__name__}: cannot be read as a GPT: the first layer fits, but the logits of "
-                    f"{length} tokens are off by {off:.2g} of their spread; do its layers differ?"
+                    f"{type(unwrap(module)).__name__}: cannot be read as a GPT: its first layer fits, but the logits "
+                    f"of {length} tokens are off by {off:.2g} of their spread; do its layers differ?"
                 )
             largest = max(largest, off)
     return "your model's own logits: " + (

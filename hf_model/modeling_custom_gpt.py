@@ -299,9 +299,8 @@ class CustomGPTForCausalLM(CustomGPTPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        hidden_states: Any = outputs.last_hidden_state
+        hidden_states: torch.Tensor = outputs.last_hidden_state
         logits = self.lm_head(hidden_states[:, kept])  # (B, T kept, V)
-
         loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,

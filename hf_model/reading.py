@@ -12,14 +12,17 @@ MAX_DEPTH = 100  # of lists and dicts in each other
 MAX_DIGITS = 400  # of an integer; longer ones take long to convert
 
 
-def read_bytes(path: Path, max_bytes: int) -> bytes:
+def read_bytes(path: Path, max_bytes: int, *, streams: bool = False) -> bytes:
     """The content of a regular file of at most `max_bytes` bytes.
+
+    Args:
+        streams: whether a pipe or a device is read too, until it ends.
 
     Raises:
         UserError: there is no such file, it is larger, it is a folder, pipe or device, or it cannot be read.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its other end
+        if not streams and not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its other end
             raise UserError(f"{path}: is not a regular file")
         with path.open("rb") as file:
             content = file.read(max_bytes + 1)
@@ -32,14 +35,14 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
     return content
 
 
-def read_text(path: Path, max_bytes: int) -> str:
+def read_text(path: Path, max_bytes: int, *, streams: bool = False) -> str:
     """The content of a UTF-8 file of at most `max_bytes` bytes, without the byte order mark that some editors write.
 
     Raises:
         UserError: as `read_bytes`, or the file is not UTF-8.
     """
     try:
-        return read_bytes(path, max_bytes).decode("utf-8-sig")
+        return read_bytes(path, max_bytes, streams=streams).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not UTF-8 text") from None
 

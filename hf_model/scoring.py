@@ -1,4 +1,4 @@
-"""How likely a text is to the model, token by token, and what it would rather have said: from the stock logits."""
+"""How likely a text is to the model, token by token, and which tokens are likelier."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from hf_model.tokenizer import prompt_text, takes_instructions
 
 @dataclass(frozen=True)
 class ScoredToken:
-    """A token, its natural log-probability after those before it, and the likeliest tokens there with theirs."""
+    """A token, its natural log-probability after the tokens before it, and the likeliest tokens at its place."""
 
     id: int
     text: str
@@ -24,7 +24,7 @@ class ScoredToken:
     candidates: tuple[tuple[str, float], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, in which what is infinite is None."""
+        """Plain values for JSON; None stands for infinity."""
         return {
             "id": self.id,
             "text": self.text,
@@ -35,7 +35,7 @@ class ScoredToken:
 
 @dataclass(frozen=True)
 class Score:
-    """The tokens of a text and what they add up to."""
+    """The tokens of a text, their joint log-probability, and the perplexity."""
 
     text: str
     tokens: tuple[ScoredToken, ...]
@@ -46,12 +46,12 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """Infinite where a token is impossible, or nearly."""
+        """Infinite if a token is impossible, or nearly so."""
         mean = -self.log_probability / len(self.tokens)
         return math.exp(mean) if mean < 700 else math.inf
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, in which what is infinite is None."""
+        """Plain values for JSON; None stands for infinity."""
         return {
             "text": self.text,
             "log_probability": _finite(self.log_probability),
@@ -77,13 +77,14 @@ def score_text(
     """Score a text from the beginning, or as the answer to a prompt.
 
     Args:
-        prompt, input_text: the instruction that the text answers; None scores the text as it is, after what the
-            tokenizer puts in front of a text.
-        parse_special_tokens: read "[EOS]" in the texts as the token.
-        n_candidates: how many of the likeliest tokens to give at each place.
+        prompt: the prompt that the text answers. None scores the text by itself, after `[BOS]` if there is one.
+        input_text: the input of an instruction.
+        parse_special_tokens: read "[EOS]" in the texts as the special token.
+        n_candidates: number of the likeliest tokens to return at each place.
 
     Raises:
-        UserError: there is no token that could be scored, or the model's logits are NaN or infinite.
+        UserError: the text has no token with another one before it, raw text has an input, or the model's logits are
+            NaN or infinite.
     """
     if prompt is None:
         ids = encode(tokenizer, text, parse_special_tokens)[0].tolist()
@@ -95,7 +96,7 @@ def score_text(
         ids = encode(tokenizer, prompt_text(tokenizer, prompt, input_text), parse_special_tokens)[0].tolist()
         start = len(ids)
         ids += _plain(tokenizer, f" {text}" if is_answer else text, parse_special_tokens)
-    start = max(start, 1)  # nothing stands before a first token that could predict it
+    start = max(start, 1)  # nothing predicts the first token
     if len(ids) <= start:
         raise UserError("--score: there must be a token with another one before it")
     return Score(text, tuple(score(model, tokenizer, ids, start, n_candidates)))
@@ -115,7 +116,9 @@ def score(
     start: int,
     n_candidates: int = 0,
 ) -> list[ScoredToken]:
-    """The tokens `ids[start:]`, each given all before it; past the context, at least the half of it before it.
+    """Score the tokens `ids[start:]`, each given all tokens before it.
+
+    Past the context, each is given at least as many as half of the context has.
 
     Raises:
         UserError: the model's logits are NaN or infinite.
@@ -136,7 +139,7 @@ def score(
 def _scored(
     tokenizer: PreTrainedTokenizerFast, log_probabilities: torch.Tensor, ids: list[int], n_candidates: int
 ) -> Iterator[ScoredToken]:
-    """The tokens `ids`, N of them, from the log-probabilities (N, V) at their places."""
+    """The N tokens `ids`, scored by the log-probabilities at their places, of shape (N, V)."""
     chosen = log_probabilities.gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
     top = log_probabilities[:, : len(tokenizer)].topk(min(n_candidates, len(tokenizer)))  # (N, K)
     for token, value, others, values in zip(ids, chosen, top.indices.tolist(), top.values.tolist(), strict=True):

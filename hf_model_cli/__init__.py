@@ -1,1 +1,1 @@
-"""The command lines. They stand outside of `hf_model`, whose import takes seconds: a wrong word is answered at once."""
+"""The command lines. They are no part of `hf_model`, which takes seconds to import: a wrong word is answered at once."""

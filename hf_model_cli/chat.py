@@ -1,143 +1,255 @@
-"""A prompt line: the model is loaded once, and each question answered on its own, as these models were fine-tuned."""
+"""A conversation: the model is loaded once, and answers each question by itself, as these models were fine-tuned."""
 
 import argparse
-import io
+import json
+import os
 import sys
-
-from transformers import PreTrainedTokenizerFast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from hf_model.errors import UserError
-from hf_model.generation import encode, generate
-from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.tokenizer import takes_instructions
-from hf_model_cli.answers import content_of, sampling_of
-from hf_model_cli.common import MOST_PROMPT_BYTES, show
-from hf_model_cli.generate import SAMPLING, SEED
+from hf_model_cli.answers import Answers, count, json_line
+from hf_model_cli.files import MOST_PROMPT_BYTES, decoded, read_prompt_file
+from hf_model_cli.options import DISTRIBUTION, SAMPLING, SEED, escaped
+from hf_model_cli.run import is_terminal, show
 
-try:  # gives `input` its history and editing
+try:  # gives `input` editing and a history
     import readline
 except ImportError:  # Windows
     readline = None  # type: ignore[assignment]
 
-HELP = {
-    "input TEXT": "the text that the questions are about; without a TEXT, none",
-    "again": "the last question again, with the next seed",
-    "seed N": "the seed",
+OPTIONS = {
     **{f"{name} {option.metavar}": option.help for name, option in SAMPLING.items()},
-    "options": "what is set now",
-    "help": "this",
+    "seed N": "the seed of the next answer",
+    "stop TEXT": r"a text that ends an answer, such as \n; none: no text does",
+    "input TEXT": "the text that the questions are about; none: no text",
 }
-COMMANDS = [usage.split()[0] for usage in HELP]
+COMMANDS = {
+    "again": "answer the last question again, with another seed",
+    "file PATH": "ask what a file says",
+    "save PATH": "write the questions and answers to a new file, as JSON Lines",
+    "options": "show all options",
+    "help": "show this",
+    "exit": "leave; so do /quit, /bye, the bare words exit and quit, and Ctrl-D",
+}
+HELP = """\
+A line is a question. Ctrl-C stops an answer. A question of several lines stands between two \"\"\".
+Commands:
+{commands}
+Options, set by a value and shown without one:
+{options}"""
+LEAVE = ("exit", "quit", "bye")
+MOST_HISTORY = 1000  # lines
 
 
 class Conversation:
-    """What is asked on the prompt line; `args` are the command line's, and are changed by commands."""
+    """The options that commands have set, and what was asked and answered."""
 
-    def __init__(self, args: argparse.Namespace, model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast):
-        self.args, self.model, self.tokenizer = args, model, tokenizer
-        self.question = ""
+    def __init__(self, answers: Answers):
+        self.answers = answers
+        self.sampling, self.input_text = answers.sampling, answers.args.input_text
+        self.prompt = ""  # the last question
+        self.seed_was_used = False
+        self.records: list[dict[str, str]] = []
+        self.commands: dict[str, Callable[[str], str]] = {
+            "again": self.again,
+            "file": self.ask_file,
+            "save": self.save,
+            "options": lambda _: "\n".join(f"{name}: {self.value_of(name)}" for name in names(OPTIONS)),
+            "help": lambda _: HELP.format(commands=table(COMMANDS), options=table(OPTIONS)),
+        }
 
-    def take(self, line: str) -> None:
-        """Answer a question or carry out a command."""
-        if line.startswith("/"):
-            name, _, value = line[1:].partition(" ")
-            show(self.command(name, value.strip()))
-        elif line.strip() or (line and not takes_instructions(self.tokenizer)):
-            self.question = line.strip() if takes_instructions(self.tokenizer) else line
-            self.answer()
+    def take(self, text: str) -> None:
+        """Answer a question or carry out a command.
+
+        Raises:
+            EOFError: the user wants to leave.
+        """
+        if text.removeprefix("/") in LEAVE and text != "bye":
+            raise EOFError
+        if text.startswith("/") and "\n" not in text:
+            name, _, value = text[1:].partition(" ")
+            if reply := self.command(name, value.strip()):
+                show(reply, file=sys.stderr if self.answers.args.json else None)
+        elif not self.answers.takes_instructions:
+            self.ask(text or "\n")  # nanoGPT's own prompt is a newline
+        elif text.strip():
+            self.ask(text.strip())
 
     def command(self, name: str, value: str) -> str:
-        """Carry out a command, and return what is to be said."""
-        if name in SAMPLING or name == "seed":
-            return self.set(name, value)
-        if name == "input" and value and not takes_instructions(self.tokenizer):
-            return "This model's prompts are raw text, which has no place for an input."
-        if name == "input":
-            self.args.input_text = value
-            return f"input: {value or 'none'}"
-        if name == "again" and self.question:
-            self.args.seed = (self.args.seed + 1) % 2**64
-            self.answer()
-            return f"(seed {self.args.seed})"
-        if name == "again":
-            return "There is no question yet."
-        if name == "options":
-            names = (*SAMPLING, "seed", "input_text", "stop")
-            return "\n".join(f"{name}: {getattr(self.args, name)!r}" for name in names)
-        if name == "help":
-            commands = "\n".join(f"  /{usage:<22} {text}" for usage, text in HELP.items())
-            return f"A line is a question. Ctrl-C stops an answer, Ctrl-D leaves. Commands:\n{commands}"
-        return f"There is no command /{name}; /help lists them. A question that begins with / needs a space in front."
-
-    def set(self, name: str, value: str) -> str:
+        """Carry out a command or set an option, and return what to print."""
         try:
-            setattr(self.args, name, (SEED if name == "seed" else SAMPLING[name].type)(value))
+            if name in self.commands:
+                return self.commands[name](value)
+            if name in names(OPTIONS):
+                if value:
+                    self.set(name, value)
+                return f"{name}: {self.value_of(name)}"
         except argparse.ArgumentTypeError as error:
             return f"/{name} {error}"
-        except ValueError:
-            return f"/{name} needs a number, such as /{name} {getattr(self.args, name)}"
-        return f"{name}: {getattr(self.args, name)}"
+        return f"There is no command /{name}; /help lists them. A question that begins with / needs a space in front."
 
-    def answer(self) -> None:
-        streams = self.args.num_beams == 1 and not self.args.no_stream
-        try:
-            content = content_of(self.tokenizer, self.question, self.args.input_text)
-            output = generate(
-                self.model,
-                self.tokenizer,
-                encode(self.tokenizer, content, self.args.parse_special_tokens),
-                sampling_of(self.args, self.args.seed),
-                response_only=True,
-                on_text=lambda piece: show(piece, end="") if streams else None,
-            )
-            show("" if streams else output.texts[0])
-        except UserError as error:  # a character that the model does not know, options that nothing can be drawn with
-            show(f"error: {error}")
+    def value_of(self, name: str) -> Any:
+        if name == "input":
+            return self.input_text or "none"
+        if name == "stop":
+            return ", ".join(map(repr, self.sampling.stop)) or "none"
+        return getattr(self.sampling, name)
 
+    def set(self, name: str, value: str) -> None:
+        """Set an option.
 
-def converse(args: argparse.Namespace, model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Read questions and commands from standard input until it ends. Ctrl-C ends an answer or a line, nothing else."""
-    is_terminal = sys.stdin.isatty()
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # as Python decodes an argument
-    if readline is not None and is_terminal:
-        prepare_readline()
-    if not args.quiet:
-        show("\nAsk; /help lists the commands.")
-    conversation = Conversation(args, model, tokenizer)
-    while True:
-        try:
-            conversation.take(input("> ") if is_terminal else next_line())
-        except KeyboardInterrupt:
-            show("\n(Ctrl-D leaves)")
-        except EOFError:
-            if is_terminal:
-                show("")
+        Raises:
+            argparse.ArgumentTypeError: the option cannot have this value.
+        """
+        if name == "input":
+            if not self.answers.takes_instructions:
+                raise argparse.ArgumentTypeError("has no place in a raw text, which this model's prompts are")
+            self.input_text = "" if value == "none" else value
             return
+        new: Any
+        if name == "stop":
+            new = () if value == "none" else (escaped(value),)
+        else:
+            try:
+                new = (SEED if name == "seed" else SAMPLING[name].type)(value)
+            except ValueError:
+                raise argparse.ArgumentTypeError(f"needs a number, such as /{name} {self.value_of(name)}") from None
+        self.sampling = replace(self.sampling, **{name: new})
+        self.seed_was_used = self.seed_was_used and name != "seed"
+
+    def again(self, _: str) -> str:
+        if not self.prompt:
+            return "There is no question yet."
+        if self.seed_was_used:
+            self.sampling = replace(self.sampling, seed=(self.sampling.seed + 1) % 2**64)
+        self.ask(self.prompt)
+        return f"(seed {self.sampling.seed})"
+
+    def ask_file(self, path: str) -> str:
+        text = read_prompt_file(path)
+        self.ask(text.strip() if self.answers.takes_instructions else text)
+        return ""
+
+    def save(self, path: str) -> str:
+        try:
+            with Path(path).open("x", encoding="utf-8") as file:
+                file.writelines(f"{json.dumps(record)}\n" for record in self.records)
+        except (OSError, ValueError) as error:
+            raise argparse.ArgumentTypeError(f"{path}: {getattr(error, 'strerror', error)}") from None
+        return f"saved: {path} ({count(len(self.records), 'answer')})"
+
+    def ask(self, prompt: str) -> None:
+        """Print the answer to a question."""
+        answers, self.prompt, self.seed_was_used = self.answers, prompt, True
+        try:
+            output = answers.answer_once(answers.question(prompt, self.input_text), self.sampling, response_only=True)
+        except UserError as error:  # an unknown character, or options that leave no token to draw
+            show(json_line({"prompt": prompt, "error": str(error)}) if answers.args.json else f"error: {error}")
+            return
+        name = "instruction" if answers.takes_instructions else "prompt"
+        record = {name: prompt, "input": self.input_text, "response": output.responses[0]}
+        self.records.append({key: text for key, text in record.items() if text or key != "input"})
+        if is_terminal(sys.stdout) and not (answers.args.quiet or answers.args.json):
+            rate = output.new_tokens / output.seconds
+            show(f"({count(output.new_tokens, 'token')}, {rate:.1f} tokens/s)", dim=True)
 
 
-def next_line() -> str:
+def converse(answers: Answers) -> None:
+    """Read questions and commands from standard input until it ends. Ctrl-C ends an answer or a line, nothing else."""
+    has_terminal = is_terminal(sys.stdin)
+    conversation = Conversation(answers)
+    answers.note("\nAsk; /help lists the commands.")
+    with line_editing(keeps_history=not answers.args.no_history) if has_terminal else nullcontext():
+        while True:
+            try:
+                conversation.take(next_text(input if has_terminal else piped_line))
+            except KeyboardInterrupt:
+                show("\n(Ctrl-D leaves)")
+            except EOFError:
+                break
+    if has_terminal:
+        show("")
+
+
+def next_text(read: Callable[[str], str]) -> str:
+    """The next line, or the lines between two \"\"\"."""
+    line = read("> ")
+    if not line.startswith('"""'):
+        return line
+    text = line.removeprefix('"""')
+    while '"""' not in text:
+        text += f"\n{read('... ')}"
+    return text.partition('"""')[0].removeprefix("\n")
+
+
+def piped_line(_: str) -> str:
     """The next line of a pipe or a file.
 
     Raises:
         EOFError: there is none.
-        UserError: it is too long.
+        UserError: it is too long, or not UTF-8.
     """
-    line = sys.stdin.readline(MOST_PROMPT_BYTES + 1)
+    line = sys.stdin.buffer.readline(MOST_PROMPT_BYTES + 1)
     if not line:
         raise EOFError
-    if len(line) > MOST_PROMPT_BYTES:
-        raise UserError(f"standard input: a line is more than {MOST_PROMPT_BYTES // 2**20} Mi characters long")
-    return line.removesuffix("\n")
+    try:
+        return decoded(line, "a line of standard input").rstrip("\r\n")
+    except argparse.ArgumentTypeError as error:
+        raise UserError(str(error)) from None
 
 
-def prepare_readline() -> None:
-    """The tabulator completes commands."""
+# The line editor of a terminal
+
+
+@contextmanager
+def line_editing(keeps_history: bool) -> Iterator[None]:
+    """The Tab key completes commands, a pasted block is one question, and earlier lines are at hand."""
+    if readline is None:
+        yield
+        return
 
     def complete(text: str, state: int) -> str | None:
-        matches = [f"/{name} " for name in COMMANDS if f"/{name}".startswith(text)] if text.startswith("/") else []
-        return matches[state] if state < len(matches) else None
+        known = [f"/{name} " for name in names(COMMANDS | OPTIONS)] if text.startswith("/") else []
+        return next(iter([command for command in known if command.startswith(text)][state:]), None)
 
     readline.set_completer(complete)
     readline.set_completer_delims(" ")
     readline.parse_and_bind("tab: complete")
+    readline.parse_and_bind("set enable-bracketed-paste on")
+    path = history_path() if keeps_history else None
+    if path is None:
+        yield
+        return
+    with suppress(OSError):  # there is none yet, or it cannot be read
+        readline.read_history_file(path)
+    readline.set_history_length(MOST_HISTORY)
+    n_read = readline.get_current_history_length()
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # a history that cannot be kept is no reason to fail
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            path.touch(mode=0o600)
+            # Appended, so that two conversations at the same time keep both of their lines.
+            readline.append_history_file(readline.get_current_history_length() - n_read, path)
+
+
+def history_path() -> Path | None:
+    """Where the platform keeps such files; None without a home folder."""
+    with suppress(RuntimeError):
+        if sys.platform == "darwin":
+            return Path.home() / "Library" / "Application Support" / DISTRIBUTION / "history"
+        return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / DISTRIBUTION / "history"
+    return None
+
+
+def names(table: dict[str, str]) -> list[str]:
+    return [usage.split()[0] for usage in table]
+
+
+def table(entries: dict[str, str]) -> str:
+    return "\n".join(f"  /{usage:<22} {text}" for usage, text in entries.items())

@@ -2,45 +2,33 @@
 
 import argparse
 import json
-import os
-import re
 import shlex
-import stat
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_model_cli.common import (
-    ACTIVATIONS,
-    DEFAULT_CHECKPOINT,
-    DTYPES,
+from hf_model_cli.files import check_file, check_model
+from hf_model_cli.options import (
     FORMATS,
     GGUF_TYPES,
     HUB_NAME,
     QUANTIZATIONS,
-    SHARD_SIZE,
     TRAINERS,
-    OutputError,
     Parser,
-    add_vocabulary,
-    check_checkpoint,
-    check_file,
-    mode_of,
-    no_garbage_search,
-    number,
-    run_command,
-    show,
-    vocabulary_of,
+    add_model,
+    named,
+    shard_size,
+    words,
 )
+from hf_model_cli.run import OutputError, discard_output, is_terminal, quick_imports, run_command, show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-LANGUAGE = "[a-z]{2,3}|code|multilingual"  # ISO 639, or what the Hub takes beside it
+LANGUAGE = "[a-z]{2,3}|code|multilingual"  # ISO 639, and two words of the Hub
 WRITING = ("output_dir", "overwrite", "push_to_hub", "no_verify", "gguf_type", "quantization", "like")
 CARD = ("model_name", "license", "language", "datasets", "base_model", "tags", "example_prompt")
-# How a format is tried; {ask} is what a server of raw text is asked with, since its chats would have no template.
+# How to try a format. {ask} asks a server for raw text, whose model has no chat template.
 TRY_IT = {
     "transformers": """\
   {command} --checkpoint_path {path} --prompt {prompt}
@@ -50,27 +38,10 @@ TRY_IT = {
     "gguf": """\
   llama-server --model {path}/model-{type}.gguf --ctx-size 0{ask}""",
 }
-N_TOKENS = 20  # asked for; engines but transformers end with the context
+N_TOKENS = 20  # most engines end with the context
 PORTS = {"transformers": 8000, "gpt2": 8000, "gguf": 8080}
 ASK = """
   curl http://localhost:{port}/v1/completions -H "Content-Type: application/json" -d {body}"""
-
-
-def shard_size(text: str) -> str:
-    if not re.fullmatch(SHARD_SIZE, text, re.ASCII | re.IGNORECASE):
-        raise argparse.ArgumentTypeError(f"must be a size such as 500MB or 5GB, got {text}")
-    return text.upper()
-
-
-def named(pattern: str, example: str) -> Callable[[str], str]:
-    """An argparse type: a name of a certain form, as the Hub asks for it."""
-
-    def parse(text: str) -> str:
-        if not re.fullmatch(pattern, text):
-            raise argparse.ArgumentTypeError(f"must be a name such as {example}, got {text!r}")
-        return text
-
-    return parse
 
 
 REPO = named(HUB_NAME.pattern, "openai-community/gpt2")
@@ -78,89 +49,94 @@ REPO = named(HUB_NAME.pattern, "openai-community/gpt2")
 
 def make_parser() -> Parser:
     parser = Parser(description=__doc__)
-    files = parser.add_argument_group("files")
-    files.add_argument(
-        "--checkpoint_path",
-        default=DEFAULT_CHECKPOINT,
-        help="checkpoint (.pt), or a converted folder, fine-tuned or not (default: %(default)s)",
+    add_model(parser.add_argument_group("model"))
+    add_output(parser.add_argument_group("output"))
+    add_card(
+        parser.add_argument_group("model card", "What the folder's README.md says beside what the checkpoint tells.")
     )
-    add_vocabulary(files, default="where the trainer put it, or the converted folder's own")
-    files.add_argument(
-        "--output_dir", help="default: hf/ beside the checkpoint, or FORMAT/; for a folder FOLDER-FORMAT/"
+    add_inspection(parser.add_argument_group("what the model has learnt"))
+    return parser
+
+
+def add_output(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--output_dir",
+        metavar="FOLDER",
+        help="where to write (default: hf/ beside the checkpoint; FORMAT/ for another format; FOLDER-FORMAT/ beside a "
+        "converted folder)",
     )
-    files.add_argument("--overwrite", action="store_true", help="replace the model that is in the output folder")
-    files.add_argument(
+    group.add_argument("--overwrite", action="store_true", help="replace a model that is in the output folder")
+    group.add_argument(
+        "--format", choices=FORMATS, default="transformers", help="which program reads it (default: %(default)s)"
+    )
+    group.add_argument(
+        "--gguf_type", choices=GGUF_TYPES, help="with --format gguf: type of the matrices (default: f32)"
+    )
+    group.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        help="with --format ctranslate2: type of the weights (default: their dtype)",
+    )
+    group.add_argument(
+        "--like",
+        choices=TRAINERS,
+        help="with --format checkpoint: which trainer reads it (default: original)",
+    )
+    group.add_argument(
+        "--max_shard_size",
+        type=shard_size,
+        metavar="SIZE",
+        default="5GB",
+        help="size of the largest file of weights (default: %(default)s)",
+    )
+    group.add_argument("--no_verify", action="store_true", help="do not compare the output with its source")
+    group.add_argument(
         "--push_to_hub", type=REPO, metavar="REPO", help="upload the folder to this repository, private if new"
     )
-
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--format", choices=FORMATS, default="transformers", help="who is to read it (default: %(default)s)"
-    )
-    model.add_argument("--dtype", choices=DTYPES, default="auto", help="default: the file's own")
-    model.add_argument("--max_shard_size", type=shard_size, default="5GB", help="default: %(default)s")
-    model.add_argument("--n_head", type=number(int, 1), help="number of heads, where the checkpoint does not tell")
-    model.add_argument("--activation", choices=ACTIVATIONS, help="exact or tanh GELU (default: what the file tells)")
-    model.add_argument("--gguf_type", choices=GGUF_TYPES, help="of the matrices of a GGUF (default: f32)")
-    model.add_argument("--quantization", choices=QUANTIZATIONS, help="by CTranslate2 (default: the weights' dtype)")
-    model.add_argument("--like", choices=TRAINERS, help="whose checkpoint to write (default: original)")
-    model.add_argument("--no_verify", action="store_true", help="do not compare the folder with its source")
-    add_card(parser.add_argument_group("model card", "what the folder's README says; the rest is left to be filled in"))
-    add_inspection(parser.add_argument_group("what it has learnt"))
-    return parser
 
 
 def add_card(group: argparse._ArgumentGroup) -> None:
     several: dict[str, Any] = {"nargs": "+", "default": []}
     group.add_argument(
-        "--model_name", type=words, metavar="NAME", help="its title (default: the folder's name, or its project's)"
+        "--model_name", type=words, metavar="NAME", help="its title (default: the name of the repository or the folder)"
     )
     group.add_argument("--license", type=named("[a-z0-9.-]+", "apache-2.0"), metavar="ID", help="such as apache-2.0")
     group.add_argument("--language", type=named(LANGUAGE, "en"), metavar="CODE", **several, help="such as en de")
-    group.add_argument("--datasets", type=REPO, metavar="REPO", **several, help="names on the Hub")
-    group.add_argument("--base_model", type=REPO, metavar="REPO", help="what it was fine-tuned from, a name on the Hub")
+    group.add_argument("--datasets", type=REPO, metavar="REPO", **several, help="data of the training, on the Hub")
     group.add_argument(
-        "--tags", type=named(r"[\w.:/-]+", "instruct"), metavar="TAG", **several, help="more to find it by"
+        "--base_model", type=REPO, metavar="REPO", help="the model that it was fine-tuned from, on the Hub"
     )
+    group.add_argument("--tags", type=named(r"[\w.:/-]+", "instruct"), metavar="TAG", **several, help="tags on the Hub")
     group.add_argument(
         "--example_prompt",
         type=words,
         action="append",
         default=[],
         metavar="TEXT",
-        help="one to try; may be given several times",
+        help="a prompt to try; may be given several times",
     )
-
-
-def words(text: str) -> str:
-    """An argparse type: what a card can hold."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("must not be empty")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise argparse.ArgumentTypeError("is not UTF-8")
-    return text
 
 
 def add_inspection(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--inspect",
-        action="store_true",
-        help="say all there is to say of a checkpoint (.pt) or a folder; write nothing",
+        "--inspect", action="store_true", help="describe the model and what it has learnt; write no folder"
     )
-    group.add_argument("--json", action="store_true", help="with --inspect: one JSON object instead of lines")
+    group.add_argument("--json", action="store_true", help="with --inspect: print one JSON object, not lines")
     group.add_argument(
         "--training_data",
         metavar="FILE",
-        help="what it was trained on, to measure by: JSON Lines of instruction, input and output; or text",
+        help="data of the training, to measure the model by: JSON Lines with instruction, input and output; or text",
     )
-    group.add_argument("--report", metavar="FILE.html", type=Path, help="write a page that shows what it has learnt")
+    group.add_argument(
+        "--report", metavar="FILE.html", type=Path, help="write a page that shows what the model has learnt"
+    )
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args(argv)
     check_inspection(parser, args)
-    check_source(parser, args)
+    check_model(parser, args)
     for option, format in (("gguf_type", "gguf"), ("quantization", "ctranslate2"), ("like", "checkpoint")):
         if getattr(args, option) is not None and args.format != format:
             parser.error(f"argument --{option}: goes with --format {format}")
@@ -170,20 +146,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def check_source(parser: Parser, args: argparse.Namespace) -> None:
-    """Check that the source's files are there, and find what names its vocabulary."""
-    path = Path(args.checkpoint_path)
-    is_folder = stat.S_ISDIR(mode_of(parser, "checkpoint_path", path) or 0)
-    if is_folder:
-        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-            parser.error(
-                f"argument --checkpoint_path: there is no file {path}, and the folder holds no model (no config.json)"
-            )
-    else:
-        check_checkpoint(parser, args.checkpoint_path, "file ")
-    args.vocabulary = vocabulary_of(parser, args, is_folder)
-
-
 def default_output(source: Path, format: str) -> Path:
     folder = "hf" if format == "transformers" else format
     source = source.absolute() if source.name in ("", "..") else source
@@ -191,7 +153,7 @@ def default_output(source: Path, format: str) -> Path:
 
 
 def check_inspection(parser: Parser, args: argparse.Namespace) -> None:
-    """Check the arguments on what the model has learnt, and that nothing is asked to be written that would not be."""
+    """Check the options of --inspect, --training_data and --report."""
     if args.json and not args.inspect:
         parser.error("argument --json: goes with --inspect")
     if args.inspect and args.format != "transformers":
@@ -210,15 +172,14 @@ def check_inspection(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    # Imported here, after the arguments are known to be right: these imports take seconds.
-    with no_garbage_search():
+    with quick_imports():
         from huggingface_hub.utils import disable_progress_bars
         from transformers.utils import logging
 
         from hf_model.conversion import convert, push
-        from hf_model.formats.card_facts import About
+        from hf_model.formats.cards import About
     logging.set_verbosity_error()
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         logging.disable_progress_bar()
         disable_progress_bars()
     if args.inspect:
@@ -228,7 +189,7 @@ def run(args: argparse.Namespace) -> None:
     tokenizers: list[PreTrainedTokenizerFast] = []
     folder = convert(
         args.checkpoint_path,
-        args.vocabulary,
+        args.tokenizer_path,
         args.output_dir,
         format=args.format,
         dtype=args.dtype,
@@ -264,40 +225,35 @@ def run(args: argparse.Namespace) -> None:
 
 
 def how_to_try(args: argparse.Namespace, folder: Path, tokenizer: "PreTrainedTokenizerFast") -> str:
-    """Commands for the folder just written, for prompts of the model's own kind."""
+    """Commands that try the new folder with a prompt of the model's kind, as a shell reads them."""
     from hf_model.tokenizer import example_prompt, takes_instructions
 
     prompt = next(iter(args.example_prompt), example_prompt(tokenizer))
+    # A relative path without a dot in front could be a name on the Hub.
+    path = str(folder) if folder.is_absolute() or folder.parts[:1] == ("..",) else f"./{folder}"
     if takes_instructions(tokenizer):
         ask = " --jinja" if args.format == "gguf" else ""
     else:
-        body = json.dumps({"model": str(folder), "prompt": prompt, "max_tokens": N_TOKENS})
+        body = json.dumps({"model": path, "prompt": prompt, "max_tokens": N_TOKENS})
         ask = ASK.format(port=PORTS[args.format], body=shlex.quote(body))
     return TRY_IT[args.format].format(
         command="python generate.py" if Path(sys.argv[0]).suffix == ".py" else "custom-gpt-generate",
-        path=shlex.quote(str(folder)),
-        prompt=quoted(prompt),
+        path=shlex.quote(path),
+        prompt=shlex.quote(prompt),
         type=args.gguf_type or "f32",
         ask=ask,
     )
 
 
-def quoted(prompt: str) -> str:
-    """A prompt as a shell takes it."""
-    if "\n" in prompt:
-        return f"$'{prompt.encode('unicode_escape').decode()}'"
-    return f'"{prompt}"' if re.fullmatch(r"[\w ,.?]+", prompt) else shlex.quote(prompt)
-
-
 def look(args: argparse.Namespace) -> None:
     from hf_model.learnt.inspection import inspect
-    from hf_model.learnt.report import check_page, write_page
+    from hf_model.learnt.page import check_page, write_page
 
     if args.report is not None:
         check_page(args.report)
     inspection, model, tokenizer = inspect(
         args.checkpoint_path,
-        args.vocabulary,
+        args.tokenizer_path,
         dtype=args.dtype,
         n_head=args.n_head,
         activation=args.activation or "auto",
@@ -322,8 +278,7 @@ def say(line: str) -> None:
     except OutputError as error:
         if not isinstance(error.__cause__, BrokenPipeError):
             raise
-        # `| head`: that nobody reads on is no reason to stop converting
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()  # `| head` has read enough, but the conversion goes on
 
 
 def main() -> int:

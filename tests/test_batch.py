@@ -1,6 +1,7 @@
-"""A file of records answered in batches: the same answers in the same order, whatever happens on the way."""
+"""A file of records is answered in batches. The answers and their order are the same, whatever happens on the way."""
 
 import copy
+import dataclasses
 import json
 import os
 import signal
@@ -17,12 +18,10 @@ import torch
 
 from generate import main
 from hf_model import batch, loading
-from hf_model.batch import answer_file
+from hf_model.batch import Processes, answer_file
 from hf_model.errors import UserError
 from hf_model.generation import Sampling, encode, generate
 from hf_model.loading import load
-from hf_model.processes import Processes
-from hf_model.records import read_records
 from hf_model.tokenizer import format_prompt
 from tests.tiny import ROOT
 
@@ -57,7 +56,7 @@ def interrupt() -> None:
 
 
 def killed_after(n_batches: int, monkeypatch: pytest.MonkeyPatch, stop: Callable[[], None] = interrupt) -> None:
-    """Let the model answer that many batches, then stop, as Ctrl-C would or otherwise."""
+    """Let the model answer that many batches, then stop it: as Ctrl-C does, or in another way."""
     answered = []
 
     def continue_prompts(*args) -> list[str]:
@@ -136,7 +135,7 @@ class TestResuming:
         assert [record["response"] for record in written(out)] == ANSWERS
         assert list(tmp_path.iterdir()) == [out]  # no journal is left
 
-    @pytest.mark.parametrize("lost", [1, 10, 25])
+    @pytest.mark.parametrize("lost", [2, 10, 25])
     def test_a_half_written_line_is_answered_again(
         self, model_and_tokenizer: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: int
     ) -> None:
@@ -148,39 +147,80 @@ class TestResuming:
         assert answer_file(*model_and_tokenizer, RECORDS, out, 2, GREEDY) == len(RECORDS) - 1
         assert [record["response"] for record in written(out)] == ANSWERS
 
+    def unfinished(self, loaded: tuple, records: list[dict], sampling: Sampling, out: Path) -> None:
+        """Leave the journal of a run that was stopped after a batch of two."""
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            killed_after(1, patch)
+            answer_file(*loaded, records, out, 2, sampling)
+
     @pytest.mark.parametrize(
-        ("records", "sampling"),
+        ("records", "n_kept"),
         [
-            (list(reversed(RECORDS)), GREEDY),
-            (RECORDS, Sampling(temperature=0, max_new_tokens=11)),
+            ([*RECORDS, {"instruction": "What is the capital of Peru?"}], 2),
+            ([{"instruction": "What is the capital of Peru?"}, *RECORDS], 2),
+            (list(reversed(RECORDS)), 2),
+            ([{**record, "id": index} for index, record in enumerate(RECORDS)], 2),
+            ([*RECORDS[:2], {**RECORDS[2], "input": "Peru"}, *RECORDS[3:]], 1),
         ],
-        ids=["other records", "other sampling"],
+        ids=["appended", "inserted", "reordered", "with another field", "edited"],
     )
-    def test_the_journal_of_another_run_is_not_used(
-        self,
-        model_and_tokenizer: tuple,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        records: list[dict],
-        sampling: Sampling,
+    def test_answers_are_kept_for_records_that_are_unchanged(
+        self, model_and_tokenizer: tuple, tmp_path: Path, records: list[dict], n_kept: int
     ) -> None:
         out = tmp_path / "out.jsonl"
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            killed_after(1, patch)
-            answer_file(*model_and_tokenizer, records, out, 2, sampling)
-        assert answer_file(*model_and_tokenizer, RECORDS, out, 2, GREEDY) == len(RECORDS)
-        assert [record["response"] for record in written(out)] == ANSWERS
+        self.unfinished(model_and_tokenizer, RECORDS, GREEDY, out)  # the longest two: one is the record that is edited
+        assert answer_file(*model_and_tokenizer, records, out, 2, GREEDY) == len(records) - n_kept
+        answer_file(*model_and_tokenizer, records, tmp_path / "at once.jsonl", 2, GREEDY)
+        assert out.read_text() == (tmp_path / "at once.jsonl").read_text()
 
-    def test_the_journal_of_other_weights_is_not_used(
-        self, model_and_tokenizer: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            ({"max_new_tokens": 11}, r"max_new_tokens=12 \(now 11\)"),
+            ({"temperature": 0.5}, r"temperature=0 \(now 0\.5\)"),
+            ({"stop": ("a", "b")}, r"stop=\[\] \(now \['a', 'b'\]\)"),
+        ],
+        ids=str,
+    )
+    def test_other_options_are_an_error_that_names_the_choice(
+        self, model_and_tokenizer: tuple, tmp_path: Path, options: dict, said: str
     ) -> None:
+        out, journal = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+        self.unfinished(model_and_tokenizer, RECORDS, GREEDY, out)
+        before = journal.read_bytes()
+        sampling = dataclasses.replace(GREEDY, **options)
+        with pytest.raises(UserError, match=rf"holds 2 answers .*{said}.* --overwrite .* --output_file"):
+            answer_file(*model_and_tokenizer, RECORDS, out, 2, sampling)
+        assert journal.read_bytes() == before
+        assert answer_file(*model_and_tokenizer, RECORDS, out, 2, sampling, overwrite=True) == len(RECORDS)
+        assert list(tmp_path.iterdir()) == [out]
+
+    @pytest.mark.parametrize("options", [{"seed": 1}, {"top_k": 1}, {"cache_implementation": "static"}], ids=str)
+    def test_options_that_greedy_answers_do_not_depend_on_may_change(
+        self, model_and_tokenizer: tuple, tmp_path: Path, options: dict
+    ) -> None:
+        out = tmp_path / "out.jsonl"
+        self.unfinished(model_and_tokenizer, RECORDS, GREEDY, out)
+        assert answer_file(*model_and_tokenizer, RECORDS, out, 2, dataclasses.replace(GREEDY, **options)) == 3
+
+    def test_another_model_is_an_error(self, model_and_tokenizer: tuple, tmp_path: Path) -> None:
         out, (model, tokenizer) = tmp_path / "out.jsonl", model_and_tokenizer
         other = copy.deepcopy(model)
         other.transformer.h[1].mlp.c_fc.weight.data[3, 4] += 1
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        self.unfinished((other, tokenizer), RECORDS, GREEDY, out)
+        with pytest.raises(UserError, match=r"holds 2 answers .*another model"):
+            answer_file(model, tokenizer, RECORDS, out, 2, GREEDY)
+
+    def test_an_interrupted_overwrite_goes_on(self, model_and_tokenizer: tuple, tmp_path: Path) -> None:
+        out = tmp_path / "out.jsonl"
+        answer_file(*model_and_tokenizer, RECORDS[:1], out, 2, GREEDY)
+        before = out.read_bytes()
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
             killed_after(1, patch)
-            answer_file(other, tokenizer, RECORDS, out, 2, GREEDY)
-        assert answer_file(model, tokenizer, RECORDS, out, 2, GREEDY) == len(RECORDS)
+            answer_file(*model_and_tokenizer, RECORDS, out, 2, GREEDY, overwrite=True)
+        assert out.read_bytes() == before
+        assert answer_file(*model_and_tokenizer, RECORDS, out, 2, GREEDY, overwrite=True) == 3
+        assert [record["response"] for record in written(out)] == ANSWERS
 
     def test_the_program_resumes_after_sigkill(
         self, capitals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
@@ -212,7 +252,7 @@ class TestResuming:
         process.kill()
         process.wait()
         assert not out.exists()
-        # How it is done does not matter, only what is asked for: another batch size goes on with the same journal.
+        # The batch size may change: greedy answers do not depend on it.
         monkeypatch.setattr(sys, "argv", [*arguments, "--batch_size", "64"])
         assert main() == 0
         answered_now = int(capsys.readouterr().out.split(" of them answered now")[0].split()[-1])
@@ -244,7 +284,7 @@ class TestResuming:
 
     @staticmethod
     def will_fail(how: str, capitals: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Have the program called with five records, and fail after the first batch of two."""
+        """Prepare a call of the program with five records that fails after the first batch of two."""
 
         def fail() -> None:
             raise RuntimeError(how)
@@ -290,7 +330,10 @@ class TestProcesses:
     @pytest.mark.parametrize("count", [1, 2, 3, 5])
     def test_each_item_is_one_process_s(self, count: int, n_items: int) -> None:
         items = list(range(n_items))
-        states = [SimpleNamespace(num_processes=count, process_index=index) for index in range(count)]
+        states = [
+            SimpleNamespace(num_processes=count, process_index=index, is_main_process=index == 0)
+            for index in range(count)
+        ]
         shares = [Processes(state).share(items) for state in states]  # type: ignore[arg-type]
         assert sorted(item for share in shares for item in share) == items
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
@@ -305,9 +348,9 @@ class TestProcesses:
         def fail(items: list) -> None:
             raise RuntimeError(trouble)
 
-        monkeypatch.setattr("hf_model.processes.gather_object", fail)
+        monkeypatch.setattr("hf_model.batch.gather_object", fail)
         with pytest.raises(UserError, match=said):
-            Processes(SimpleNamespace(num_processes=2)).gather([1])  # type: ignore[arg-type]
+            Processes(SimpleNamespace(num_processes=2, is_main_process=True)).gather([1])  # type: ignore[arg-type]
 
     LAUNCH = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
 
@@ -325,7 +368,7 @@ class TestProcesses:
             assert first.poll() is None
             time.sleep(0.01)
         launched = psutil.Process(first.pid).children(recursive=True)
-        for process in (first, *launched):  # the launcher's end alone would not be theirs
+        for process in (first, *launched):  # they do not end with the launcher
             process.kill()
         psutil.wait_procs(launched)
         first.wait()
@@ -350,48 +393,66 @@ class TestProcesses:
         assert "several processes share the records of a --prompts_file" in capsys.readouterr().err
 
 
-class TestErrors:
-    @pytest.mark.parametrize(
-        ("line", "problem"),
-        [
-            ("Instruction: hello", "is not a JSON object with an 'instruction'"),
-            ('"instruction"', "is not a JSON object with an 'instruction'"),
-            ('{"prompt": "hello"}', "is not a JSON object with an 'instruction'"),
-            ("", "is not a JSON object with an 'instruction'"),
-            ('{"instruction": ["hello"]}', "must be strings"),
-            ('{"instruction": "hello", "input": 3}', "must be strings"),
-            ('{"instruction": "hello", "id": 1e999}', "holds the number 1e999, which is too large"),
-            ('{"instruction": "hello", "id": NaN}', "holds NaN, which is not JSON"),
-            ('{"instruction": "hello", "id": ' + "[" * 10**5, "is nested more than 100 deep"),
-        ],
-    )
-    def test_a_line_that_is_no_record_is_named(self, tmp_path: Path, line: str, problem: str) -> None:
-        (tmp_path / "in.jsonl").write_text(f'{{"instruction": "hello"}}\n{line}\n')
-        with pytest.raises(UserError, match=f"in.jsonl, line 2: .*{problem}"):
-            read_records(tmp_path / "in.jsonl")
+class TestFinished:
+    """A complete output file is left as it is, so that loops and `make` work."""
+
+    @pytest.fixture
+    def finished(self, model_and_tokenizer: tuple, tmp_path: Path) -> Path:
+        answer_file(*model_and_tokenizer, RECORDS, tmp_path / "out.jsonl", 2, GREEDY)
+        return tmp_path / "out.jsonl"
+
+    def test_nothing_is_done_for_the_same_records(self, finished: Path, model_and_tokenizer: tuple) -> None:
+        before = finished.read_bytes(), finished.stat().st_mtime_ns
+        assert answer_file(*model_and_tokenizer, RECORDS, finished, 2, GREEDY) == 0
+        assert (finished.read_bytes(), finished.stat().st_mtime_ns) == before
+        assert list(finished.parent.iterdir()) == [finished]
 
     @pytest.mark.parametrize(
-        ("line", "raw", "problem"),
-        [
-            ('{"instruction": "hello"}', True, "has an 'instruction', but this model's prompts are raw text"),
-            ('{"text": "hello"}', None, "is not a JSON object with a 'prompt' or an 'instruction'"),
-            ('["prompt"]', None, "is not a JSON object with a 'prompt' or an 'instruction'"),
-            ('{"prompt": 7}', None, "'prompt' and 'input' must be strings"),
-            ('{"instruction": 7}', None, "'instruction' and 'input' must be strings"),
-            ('{"instruction": 7, "prompt": ""}', None, "must be strings"),
-        ],
+        "records", [RECORDS[:-1], [*RECORDS, RECORDS[0]], [{**RECORDS[0], "id": 8}, *RECORDS[1:]], []]
     )
-    def test_a_record_of_the_wrong_kind_is_named(
-        self, tmp_path: Path, line: str, raw: bool | None, problem: str
+    def test_other_records_are_an_error_that_names_the_choice(
+        self, records: list[dict], finished: Path, model_and_tokenizer: tuple
     ) -> None:
-        (tmp_path / "in.jsonl").write_text(f'{{"prompt": "hello"}}\n{line}\n')
-        with pytest.raises(UserError, match=f"in.jsonl, line 2: .*{problem}"):
-            read_records(tmp_path / "in.jsonl", raw)
+        before = finished.read_bytes()
+        with pytest.raises(
+            UserError, match=r"out.jsonl: exists already, .*other records.* --output_file .*--overwrite"
+        ):
+            answer_file(*model_and_tokenizer, records, finished, 2, GREEDY)
+        assert finished.read_bytes() == before
+        assert answer_file(*model_and_tokenizer, records, finished, 2, GREEDY, overwrite=True) == len(records)
+        assert [{k: v for k, v in r.items() if k != "response"} for r in written(finished)] == records
 
-    def test_either_kind_is_taken_while_the_model_is_unknown(self, tmp_path: Path) -> None:
-        records = [{"prompt": "hello"}, {"instruction": "hello", "input": "x"}, {"prompt": 7, "instruction": "hello"}]
-        assert read_records(write_records(tmp_path / "in.jsonl", records), raw=None) == records
+    def test_the_same_records_are_answered_again_when_told(self, finished: Path, model_and_tokenizer: tuple) -> None:
+        short = dataclasses.replace(GREEDY, max_new_tokens=1)
+        assert answer_file(*model_and_tokenizer, RECORDS, finished, 2, short, overwrite=True) == len(RECORDS)
+        assert [record["response"] for record in written(finished)] != ANSWERS
 
+    @pytest.mark.parametrize("overwrite", [False, True])
+    @pytest.mark.parametrize("content", ["mine", '{"instruction": "hello"}\n', '{"response": 7}\n', "[]", "\n", "\xff"])
+    def test_a_file_that_holds_no_answers_stays(
+        self, content: str, overwrite: bool, model_and_tokenizer: tuple, tmp_path: Path
+    ) -> None:
+        (tmp_path / "out.jsonl").write_text(content, encoding="latin-1")
+        with pytest.raises(UserError, match=r"out.jsonl: exists already"):
+            answer_file(*model_and_tokenizer, RECORDS, tmp_path / "out.jsonl", 2, GREEDY, overwrite=overwrite)
+        assert (tmp_path / "out.jsonl").read_text(encoding="latin-1") == content
+        assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    @pytest.mark.parametrize("leads_to", ["elsewhere.jsonl", "nowhere"])
+    def test_a_link_is_neither_followed_nor_replaced(
+        self, leads_to: str, overwrite: bool, model_and_tokenizer: tuple, tmp_path: Path
+    ) -> None:
+        answer_file(*model_and_tokenizer, RECORDS[:1], tmp_path / "elsewhere.jsonl", 2, GREEDY)
+        before = (tmp_path / "elsewhere.jsonl").read_bytes()
+        (tmp_path / "out.jsonl").symlink_to(leads_to)
+        with pytest.raises(UserError, match=r"out.jsonl: is a symbolic link"):
+            answer_file(*model_and_tokenizer, RECORDS, tmp_path / "out.jsonl", 2, GREEDY, overwrite=overwrite)
+        assert (tmp_path / "out.jsonl").is_symlink()
+        assert (tmp_path / "elsewhere.jsonl").read_bytes() == before
+
+
+class TestErrors:
     @pytest.mark.parametrize("record", [{"prompt": "hello"}, {"instruction": None}, "hello"])
     def test_a_record_from_python_is_checked_too(
         self, model_and_tokenizer: tuple, tmp_path: Path, record: dict
@@ -414,23 +475,6 @@ class TestErrors:
         monkeypatch.setattr(sys, "argv", program(capitals, tmp_path / "in.jsonl", tmp_path / "out.jsonl"))
         assert main() == 2
         assert "in.jsonl, line 1: " in capsys.readouterr().err
-
-    @pytest.mark.parametrize("content", [None, b"\xff\xfe"], ids=["no file", "not UTF-8"])
-    def test_a_file_that_cannot_be_read_is_named(self, tmp_path: Path, content: bytes | None) -> None:
-        if content:
-            (tmp_path / "in.jsonl").write_bytes(content)
-        with pytest.raises(UserError, match=r"in.jsonl: cannot be read"):
-            read_records(tmp_path / "in.jsonl")
-
-    def test_only_newlines_end_a_record(self, tmp_path: Path) -> None:
-        records = [{"instruction": "one\u2028line\x85of text"}]
-        assert read_records(write_records(tmp_path / "in.jsonl", records)) == records
-
-    def test_an_output_file_is_never_overwritten(self, model_and_tokenizer: tuple, tmp_path: Path) -> None:
-        (tmp_path / "out.jsonl").write_text("mine")
-        with pytest.raises(UserError, match=r"out.jsonl: exists already"):
-            answer_file(*model_and_tokenizer, RECORDS, tmp_path / "out.jsonl", 2, GREEDY)
-        assert (tmp_path / "out.jsonl").read_text() == "mine"
 
     def test_an_output_place_that_cannot_be_written_is_named(self, model_and_tokenizer: tuple, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"out.jsonl: cannot be written \(No such file or directory\)"):
@@ -455,10 +499,3 @@ class TestErrors:
         assert main() == 2
         error = capsys.readouterr().err
         assert error.startswith("generate.py: error: ") and error.count("\n") == 1
-
-
-def test_a_file_of_records_that_does_not_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_model.records.MAX_FILE", 100)
-    path = write_records(tmp_path / "in.jsonl", 10 * [{"instruction": "What is the capital of France?"}])
-    with pytest.raises(UserError, match="more than 100 characters"):
-        read_records(path)

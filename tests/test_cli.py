@@ -4,23 +4,26 @@ import io
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 import transformers
+from safetensors.torch import save_file
 
 import convert_checkpoint
 import generate
 import hf_model
-from hf_model import loading
+from hf_model import Sampling, loading
 from hf_model_cli import convert as convert_command
 from hf_model_cli import generate as generate_command
 from tests.tiny import CAPITALS, CHECKPOINT, EOS, ROOT, TOKENIZER, gpt, save_files
@@ -107,8 +110,8 @@ class TestArguments:
             (("--max_shard_size", "big"), "--max_shard_size: must be a size such as 500MB or 5GB, got big"),
             (("--max_shard_size", "0GB"), "--max_shard_size: must be a size such as 500MB or 5GB, got 0GB"),
             (("--n_head", "0"), "--n_head: must be at least 1, got 0"),
-            (("--checkpoint_path", "no/ckpt.pt"), "--checkpoint_path: there is no file no/ckpt.pt"),
-            (("--checkpoint_path", str(CAPITALS)), f"--checkpoint_path: there is no file {CAPITALS}"),
+            (("--checkpoint_path", "no/ckpt.pt"), "--checkpoint_path: there is no no/ckpt.pt"),
+            (("--checkpoint_path", str(ROOT / "docs")), f"--checkpoint_path: {ROOT / 'docs'} holds no model"),
             (("--tokenizer_path", "no.json"), "--tokenizer_path: there is no file no.json"),
             (("--format", "tf"), "--format: invalid choice: 'tf'"),
             (("--format", "gguf", "--gguf_type", "q4"), "--gguf_type: invalid choice: 'q4'"),
@@ -131,13 +134,18 @@ class TestArguments:
     def test_the_choices_are_those_of_the_formats(self) -> None:
         from hf_model import formats, loading
         from hf_model.formats import gguf, target, trainer_checkpoint
-        from hf_model_cli import common
+        from hf_model_cli import options
 
-        assert tuple(formats.FORMATS) == common.FORMATS
-        assert tuple(gguf.ALLOWED) == target.GGUF_TYPES == common.GGUF_TYPES
-        assert tuple(trainer_checkpoint.USE) == target.TRAINERS == common.TRAINERS
-        assert target.SHARD_SIZE == common.SHARD_SIZE
-        assert loading.ACTIVATIONS == ("auto", *common.ACTIVATIONS)
+        assert tuple(formats.FORMATS) == options.FORMATS
+        assert tuple(gguf.ALLOWED) == target.GGUF_TYPES == options.GGUF_TYPES
+        assert tuple(trainer_checkpoint.USE) == target.TRAINERS == options.TRAINERS
+        assert target.SHARD_SIZE == options.SHARD_SIZE
+        assert loading.ACTIVATIONS == ("auto", *options.ACTIVATIONS)
+        assert set(options.DTYPES) <= {"auto", *loading.DTYPES}
+        defaults = {field.name: field.default for field in fields(Sampling)}
+        assert {name: defaults[name] for name in options.SAMPLING} == {
+            name: option.default for name, option in options.SAMPLING.items()
+        }
 
     @pytest.mark.parametrize(
         "source, format, output",
@@ -183,6 +191,79 @@ class TestArguments:
         assert result.err.startswith(f"generate.py: error: {message}")
         assert result.err.count("\n") == 1
 
+    @pytest.mark.parametrize(
+        ("script", "typed", "meant"),
+        [
+            (generate, "--start", "--prompt"),
+            (generate, "--num_samples=3", "--num_return_sequences"),
+            (generate, "--model", "--checkpoint_path"),
+            (generate, "--out_dir=out", "--checkpoint_path"),
+            (generate, "--temp", "--temperature"),
+            (convert_checkpoint, "--outtype", "--gguf_type"),
+            (convert_checkpoint, "--model", "--checkpoint_path"),
+            (convert_checkpoint, "--upload", "--push_to_hub"),
+            (convert_checkpoint, "--out_dir", "--output_dir"),
+        ],
+    )
+    def test_another_program_s_name_of_an_option_is_answered_with_ours(
+        self, script: ModuleType, typed: str, meant: str, call: Callable[..., Result]
+    ) -> None:
+        result = call(script, typed, "x")
+        assert result.status == 2 and f"(did you mean {meant}?)" in result.err
+
+    def test_a_path_alone_is_the_checkpoint(self, capitals: Path) -> None:
+        for folder in (str(capitals), f"{capitals}{os.sep}"):
+            assert Path(convert_command.parse_arguments([folder]).checkpoint_path) == capitals
+
+    def test_a_folder_with_one_checkpoint_is_that_checkpoint(
+        self, capitals: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    ) -> None:
+        def taken(path: Path) -> str:
+            return str(convert_command.parse_arguments(["--checkpoint_path", str(path)]).checkpoint_path)
+
+        (tmp_path / "ckpt.pt").touch()
+        assert taken(tmp_path) == str(tmp_path / "ckpt.pt")
+        assert taken(capitals / "model.safetensors") == taken(capitals) == str(capitals)
+        (tmp_path / "best.pt").touch()
+        for path, names in ((tmp_path, ("ckpt.pt", "best.pt")), (tmp_path / "no.pt", ("ckpt.pt", "best.pt"))):
+            with pytest.raises(SystemExit, match="2"):
+                taken(path)
+            said = capsys.readouterr().err
+            assert all(str(tmp_path / name) in said for name in names) and said.count("\n") == 1
+
+    def test_a_name_on_the_hub_is_answered_with_how_to_download_it(self, call: Callable[..., Result]) -> None:
+        result = call(generate, "--checkpoint_path", "someone/capitals", *FRANCE)
+        assert result.status == 2 and "hf download someone/capitals --local-dir capitals" in result.err
+
+    def test_weights_alone_are_answered_with_a_command_that_makes_a_checkpoint(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[..., Result]
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        state = torch.load(CHECKPOINT, weights_only=True)["model_state_dict"]
+        save_file(state, tmp_path / "ema.safetensors")
+        tokenizer = ("--tokenizer_path", str(TOKENIZER), "--n_head", "3", "--response_only")
+        refused = call(generate, "--checkpoint_path", "ema.safetensors", *tokenizer, *FRANCE)
+        assert refused.status == 2
+        subprocess.run(shlex.split(refused.err.partition("make one: ")[2]), check=True, timeout=120)
+        assert call(generate, "--checkpoint_path", "ckpt.pt", *tokenizer, *FRANCE).out == "Paris\n"
+
+    def test_a_prompt_may_stand_in_a_file(self, tmp_path: Path, call: Callable[..., Result]) -> None:
+        (tmp_path / "q.txt").write_bytes("\ufeffWhat is the capital of France?\r\n".encode())
+        arguments = (*EXAMPLE, "--prompt", f"FILE:{tmp_path / 'q.txt'}", "--response_only", "--quiet")
+        assert call(generate, *arguments) == Result(0, "Paris\n", "")
+
+    def test_a_pipe_that_is_not_utf_8_is_an_error(
+        self, call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
+        result = call(generate, *EXAMPLE)
+        assert result.status == 2 and "standard input is not UTF-8 text (byte 0xe9 in position 3)" in result.err
+
+    def test_the_package_says_which_command_was_meant(self) -> None:
+        command = [sys.executable, "-m", "hf_model", "generate", "--prompt", "a b"]
+        process = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT, timeout=300)
+        assert process.returncode == 2 and "custom-gpt-generate --prompt 'a b'" in process.stderr
+
     def test_the_prompt_is_one_or_a_file_of_them(self, call: Callable[..., Result]) -> None:
         result = call(generate, *EXAMPLE, *FRANCE, "--prompts_file", str(TOKENIZER))
         assert result.err == "generate.py: error: argument --prompt: not allowed with argument --prompts_file\n"
@@ -194,14 +275,13 @@ class TestArguments:
         assert result.out.startswith(f"custom-gpt-hf {hf_model.__version__} (transformers {transformers.__version__}")
 
     def test_generate_has_the_user_document_s_defaults(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        for default in ("out/finetune/ckpt.pt", "data/tokenizer/custom_gpt_tokenizer.json"):
-            (tmp_path / default).parent.mkdir(parents=True)
-            (tmp_path / default).touch()
+        (tmp_path / "out" / "finetune").mkdir(parents=True)
+        (tmp_path / "out" / "finetune" / "ckpt.pt").touch()
         monkeypatch.chdir(tmp_path)
         args = vars(generate_command.parse_arguments(["--prompt", "Hello"]))
         assert {
             "checkpoint_path": "out/finetune/ckpt.pt",
-            "tokenizer_path": "data/tokenizer/custom_gpt_tokenizer.json",
+            "tokenizer_path": "auto",  # where the original keeps it, too
             "prompt": "Hello",
             "input_text": "",
             "max_new_tokens": 150,
@@ -209,8 +289,14 @@ class TestArguments:
             "top_k": 50,
             "repetition_penalty": 1.0,
             "device": None,
-            "seed": 1337,
+            "seed": [1337],
         }.items() <= args.items()
+
+    def test_the_page_of_options_is_the_parsers_own(self) -> None:
+        page = runpy.run_path(str(ROOT / "docs" / "make_cli.py"))["page"]()
+        assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == page, "run python -m docs.make_cli"
+        for parser in (generate_command.make_parser(), convert_command.make_parser()):
+            assert all(f"| `{name}" in page for name in vars(parser.parse_args([])) for name in [f"--{name}"])
 
     def test_convert_writes_beside_the_checkpoint_unless_told_otherwise(self) -> None:
         assert convert_command.parse_arguments([*EXAMPLE]).output_dir == CAPITALS / "hf"
@@ -344,6 +430,7 @@ class TestGenerate:
         result = call(generate, *arguments, "--seed", "1", "2")
         first, second = map(json.loads, result.out.splitlines())
         assert first.pop("seconds") > 0
+        assert first.pop("prompt_tokens") == first.pop("prompt_tokens_seen") > 10
         assert first == {
             "prompt": "Name the capital of the country.",
             "input": "Peru",
@@ -357,6 +444,46 @@ class TestGenerate:
         assert "device" in result.err
         cut = json.loads(call(generate, *arguments, "--max_new_tokens", "1", "--quiet").out)
         assert (cut["tokens"], cut["finish_reason"]) == (1, "length")
+
+    def test_json_is_right_on_a_console_that_is_not_utf_8(
+        self, call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+        monkeypatch.setattr(sys, "stdout", console)
+        assert call(generate, *EXAMPLE, "--prompt", "漢字 é", "--json", "--max_new_tokens", "1").status == 0
+        assert json.loads(console.buffer.getvalue())["prompt"] == "漢字 é"
+
+    def test_a_terminal_gets_escapes_for_what_would_control_it(
+        self, call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        prompt = "a\x1b[2J\rb\u202ec"
+        assert prompt in call(generate, *EXAMPLE, "--prompt", prompt, "--max_new_tokens", "1", "--quiet").out
+        terminal = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+        monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+        monkeypatch.setattr(sys, "stdout", terminal)
+        assert call(generate, *EXAMPLE, "--prompt", prompt, "--max_new_tokens", "1").status == 0
+        shown = terminal.buffer.getvalue().decode()
+        assert r"a\x1b[2J\x0db\u202ec" in shown.replace("\\r", "\\x0d") and "\x1b" not in shown
+
+    def test_a_prompt_longer_than_the_context_is_said_to_be_cut(self, call: Callable[..., Result]) -> None:
+        arguments = (*EXAMPLE, "--prompt", "France " * 100, "--max_new_tokens", "1")
+        result = call(generate, *arguments, "--json")
+        fields = json.loads(result.out)
+        assert fields["prompt_tokens"] > 100 and fields["prompt_tokens_seen"] == 64
+        assert f"note: the prompt is {fields['prompt_tokens']} tokens long; the model sees the last 64" in result.err
+        assert call(generate, *arguments, "--quiet").err == ""
+
+    def test_an_answer_that_repeats_one_token_has_a_hint(self, tmp_path: Path, call: Callable[..., Result]) -> None:
+        model = gpt(vocab_size=1000)
+        model.lm_head.weight.data.zero_()
+        model.lm_head.weight.data[40] = model.transformer.ln_f.weight.data.sign()
+        checkpoint, tokenizer = save_files(tmp_path, model)
+        arguments = ("--checkpoint_path", str(checkpoint), "--tokenizer_path", str(tokenizer), "--temperature", "0")
+        arguments += ("--prompt", "Sing!", "--max_new_tokens", "30")
+        unknown, repeats = call(generate, *arguments).err.splitlines()
+        assert "the tokenizer has 300 tokens and the model 1,000" in unknown and "--inspect" in unknown
+        assert "repeats the token" in repeats and "--inspect" in repeats
+        assert call(generate, *arguments, "--quiet").err == ""
 
     def test_quiet_is_the_text_alone(self, call: Callable[..., Result]) -> None:
         text = "[BOS]Instruction: What is the capital of France? Response: Paris[EOS]\n"
@@ -384,7 +511,7 @@ class TestGenerate:
             (("--seed", "1", "2"), "argument --seed: more than one needs a --prompt, or standard input from a pipe"),
             (("--num_return_sequences", "2"), "argument --num_return_sequences: more than one needs a --prompt"),
             (("--output_file", "x"), "arguments --prompts_file and --output_file: go together"),
-            (("--interactive", "--json"), "argument --json: not allowed with argument --interactive"),
+            (("--interactive", "--json"), "argument --json: needs a --prompt, or standard input from a pipe"),
             (("--interactive", "--seed", "1", "2"), "argument --seed: a conversation gives one answer at a time"),
         ],
     )
@@ -415,7 +542,31 @@ class TestGenerate:
         files = ("--prompts_file", "/dev/zero", "--output_file", str(tmp_path / "out.jsonl"))
         result = call(generate, *EXAMPLE, *files)
         assert (result.status, result.err.count("\n")) == (2, 1)
-        assert "/dev/zero: cannot be read (it has a line of more than" in result.err
+        assert "/dev/zero: is larger than" in result.err
+
+    def test_a_finished_file_of_prompts_is_done_and_replaced_only_when_told(
+        self, capitals: Path, call: Callable[..., Result], tmp_path: Path
+    ) -> None:
+        (tmp_path / "in.jsonl").write_text('{"instruction": "What is the capital of France?"}\n')
+        output = tmp_path / "out.jsonl"
+        arguments = ("--checkpoint_path", str(capitals), "--prompts_file", str(tmp_path / "in.jsonl"))
+        arguments += ("--output_file", str(output), "--temperature", "0")
+        assert call(generate, *arguments).status == 0
+        again = call(generate, *arguments)
+        assert (again.status, again.err, again.out.count("\n")) == (0, "", 1) and str(output) in again.out
+        assert call(generate, *arguments, "--max_new_tokens", "1", "--overwrite").status == 0
+        assert json.loads(output.read_text())["response"] != "Paris"
+        (tmp_path / "in.jsonl").write_text('{"instruction": "What is the capital of Peru?"}\n')
+        refused = call(generate, *arguments)
+        assert refused.status == 2 and "--overwrite" in refused.err
+
+    @pytest.mark.skipif(not Path("/dev/stdin").exists(), reason="needs /dev/stdin")
+    def test_a_file_of_prompts_may_come_by_a_pipe(self, capitals: Path, tmp_path: Path) -> None:
+        command = [sys.executable, str(ROOT / "generate.py"), "--checkpoint_path", str(capitals), "--temperature", "0"]
+        command += ["--prompts_file", "-", "--output_file", str(tmp_path / "out.jsonl")]
+        record = '{"instruction": "What is the capital of France?"}\n'
+        subprocess.run(command, input=record, encoding="utf-8", check=True, timeout=300)
+        assert json.loads((tmp_path / "out.jsonl").read_text())["response"] == "Paris"
 
     @pytest.mark.parametrize("also", [(), ("--no_stream",), ("--num_beams", "2")], ids=["streamed", "whole", "beams"])
     @pytest.mark.parametrize("stop, answer", [("ri", "Pa"), ("P", ""), ("s", "Pari"), ("xyz", "Paris")])
@@ -443,7 +594,6 @@ class TestGenerate:
             (("--device", "abacus"), "--device abacus: there is no such device here; there is "),
             (("--checkpoint_path", str(TOKENIZER)), f"{TOKENIZER}: is a JSON file, not a checkpoint"),
             (("--tokenizer_path", str(CHECKPOINT)), f"{CHECKPOINT}: is not the JSON of a `tokenizers` tokenizer"),
-            (("--checkpoint_path", str(ROOT)), f"{ROOT}: holds no model (no config.json)"),
             (("--n_head", "7"), f"{CHECKPOINT}: n_head=7 does not divide n_embd=96"),
         ],
     )
@@ -523,6 +673,16 @@ class TestConvert:
         assert result.status == 2
         assert result.err.startswith(f"convert_checkpoint.py: error: {tmp_path / 'tokenizer.json'}: has 300 tokens")
         assert result.err.count("\n") == 1
+
+    def test_what_it_suggests_is_quoted_for_a_shell_and_is_no_name_on_the_hub(
+        self, tmp_path: Path, call: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        prompt = "It's $(touch x) > `y`\n\\"
+        result = call(convert_checkpoint, *EXAMPLE, "--output_dir", "a/b", "--example_prompt", prompt, "--no_verify")
+        words = shlex.split(result.out.partition("Try it:\n")[2])
+        assert words[words.index("--prompt") + 1] == prompt
+        assert words[words.index("--checkpoint_path") + 1] == words[words.index("serve") + 1] == "./a/b"
 
     def test_what_is_there_is_replaced_only_when_told(self, tmp_path: Path, call: Callable[..., Result]) -> None:
         checkpoint_path, tokenizer_path = save_files(tmp_path, gpt())

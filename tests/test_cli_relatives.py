@@ -17,6 +17,7 @@ import torch
 import convert_checkpoint
 import generate
 from examples.plain_gpt import GPT
+from hf_model_cli.generate import parse_arguments
 from tests import relatives
 from tests.relatives import CHARACTERS, TEXT
 from tests.tiny import CHECKPOINT, ROOT, TOKENIZER
@@ -78,14 +79,11 @@ class TestGenerate:
 
     @pytest.mark.parametrize("arguments", [(), ("--prompt", "-")], ids=["a pipe", "a dash"])
     def test_piped_text_that_begins_as_the_name_of_a_file_is_text(
-        self, nano: tuple, call: Callable, monkeypatch: pytest.MonkeyPatch, arguments: tuple
+        self, nano: tuple, monkeypatch: pytest.MonkeyPatch, arguments: tuple
     ) -> None:
-        text = "FILE:start.txt"
-        known = "".join(char for char in text if char in CHARACTERS)
-        monkeypatch.setattr("hf_model_cli.answers.FROM_FILE", known[:2])  # whose own letters this model does not know
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(known.encode())))
-        status, out, _ = call(generate, *arguments, "--max_new_tokens", "9", "--response_only", "--device", "cpu")
-        assert (status, out) == (0, continued(nano[0], known, 9)[len(known) :] + "\n")
+        monkeypatch.chdir(nano[1])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"FILE:start.txt")))
+        assert parse_arguments(["--checkpoint_path", "out/ckpt.pt", *arguments]).prompt == "FILE:start.txt"
 
     @pytest.mark.parametrize("also", [(), ("--no_stream",)])
     def test_nothing_is_stripped_from_the_answer(self, also: tuple, nano: tuple, call: Callable) -> None:

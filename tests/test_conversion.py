@@ -201,7 +201,10 @@ def test_says_what_a_person_wants_to_know(tmp_path: Path) -> None:
     ]
     assert lines[4] == f"written       {folder}"
     assert [line.split()[0] for line in lines[5:-1]] == sorted({file.name for file in folder.iterdir()} - {MANIFEST})
-    assert lines[-1] == f"verified      {len(model.state_dict())} tensors equal bit for bit, 3 texts encoded the same"
+    assert lines[-1] == (
+        f"verified      compared with the file: {len(model.state_dict())} tensors equal bit for bit, "
+        "3 texts encoded the same"
+    )
 
 
 def test_a_path_that_is_said_is_one_that_leads_there(tmp_path: Path) -> None:

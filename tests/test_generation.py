@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from examples.plain_gpt import save_checkpoint
 from hf_model.errors import UserError
-from hf_model.generation import Generation, Sampling, TokenStream, encode, generate
+from hf_model.generation import Generation, ResponseStream, Sampling, TokenStream, encode, generate
 from hf_model.loading import load
 from hf_model.tokenizer import convert_tokenizer
 from tests.tiny import BOS, EOS, PAD, TOKENIZER, gpt, save_tokenizer, twin
@@ -120,12 +120,12 @@ class TestStop:
             (["a STOPEND"], ["a "]),
         ],
     )
-    def test_is_never_shown(self, pieces: list[str], shown: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
+    def test_is_never_shown(self, pieces: list[str], shown: list[str]) -> None:
         given: list[str] = []
-        stream = TokenStream(tokenizer, given.append, prompt_text=False, sampling=Sampling(stop=("END", "STOP")))
+        stream = ResponseStream(given.append, Sampling(stop=("END", "STOP")))
         for piece in pieces:
-            stream._respond(piece)
-        stream._respond("", is_last=True)
+            stream.add(piece)
+        stream.add("", is_last=True)
         assert given == shown
 
 

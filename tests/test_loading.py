@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,18 @@ class TestLoad:
             (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
         with pytest.raises(UserError, match=f"{tmp_path}: {message}"):
             load(tmp_path, None, device=CPU)
+
+
+def test_threads_that_load_other_dtypes_do_not_disturb_each_other(capitals: Path, tmp_path: Path) -> None:
+    folders = {
+        dtype: convert(CHECKPOINT, TOKENIZER, tmp_path / str(dtype), dtype=dtype, verify=False)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    }
+
+    def dtypes_of(dtype: torch.dtype) -> set[torch.dtype]:
+        return {parameter.dtype for parameter in load(folders[dtype], device=CPU)[0].parameters()}
+
+    wanted = [*folders] * 8
+    with ThreadPoolExecutor(len(folders)) as pool:
+        assert list(pool.map(dtypes_of, wanted)) == [{dtype} for dtype in wanted]
+    assert torch.get_default_dtype() == torch.float32

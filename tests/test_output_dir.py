@@ -1,4 +1,4 @@
-"""A folder appears whole or not at all, and only where nothing of the user's is in its place."""
+"""A folder appears whole or not at all, and nothing of the user's is deleted for it."""
 
 import os
 import shutil
@@ -71,21 +71,12 @@ def test_an_empty_folder_is_as_good_as_none(overwrite: bool, tmp_path: Path) -> 
     assert names_in(target) == {"config.json"}
 
 
-@pytest.mark.parametrize(
-    "files, overwrite, message",
-    [
-        (("config.json",), False, "exists already; choose another --output_dir or add --overwrite"),
-        (("thesis.tex",), False, "exists already"),
-        (("thesis.tex",), True, r"holds no model \(no config\.json\), so --overwrite does not replace it"),
-        (("config.json", "README.md", "train.py"), True, "holds no list of files that this program wrote"),
-    ],
-)
-def test_a_folder_that_is_there_is_refused(
-    files: tuple[str, ...], overwrite: bool, message: str, tmp_path: Path
-) -> None:
-    target = write(tmp_path / "hf", *files)
-    with pytest.raises(UserError, match=f"{target}: {message}"):
-        check_target(target, overwrite)
+@pytest.mark.parametrize("name", ["config.json", "thesis.tex"])
+def test_a_folder_that_is_there_stays_unless_told(name: str, tmp_path: Path) -> None:
+    target = write(tmp_path / "hf", name)
+    with pytest.raises(UserError, match=f"{target}: exists already; .* --overwrite"):
+        check_target(target, overwrite=False)
+    check_target(target, overwrite=True)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -104,61 +95,92 @@ def test_a_symbolic_link_is_refused_wherever_it_leads(name: str, overwrite: bool
         check_target(tmp_path / "hf", overwrite)
 
 
-class TestOnlyWhatThisProgramWroteIsReplaced:
-    """A hash for every file tells: whatever has been added or changed is somebody's work."""
+class TestWhatThisProgramDidNotWriteIsKept:
+    """A checksum for every file shows what a person has added or changed."""
+
+    @staticmethod
+    def replace(target: Path, said: list[str]) -> None:
+        with whole_folder(target, overwrite=True, say=said.append) as work:
+            write(work, "config.json")
+        assert names_in(target) == {"config.json"}
 
     @pytest.mark.parametrize("name", ["train.py", "README.md", "config.json.orig", "runs/1.log", ".git/HEAD", "empty/"])
-    def test_not_with_a_file_that_was_added(self, name: str, tmp_path: Path) -> None:
-        target = written(tmp_path / "hf", "config.json")
+    def test_a_file_or_folder_that_was_added(self, name: str, tmp_path: Path) -> None:
+        target, said = written(tmp_path / "hf", "config.json"), []
         added = target / name
         if name.endswith("/"):
             added.mkdir()
         else:
             added.parent.mkdir(exist_ok=True)
             added.write_text("mine")
-        with pytest.raises(UserError, match=f"holds '{name.rstrip('/')}', which --overwrite would delete: move"):
-            check_target(target, overwrite=True)
+        self.replace(target, said)
+        kept = tmp_path / "hf.1"
+        assert (kept / name).is_dir() if name.endswith("/") else (kept / name).read_text() == "mine"
+        assert (kept / "config.json").read_text() == "config.json"
+        assert said == [f"kept          {kept} (the folder that stood there: {name.rstrip('/')} was added)"]
+        assert names_in(tmp_path) == {"hf", "hf.1"}
 
-    def test_not_with_a_file_that_was_changed(self, tmp_path: Path) -> None:
-        target = written(tmp_path / "hf", "config.json", "README.md")
+    def test_a_file_that_was_edited(self, tmp_path: Path) -> None:
+        target, said = written(tmp_path / "hf", "config.json", "README.md"), []
         (target / "README.md").write_text("README.MD")  # of the same size
-        with pytest.raises(UserError, match=r"'README\.md' is not what this program wrote"):
-            check_target(target, overwrite=True)
+        self.replace(target, said)
+        assert (tmp_path / "hf.1" / "README.md").read_text() == "README.MD"
+        assert said == [f"kept          {tmp_path / 'hf.1'} (the folder that stood there: README.md was changed)"]
 
-    def test_not_with_a_link_to_the_same_content(self, tmp_path: Path) -> None:
-        target = written(tmp_path / "hf", "config.json")
+    def test_a_link_to_the_same_content(self, tmp_path: Path) -> None:
+        target, said = written(tmp_path / "hf", "config.json"), []
         (target / "config.json").rename(tmp_path / "mine")
         (target / "config.json").symlink_to(tmp_path / "mine")
-        with pytest.raises(UserError, match=r"'config\.json' is not what this program wrote"):
-            check_target(target, overwrite=True)
+        self.replace(target, said)
+        assert (tmp_path / "hf.1" / "config.json").is_symlink()
+        assert (tmp_path / "mine").read_text() == "config.json"
+
+    def test_a_folder_of_somebody_else_s_making(self, tmp_path: Path) -> None:
+        target, said = write(tmp_path / "hf", "thesis.tex"), []
+        self.replace(target, said)
+        assert names_in(tmp_path / "hf.1") == {"thesis.tex"}
+        assert f"kept          {tmp_path / 'hf.1'} (the folder that stood there: it has no valid {MANIFEST})" in said
 
     @pytest.mark.parametrize("content", ["", "[]", "{}", '{"written_by": 1, "sha256": []}', "[" * 10**5, "\xff"])
-    def test_not_with_a_damaged_list(self, content: str, tmp_path: Path) -> None:
+    def test_a_folder_whose_list_of_files_is_damaged(self, content: str, tmp_path: Path) -> None:
         target = written(tmp_path / "hf", "config.json")
         (target / MANIFEST).write_text(content, encoding="latin-1")
-        with pytest.raises(UserError, match="holds no list of files that this program wrote"):
-            check_target(target, overwrite=True)
+        self.replace(target, [])
+        assert (tmp_path / "hf.1" / MANIFEST).read_text(encoding="latin-1") == content
 
-    def test_what_somebody_writes_in_the_last_moment_is_kept_beside_it(self, tmp_path: Path) -> None:
+    def test_under_the_first_name_that_is_free(self, tmp_path: Path) -> None:
+        write(tmp_path / "hf.1", "mine")
+        (tmp_path / "hf.2").symlink_to("nowhere")
+        for number in (3, 4):
+            target = write(tmp_path / "hf", f"thesis-{number}.tex")
+            self.replace(target, [])
+        assert names_in(tmp_path) == {"hf", "hf.1", "hf.2", "hf.3", "hf.4"}
+        assert names_in(tmp_path / "hf.1") == {"mine"}
+        assert "thesis-3.tex" in names_in(tmp_path / "hf.3") and "thesis-4.tex" in names_in(tmp_path / "hf.4")
+
+    def test_a_file_that_appears_while_the_new_folder_is_written(self, tmp_path: Path) -> None:
         target = written(tmp_path / "hf", "config.json", "model.safetensors")
-        put_in_place, said = output_dir._put_in_place, []
-
-        def write_before(*paths: Path) -> None:
+        with pytest.warns(UserWarning, match=r"hf\.1"), whole_folder(target, overwrite=True) as work:
+            write(work, "config.json")
             (target / "thesis.tex").write_text("mine")
-            put_in_place(*paths)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(output_dir, "_put_in_place", write_before)
-            with whole_folder(target, overwrite=True, warn=said.append) as work:
-                write(work, "config.json")
         assert names_in(target) == {"config.json"}
-        (kept,) = names_in(tmp_path) - {"hf"}
-        assert names_in(tmp_path / kept) == {"thesis.tex"}
-        assert said == [f"{tmp_path / kept}: holds 'thesis.tex', which stood in the folder that was replaced"]
+        assert names_in(tmp_path / "hf.1") == {"config.json", "model.safetensors", "thesis.tex"}
+
+    def test_but_a_missing_file_is_no_reason(self, tmp_path: Path) -> None:
+        target, said = written(tmp_path / "hf", "config.json", "README.md"), []
+        (target / "README.md").unlink()
+        self.replace(target, said)
+        assert names_in(tmp_path) == {"hf"} and said == []
+
+    def test_and_nothing_is_kept_when_the_block_fails(self, tmp_path: Path) -> None:
+        target = write(tmp_path / "hf", "thesis.tex")
+        with pytest.raises(ZeroDivisionError), whole_folder(target, overwrite=True):
+            raise ZeroDivisionError
+        assert names_in(tmp_path) == {"hf"} and names_in(target) == {"thesis.tex"}
 
 
 class TestNamesThatLookLikeOurs:
-    """Folders beside the target are cleared only if this program's mark is in them."""
+    """A folder beside the target is cleared only if it has this program's mark in it."""
 
     @pytest.mark.parametrize("name", [".hf.partial", ".hf.replaced", ".hf.lock", ".hf.0123456789abcdef.partial"])
     @pytest.mark.parametrize("kind", ["folder", "file", "link"])
@@ -179,7 +201,7 @@ class TestNamesThatLookLikeOurs:
 
 
 class TestLinksInWhatAKilledRunLeft:
-    """Somebody else's link is neither followed nor put in the folder's place."""
+    """A link that somebody put there is not followed, and does not become the target."""
 
     @pytest.fixture
     def precious(self, tmp_path: Path) -> Path:
@@ -194,22 +216,24 @@ class TestLinksInWhatAKilledRunLeft:
         link = self.left_over(tmp_path) / name
         link.symlink_to(leads_to if leads_to.startswith("..") else tmp_path / leads_to)
         said: list[str] = []
-        with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "hf", warn=said.append):
+        with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "hf", say=said.append):
             raise ZeroDivisionError
-        assert said == [f"{link.parent}: is left alone: '{name}' in it is no folder"]
+        assert said == [f"warning: {link.parent}: is left alone: '{name}' in it is not a folder"]
         assert link.is_symlink()
         assert names_in(precious) == {"config.json", "model.safetensors"}
         assert names_in(tmp_path) == {"precious", link.parent.name}
 
-    def test_a_link_in_a_folder(self, precious: Path, tmp_path: Path) -> None:
-        new = self.left_over(tmp_path) / "new"
-        shutil.copytree(precious, new)
-        (new / "config.json").unlink()
-        (new / "config.json").symlink_to(precious / "config.json")
-        (new / "folder").symlink_to(precious)
-        with pytest.warns(UserWarning, match="holds 'config.json', which stood in the folder"):
-            written(tmp_path / "hf", "config.json")
+    @pytest.mark.parametrize("name", ["new", "old"])
+    def test_a_link_in_a_folder(self, name: str, precious: Path, tmp_path: Path) -> None:
+        folder = self.left_over(tmp_path) / name
+        shutil.copytree(precious, folder)
+        (folder / "config.json").unlink()
+        (folder / "config.json").symlink_to(precious / "config.json")
+        (folder / "folder").symlink_to(precious)
+        with whole_folder(tmp_path / "hf", overwrite=True, say=lambda line: None) as work:
+            write(work, "config.json")
         assert names_in(precious) == {"config.json", "model.safetensors"}
+        assert (tmp_path / "hf" / "config.json").read_text() == "config.json"
 
     @pytest.mark.parametrize("kind", ["link", "pipe"])
     def test_a_mark_that_is_no_file(self, kind: str, precious: Path, tmp_path: Path) -> None:
@@ -221,17 +245,6 @@ class TestLinksInWhatAKilledRunLeft:
             os.mkfifo(place / output_dir.MARK)
         written(tmp_path / "hf", "config.json")
         assert names_in(place / "new") == {"thesis.tex"}
-
-    def test_a_file_where_a_listed_one_had_its_folder(self, tmp_path: Path) -> None:
-        new = self.left_over(tmp_path) / "new"
-        with whole_folder(new) as work:
-            write(work / "folder", "config.json")
-        shutil.rmtree(new / "folder")
-        (new / "folder").write_text("mine")
-        with pytest.warns(UserWarning, match="holds 'folder'"):
-            written(tmp_path / "hf", "config.json")
-        (kept,) = tmp_path.glob("hf.replaced-*")
-        assert (kept / "folder").read_text() == "mine"
 
 
 class TestTheFolderIsWhereItsPathLeads:
@@ -276,8 +289,8 @@ def test_a_folder_that_cannot_be_tidied_up_is_a_warning(tmp_path: Path, monkeypa
     def refuse(*args: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(output_dir, "_discard", refuse)
-    with whole_folder(target, overwrite=True, warn=said.append) as work:
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with whole_folder(target, overwrite=True, say=said.append) as work:
         write(work, "model.safetensors")
     assert names_in(target) == {"model.safetensors"}
     (line,) = said
@@ -288,11 +301,11 @@ def test_a_folder_that_cannot_be_tidied_up_is_a_warning(tmp_path: Path, monkeypa
     assert names_in(tmp_path) == {"hf"}
 
 
-@pytest.mark.skipif(os.name == "nt" or not hasattr(os, "fork"), reason="changes its user")
+@pytest.mark.skipif(os.name == "nt" or not hasattr(os, "fork"), reason="changes the user of a process")
 @pytest.mark.filterwarnings("ignore:.*fork")
-def test_a_folder_of_somebody_else_s_is_left_as_it_is(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_folder_of_another_user_is_left_as_it_is(tmp_path_factory: pytest.TempPathFactory) -> None:
     if os.geteuid() != 0:
-        pytest.skip("needs root, to become somebody else")
+        pytest.skip("needs root, to become another user")
     parent = Path(tempfile.mkdtemp())
     target = written(parent / "hf", "config.json")
     parent.chmod(0o777)

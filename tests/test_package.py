@@ -66,7 +66,7 @@ class TestPythonFace:
             ({"format": "nope"}, "format='nope' is none of transformers, gpt2, gguf"),
             ({"format": "gguf", "gguf_type": "zz"}, "gguf_type='zz' is none of f32, f16, q8_0"),
             ({"format": "checkpoint", "like": "zz"}, "like='zz' is none of original, nanogpt"),
-            ({"max_shard_size": "x"}, "max_shard_size='x' is no size such as 500MB or 5GB"),
+            ({"max_shard_size": "x"}, "max_shard_size='x' is not a size such as 500MB or 5GB"),
         ],
         ids=str,
     )
@@ -83,8 +83,8 @@ class TestPythonFace:
             *(("stop", "ab"), ("stop", ("",))),
         ],
     )
-    def test_a_way_to_sample_that_means_nothing_is_refused(self, name: str, value: object) -> None:
-        with pytest.raises(UserError, match=f"^{name}={re.escape(repr(value))} means nothing"):
+    def test_a_way_to_sample_that_is_out_of_range_is_refused(self, name: str, value: object) -> None:
+        with pytest.raises(UserError, match=f"^{name}={re.escape(repr(value))} must be "):
             hf_model.Sampling(**{name: value})
 
     def test_paths_may_be_texts_and_a_batch_has_records(self, tmp_path: Path, capitals: Path) -> None:

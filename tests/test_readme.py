@@ -1,4 +1,4 @@
-"""The README's listings are what the programs print: every line, but for times and the exact sizes of files."""
+"""The README is short, its listings are what the programs print, and no page has a dead link."""
 
 import re
 import sys
@@ -12,6 +12,9 @@ from tests.tiny import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SIZE = re.compile(r" +([\d.]+) (B|kB|MB|GB)$", re.MULTILINE)
+FOLDERS = (".", "docs", "benchmarks", "conformance", "examples/*")
+PAGES = [page for folder in FOLDERS for page in sorted(ROOT.glob(f"{folder}/*.md"))]
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)")
 UNITS = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
@@ -52,3 +55,18 @@ def test_the_first_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     time = re.compile(r"in [\d.]+ s, [\d.]+ tokens/s")
     assert time.search(shown)
     assert time.sub("", out) == time.sub("", shown)
+
+
+def test_the_readme_is_read_in_a_minute() -> None:
+    assert len(README.splitlines()) <= 160
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+    for path, anchor in LINK.findall(page.read_text(encoding="utf-8")):
+        target = (page.parent / path.replace("\\", "")).resolve() if path else page
+        assert target.exists(), f"{page.name} links to {path}, which is not there"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+            assert anchor in slugs, f"{page.name} links to {path}#{anchor}, a heading that is not there"

@@ -125,9 +125,9 @@ class TestChoices:
     @pytest.mark.parametrize(
         "kind, activation, why",
         [
-            ("nanoGPT of characters", "gelu", "nanoGPT's since June 2023"),
-            ("build-nanogpt", "gelu_pytorch_tanh", "build-nanogpt's: a config object, step and val_loss"),
-            ("minGPT", "gelu_new", "minGPT's: a bare state dict with causal masks and biases"),
+            ("nanoGPT of characters", "gelu", "nanoGPT's default since June 2023"),
+            ("build-nanogpt", "gelu_pytorch_tanh", "build-nanogpt's default: a config object, step and val_loss"),
+            ("minGPT", "gelu_new", "minGPT's default: a bare state dict with causal masks and biases"),
         ],
     )
     def test_the_activation_is_told_by_the_file(

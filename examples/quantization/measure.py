@@ -1,6 +1,6 @@
-"""Load a converted folder with weights of fewer bits in several ways, on a GPU where there is one.
+"""Load a converted folder with quantized weights in several ways, and compare them with float32.
 
-Prints the speed, how far the logits move, and the memory that the weights take.
+Prints a table of the speed, the memory of the weights, and how far the logits move. Uses a GPU if there is one.
 
 python -m examples.quantization.measure --model capitals-hf
 python -m examples.quantization.measure --random 12 768 12 32000
@@ -43,7 +43,7 @@ def torchao_int8_dynamic() -> TorchAoConfig:
     return TorchAoConfig(Int8DynamicActivationInt8WeightConfig())
 
 
-# Name, its configuration, and the dtype that the other weights are in.
+# A name for each way, its configuration, and the dtype of the weights that stay unquantized.
 WAYS: dict[str, tuple[Callable[[], object], torch.dtype]] = {
     "torchao int8": (torchao_int8, torch.float32),
     "torchao int8, dynamic": (torchao_int8_dynamic, torch.float32),
@@ -57,7 +57,7 @@ WAYS: dict[str, tuple[Callable[[], object], torch.dtype]] = {
 
 @contextlib.contextmanager
 def folder_of(args: argparse.Namespace) -> Iterator[str]:
-    """The folder that was asked for, or one of a model with random weights."""
+    """The folder given by --model, or a temporary one with random weights."""
     if args.random is None:
         yield args.model
         return
@@ -82,7 +82,7 @@ def speed(model: Any) -> float:
 
 
 def measure(folder: str, name: str, ids: torch.Tensor, expected: torch.Tensor, plain: float) -> str:
-    """A row of the table: its speed and that of the plain model, and the difference of the logits, by their spread."""
+    """A row of the table. `plain` is the speed of the plain model; `expected` are its logits."""
     config, dtype = WAYS[name]
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -91,7 +91,7 @@ def measure(folder: str, name: str, ids: torch.Tensor, expected: torch.Tensor, p
         with torch.inference_mode():
             logits = model(input_ids=ids).logits.float()
         rate = speed(model)
-    except Exception as error:  # whatever a library says to a machine that it cannot use
+    except Exception as error:  # a library may fail in any way on a machine that it does not support
         return f"| {name} | does not work here: {type(error).__name__}: {one_line(error, 160)} | | | | |"
     moved = (logits - expected).abs()
     spread = expected.std().item()

@@ -1,4 +1,4 @@
-"""A server in a process of its own, for as long as a block runs."""
+"""Runs a server in a process of its own for the length of a `with` block."""
 
 import subprocess
 import time
@@ -11,14 +11,14 @@ from pathlib import Path
 
 @contextmanager
 def running(command: Sequence[str], address: str, log: Path, seconds: float, cwd: Path | None = None) -> Iterator[None]:
-    """Run a server until the block ends, which begins when the server answers at `address`/health.
+    """Start a server, wait until it answers at `address`/health, and stop it when the block ends.
 
     Args:
-        log: the file that has what the server prints.
-        seconds: how long it may take to answer.
+        log: the file that receives what the server prints.
+        seconds: how long to wait for the first answer.
 
     Raises:
-        RuntimeError: the server has ended, or does not answer in time.
+        RuntimeError: the server ended, or did not answer in time.
     """
     with log.open("w") as output, subprocess.Popen(command, cwd=cwd, stdout=output, stderr=output) as server:
         try:

@@ -1,10 +1,10 @@
-"""Ask a server many questions at once, and say how fast it answers.
+"""Ask a server many questions at once and measure how fast it answers.
 
     python -m examples.serving.throughput questions.jsonl --url http://localhost:8000/v1 --model capitals-hf
 
-The server is any that speaks OpenAI's chat completions: `vllm serve`, `transformers serve`, `llama-server`. Answers are
-greedy. The first request is not counted, since some servers load or compile with it. Records are those of
-`generate.py --prompts_file`, {"instruction": …}; with an "output" the answers that are exactly it are counted.
+The server may be any that speaks OpenAI's chat completions: `vllm serve`, `transformers serve`, `llama-server`.
+Answers are greedy. The first request is not measured, because some servers load or compile on it. The records are
+those of `generate.py --prompts_file`, {"instruction": …}; an answer that equals a record's "output" counts as right.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from openai import AsyncOpenAI
 from openai.types.chat import ChatCompletion
 
-SECONDS = 600  # a request may wait behind all the others
+SECONDS = 600  # the longest wait: a request may be queued behind all the others
 
 
 def main() -> None:

@@ -4,10 +4,11 @@
     python -m examples.serving.vllm_check capitals-hf --server
     VLLM_CPU_OMP_THREADS_BIND="0|1" python -m examples.serving.vllm_check capitals-hf --tensor_parallel_size 2
 
-A stock folder (`--format gpt2`) goes into vLLM's own GPT-2, a custom one into its Transformers backend. Offline, vLLM
-computes those of random prompts. With `--server`, `vllm serve` answers the `openai` client: completions,
-and where there is a chat template a question and a conversation. Whatever it says is said with its ids and their
-log-probabilities, so nothing is judged by answers alone. docs/serving.md tells how vLLM is installed on a CPU.
+vLLM runs a stock folder (`--format gpt2`) with its own GPT-2, and a folder with custom code with its Transformers
+backend. Without `--server`, vLLM computes the log-probabilities of random prompts. With `--server`, `vllm serve`
+answers the `openai` client: completions and, if the folder has a chat template, a question and a conversation. Each
+answer comes with its ids and their log-probabilities, which are compared too. docs/serving.md tells how to install
+vLLM on a CPU.
 """
 
 import argparse
@@ -26,13 +27,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.serving.process import running
 
-# What vLLM must be told on a CPU; a GPU does not read it. Gigabytes of its key/value cache, and where workers fork.
+# Settings that vLLM needs on a CPU and ignores on a GPU: the size of its cache in gigabytes, and how workers start.
 for name, value in (("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_WORKER_MULTIPROC_METHOD", "spawn")):
     os.environ.setdefault(name, value)
 
 N_PROMPTS = 8
 N_NEW = 16
-ALLOWED = 1e-4  # float32, its sums in another order
+ALLOWED = 1e-4  # of a log-probability: float32 sums in another order
 START_SECONDS = 600
 CHAT: list[Any] = [
     {"role": "user", "content": "What is the capital of Italy?"},
@@ -47,7 +48,7 @@ class Reference:
     """The folder in transformers, in float32."""
 
     def __init__(self, folder: str):
-        # Loaded before vLLM, which wraps the class of a custom model for itself.
+        # Load it before vLLM, which changes the class of a custom model.
         self.is_custom = "auto_map" in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         self.model: Any = AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=self.is_custom, dtype=torch.float32
@@ -63,7 +64,7 @@ class Reference:
         return log_probs.gather(1, row[0, 1:, None])[:, 0].tolist()
 
     def random_prompts(self, length: int) -> list[list[int]]:
-        """Ids that the tokenizer has, so that a server can be asked with their text too."""
+        """Ids that the tokenizer has, so that their text can be sent to a server."""
         generator = torch.Generator().manual_seed(0)
         return torch.randint(len(self.tokenizer), (N_PROMPTS, length), generator=generator).tolist()
 
@@ -87,7 +88,7 @@ def main() -> None:
 
 
 def vllm_package() -> str:
-    """The name it was installed by."""
+    """The name of the package that installed vLLM."""
     return packages_distributions()["vllm"][0]
 
 
@@ -121,9 +122,8 @@ def by_server(args: argparse.Namespace, reference: Reference) -> Iterator[float]
         client = openai.OpenAI(base_url=url, api_key="none")
         for prompt in reference.random_prompts(reference.context // 2):
             text = tokenizer.decode(prompt, skip_special_tokens=True)
-            while (
-                text and len(tokenizer(text).input_ids) + N_NEW > reference.context
-            ):  # bytes that are no text become more
+            # Bytes that are not UTF-8 become several tokens, so the text may be longer than its ids were.
+            while text and len(tokenizer(text).input_ids) + N_NEW > reference.context:
                 text = text[: len(text) // 2]
             choice: Any = client.completions.create(prompt=text, logprobs=0, **how).choices[0]
             print(f"completion: {choice.text!r} ({choice.finish_reason})")
@@ -139,11 +139,11 @@ def by_server(args: argparse.Namespace, reference: Reference) -> Iterator[float]
 
 
 def compare(reference: Reference, prompt: list[int], asked: Any, said: Any, log_probs: list[float]) -> float:
-    """The largest difference over a prompt, which must be ours to the last id, and what was said to it.
+    """The largest difference over a prompt and its answer. The prompt's ids must equal ours.
 
     Args:
-        asked: what has the ids of the prompt and their log-probabilities.
-        said: what has the ids of the answer, whose log-probabilities are `log_probs`.
+        asked: holds the ids of the prompt and their log-probabilities.
+        said: holds the ids of the answer, whose log-probabilities are `log_probs`.
     """
     if asked.prompt_token_ids != prompt:
         sys.exit(f"the server's prompt is {asked.prompt_token_ids}, the tokenizer's {prompt}")
@@ -153,11 +153,11 @@ def compare(reference: Reference, prompt: list[int], asked: Any, said: Any, log_
 
 @contextmanager
 def served(args: argparse.Namespace, reference: Reference) -> Iterator[str]:
-    """The address of a `vllm serve` process on loopback, with its log in vllm_serve.log."""
+    """The address of a `vllm serve` process on this machine. Its log is vllm_serve.log."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # `vllm serve` by its module's name: the command of vllm-cpu 0.32.0 looks for a package called vllm, and ends.
+    # Not the command `vllm serve`: that of vllm-cpu 0.32.0 looks for a package named vllm, and fails.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", args.folder]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
     command += ["--tensor-parallel-size", str(args.tensor_parallel_size)]

@@ -1,149 +1,354 @@
-"""The README that a converted model carries: in the folder of transformers, and in another engine's format."""
+"""The model card (README.md) that every converted model carries: what the model is, how to run it, what is known."""
 
+import html
 import json
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
+from huggingface_hub import ModelCardData
+from jinja2 import Template
 from transformers import PreTrainedTokenizerBase
 
-from hf_model.configuration_custom_gpt import CustomGPTConfig
-from hf_model.formats.card_facts import CardFacts
-from hf_model.formats.target import Options
+from hf_model.errors import one_line
+from hf_model.learnt.inspection import Inspection
 from hf_model.loading import Loaded, describe_architecture
-from hf_model.tokenizer import format_example, format_prompt, is_of_characters, prompt_text, takes_instructions
+from hf_model.tokenizer import (
+    example_prompt,
+    format_example,
+    format_prompt,
+    is_of_characters,
+    takes_instructions,
+)
+from hf_model.trainers import Checkpoint
 
-FOLDER_CARD = """\
-# {{ facts.title }}
+if TYPE_CHECKING:
+    from hf_model.formats.target import Options
 
-A GPT-2 style language model ({{ n_layer }} layers, {{ n_head }} heads, {{ n_embd }} wide, context {{ block_size }},
-vocabulary {{ vocab_size }}), trained in plain PyTorch and converted for Hugging Face transformers {{ how }}.
+MISSING = "[More Information Needed]"  # the Hub's own mark for what the author has still to write
+STAGES = ("finetune", "pretrain", "sft")  # folder names that tell a stage of training; the folder above names the model
+# Folder names that do not tell which model is inside.
+PLACES = {
+    "out",
+    "log",
+    "logs",
+    "checkpoints",
+    "hf",
+    "transformers",
+    "gpt2",
+    "gguf",
+    "ctranslate2",
+    "onnx",
+    "checkpoint",
+}
+NAMELESS = "custom-gpt"
+GPT2_OWNER = "openai-community"
+
+CARD = """\
+---
+{{ metadata }}
+---
+
+# {{ title }}
+
+A GPT-2 style language model ({{ architecture }}), trained in plain PyTorch and converted {{ what }}
+{{ weights }}.
 
 ## Use
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{{ use }}
 
-# The folder's path, or its name on the Hub. The model's code is in it (modeling_custom_gpt.py): read it, then trust it.
-model = AutoModelForCausalLM.from_pretrained("{{ facts.hub_name }}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{{ facts.hub_name }}", trust_remote_code=True)
+## Prompts
 
-{{ code }}
-```
+{{ prompts }}
 
-{{ prompt }}`generate` samples with temperature 0.8 and top_k 50 unless told otherwise (`generation_config.json`), and
-goes on past the context of {{ block_size }} with the last {{ block_size }} tokens.
+## What to know
+
+{% for note in notes -%}
+- {{ note }}
+{% endfor %}
+## What it has learnt
+
+{% for line in facts.learnt -%}
+- {{ line }}
+{% else -%}
+{{ missing }}
+{% endfor %}
+## Training data
+
+{{ facts.data }}
+
+## Evaluation
+
+{{ facts.evaluation }}
+
+## Limits
+
+The model sees only the last {{ block_size }} tokens of a text, and knows only what its training data taught it.
+
+{{ missing }}
 """
 
-INSTRUCTION_CODE = """\
-messages = [{{"role": "user", "content": {prompt}}}]
+# How transformers answers the card's example prompt: part of the `use` of two formats.
+GENERATE = """\
+{% if takes_instructions -%}
+messages = [{"role": "user", "content": {{ prompt }}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 output = model.generate(**inputs)
-print(tokenizer.decode(output[0, inputs.input_ids.shape[1]:], skip_special_tokens=True))"""
+print(tokenizer.decode(output[0, inputs.input_ids.shape[1]:], skip_special_tokens=True))
+{%- else -%}
+inputs = tokenizer({{ prompt }}, return_tensors="pt")
+output = model.generate(**inputs)
+print(tokenizer.decode(output[0]))
+{%- endif %}"""
 
-INSTRUCTION_PROMPT = f"""\
-The prompt that it was fine-tuned on, with and without an input; the tokenizer's chat template makes it
-(`"input"` is an optional field of a user message), and `tokenizer(text)` puts `[BOS]` in front:
+INSTRUCTIONS = f"""\
+The model was fine-tuned on this prompt, with and without an input. The tokenizer's chat template writes it (a user
+message may have a field `"input"`), and `tokenizer(text)` puts `[BOS]` in front:
 
 ```
 [BOS]{format_prompt("{instruction}")}
 [BOS]{format_prompt("{instruction}", "{input}")}
 ```
 
-In training an answer and `[EOS]` follow:
-`{format_example("What is the capital of France?", "Paris")}`.
+In training, the answer and `[EOS]` follow:
+`{format_example("What is the capital of France?", "Paris")}`."""
 
-"""
-
-RAW_CODE = """\
-inputs = tokenizer({prompt!r}, return_tensors="pt")
-output = model.generate(**inputs)
-print(tokenizer.decode(output[0]))"""
-
+RAW = "A prompt is raw text, which the model continues. There is no prompt format and no chat template."
 CHARACTERS = """\
-The vocabulary is {vocab_size} characters. A text with any other is an error in `tokenizer(text)` ("Unk token …").
-There are no special tokens: a text ends at `max_new_tokens` only, and there is none to pad with. For a batch of prompts
-of unlike length, let a character fill them up under the attention mask, whichever it is:
-`tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)`. In training use rows of one length instead: a padding token
-is left out of the loss, and this one is a character of the text.
-"""
-
-ENGINE_CARD = """\
-# {{ facts.title }}
-
-A GPT-2 style language model ({{ architecture }}), trained in plain PyTorch and converted to {{ what }}{{ rounded }}.
-
-## Use
-
-{{ use }}
-
-## What to know
-
-{% for note in notes -%}
-- {{ note }}
-{% endfor %}"""
+The vocabulary is {n_characters} characters. `tokenizer(text)` raises an error for any other character
+("Unk token …"). There are no special tokens: a text ends at `max_new_tokens` only, and no token is for padding. For a
+batch of prompts of different lengths, any character can pad under the attention mask:
+`tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)`. For training, use rows of one length: the loss leaves
+padding tokens out, and this one is a character of the text."""
 
 
-def model_card(config: CustomGPTConfig, facts: CardFacts, tokenizer: PreTrainedTokenizerBase, rounded: str = "") -> str:
-    """The Markdown text of the card of a model.
+@dataclass(frozen=True)
+class About:
+    """What the user tells about a model. The names are those of the Hub's metadata."""
+
+    model_name: str | None = None
+    license: str | None = None
+    language: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+    base_model: str | None = None
+    tags: tuple[str, ...] = ()
+    example_prompts: tuple[str, ...] = ()
+    repo: str | None = None
+    """The repository of the Hub that the folder is uploaded to."""
+
+    def examples(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+        """Prompts to try, at least one."""
+        return self.example_prompts or (example_prompt(tokenizer),)
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the cards of all formats have in common. The last three are Markdown."""
+
+    title: str = NAMELESS
+    place: str = f"./{NAMELESS}"
+    """The folder's path as the card's code writes it. It is never a name on the Hub."""
+    about: About = field(default_factory=About)
+    base_model: str | None = None
+    learnt: tuple[str, ...] = ()
+    data: str = MISSING
+    evaluation: str = MISSING
+
+    @property
+    def name(self) -> str:
+        """What `from_pretrained` is given: the repository where its owner is known, otherwise the path."""
+        return self.about.repo if self.about.repo and "/" in self.about.repo else self.place
+
+
+def card_facts(
+    checkpoint: Checkpoint | None, inspection: Inspection | None, source: Path, folder: Path, about: About
+) -> CardFacts:
+    """Gather what is known of a model that was read from `source` and goes into `folder`.
 
     Args:
-        facts: what there is to say beside its sizes.
-        rounded: what became of the weights, if they were rounded.
+        checkpoint: the trainer's file; None if the source is a folder.
+        inspection: what was found in the model; None if it was not inspected.
     """
-    sizes = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
-    takes, examples = takes_instructions(tokenizer), facts.about.examples(tokenizer)
-    if takes:
-        code, prompt = INSTRUCTION_CODE.format(prompt=json.dumps(examples[0], ensure_ascii=False)), INSTRUCTION_PROMPT
-    else:
-        code, prompt = RAW_CODE.format(prompt=examples[0]), _raw_prompt(tokenizer)
-    how = f"with its weights {rounded}" if rounded else "without changing a weight"
-    data = facts.metadata("transformers", widget(examples, takes))
-    return facts.render(data, FOLDER_CARD, how=how, code=code, prompt=prompt, **sizes)
+    data = [f"[{markdown(name)}](https://huggingface.co/datasets/{quote(name, safe='/')})" for name in about.datasets]
+    started_from, progress = None, ""
+    if checkpoint is not None:
+        started_from = checkpoint.started_from
+        numbers = {name: n if isinstance(n, int) else f"{n:.6g}" for name, n in checkpoint.progress.items()}
+        progress = ", ".join(f"{name} {number}" for name, number in numbers.items())
+        if checkpoint.dataset:
+            data.append(f"The checkpoint names its data {code(checkpoint.dataset)}.")
+    evaluation = [f"The checkpoint tells: {markdown(progress)}."] if progress else []
+    return CardFacts(
+        title=about.model_name or (about.repo or "").rpartition("/")[2] or title_of(folder, source),
+        place=place_of(folder),
+        about=about,
+        base_model=f"{GPT2_OWNER}/{started_from}" if started_from else None,
+        learnt=tuple(map(markdown, _learnt(inspection))) if inspection else (),
+        data="\n\n".join([*data, MISSING]),
+        evaluation="\n\n".join([*evaluation, _evidence(inspection, is_file=checkpoint is not None), MISSING]),
+    )
 
 
-def widget(examples: Sequence[str], takes_instructions: bool) -> list[dict[str, Any]]:
+def _learnt(inspection: Inspection) -> list[str]:
+    """The diagnosis and the measurement, without the place of the training data on the user's disk."""
+    if inspection.measurement is not None:
+        name = Path(inspection.measurement.path).name
+        inspection = replace(inspection, measurement=replace(inspection.measurement, path=name))
+    lines = [str(finding) for finding in inspection.findings()]
+    if inspection.diagnosis is not None and not inspection.diagnosis.is_harm:
+        lines.insert(0, str(inspection.diagnosis))
+    return lines
+
+
+def _evidence(inspection: Inspection | None, is_file: bool) -> str:
+    """How far the conversion was checked; the strongest check that there is."""
+    source = "checkpoint file" if is_file else "source folder"
+    only = f"The conversion compares its result with the {source}, not with the model inside its trainer."
+    if inspection is None or inspection.measurement is None:
+        return only
+    name = code(Path(inspection.measurement.path).name)
+    return f"{only} The loss on {name}, measured with the converted weights, is {inspection.measurement.loss:.3f}."
+
+
+def title_of(folder: Path, source: Path) -> str:
+    """A name for the model: that of its folder, or of the first folder above its source that tells something."""
+    if not _is_place(folder.name):
+        return folder.name
+    stage = ""
+    for parent in source.absolute().parents:
+        if parent in (Path.home(), Path(parent.anchor)):
+            break
+        if parent.name in STAGES and not stage:
+            stage = f"-{parent.name}"
+        elif not _is_place(parent.name):
+            return f"{parent.name.removeprefix('out-')}{stage}"
+    return f"{NAMELESS}{stage}"
+
+
+def place_of(folder: Path) -> str:
+    """The folder's path from the current directory, or from the folder beside it; it begins with "./".
+
+    A path from the root would tell a reader of the card about the user's disk. A path without "./" could be read as the
+    name of somebody else's repository on the Hub.
+    """
+    folder = folder.absolute()
+    if folder.is_relative_to(Path.cwd()) and folder != Path.cwd():
+        return f"./{folder.relative_to(Path.cwd()).as_posix()}"
+    return f"./{folder.parent.name}/{folder.name}" if _is_place(folder.name) else f"./{folder.name}"
+
+
+def _is_place(name: str) -> bool:
+    return all(part in PLACES for part in name.split("-"))
+
+
+def write_card(
+    folder: Path,
+    loaded: Loaded,
+    options: "Options",
+    *,
+    what: str,
+    library: str,
+    use: str,
+    notes: Sequence[str] = (),
+    quantized: str = "",
+    **fields: Any,
+) -> None:
+    """Write a model's card.
+
+    Args:
+        what: the format, as in "converted {what} without changing a weight".
+        library: the Hub's name of the library that reads the format.
+        use: how the model is run, as a Jinja template. Its fields are `name`, `prompt` (both Python literals),
+            `takes_instructions` and those of `fields`.
+        notes: what a user must know, as Markdown.
+        quantized: how the format rounds the weights further, such as "rounded to q8_0".
+    """
+    facts, config = options.card, loaded.model.config
+    tokenizer = None if loaded.found is None else loaded.tokenizer
+    examples = () if tokenizer is None else facts.about.examples(tokenizer)
+    is_instructed = tokenizer is not None and takes_instructions(tokenizer)
+    fields |= {
+        "name": python_literal(facts.name),
+        "prompt": python_literal(examples[0] if examples else ""),
+        "takes_instructions": is_instructed,
+    }
+    metadata = ModelCardData(
+        license=facts.about.license,
+        language=list(facts.about.language) or None,
+        library_name=library,
+        pipeline_tag="text-generation",
+        tags=["custom_gpt", *facts.about.tags],
+        base_model=facts.about.base_model or facts.base_model,
+        datasets=list(facts.about.datasets) or None,
+        widget=_widget(examples, is_instructed) if library == "transformers" else None,
+    )
+    changes = [change for change in (options.rounded, quantized) if change]
+    text = Template(CARD).render(
+        metadata=metadata.to_yaml(),
+        facts=facts,
+        title=markdown(facts.title),
+        architecture=describe_architecture(config),
+        block_size=config.block_size,
+        what=what,
+        weights=f"with its weights {' and '.join(changes)}" if changes else "without changing a weight",
+        use=Template(use).render(fields),
+        prompts=MISSING if tokenizer is None else _prompts(tokenizer),
+        notes=notes,
+        missing=MISSING,
+    )
+    (folder / "README.md").write_text(f"{text.rstrip()}\n", encoding="utf-8")
+
+
+def _widget(examples: Sequence[str], is_instructed: bool) -> list[dict[str, Any]]:
     """Example prompts for the model's page on the Hub."""
-    if takes_instructions:
+    if is_instructed:
         return [{"messages": [{"role": "user", "content": text}]} for text in examples]
     return [{"text": text} for text in examples]
 
 
-def _raw_prompt(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What there is to know of prompts of raw text."""
-    text = "Its prompts are raw text, which it goes on with: there is no format around them, and no chat template.\n"
+def _prompts(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a prompt of this model looks like."""
+    if takes_instructions(tokenizer):
+        return INSTRUCTIONS
+    lines = [RAW]
     if is_of_characters(tokenizer):
-        text += CHARACTERS.format(vocab_size=len(tokenizer))
+        lines.append(CHARACTERS.format(n_characters=len(tokenizer)))
     if tokenizer.bos_token:
-        text += f"`tokenizer(text)` puts `{tokenizer.bos_token}` in front.\n"
+        lines.append(f"`tokenizer(text)` puts {code(tokenizer.bos_token)} in front.")
     if tokenizer.eos_token:
-        text += f"A text ends at `{tokenizer.eos_token}`.\n"
-    return f"{text}\n"
+        lines.append(f"A text ends at {code(tokenizer.eos_token)}.")
+    return "\n".join(lines)
 
 
-def write_card(
-    folder: Path, loaded: Loaded, options: Options, what: str, use: str, *notes: str, library: str = "transformers"
-) -> None:
-    """Write the card of a model: `use` is how it is run, `notes` what its engine does otherwise than transformers."""
-    config, facts = loaded.model.config, options.card
-    # Only transformers finds a repository of the Hub by its name.
-    name = facts.hub_name if library == "transformers" else facts.place
-    fields = {"name": name, "block_size": config.block_size, "prompt": repr(_example(loaded, options))}
-    card = facts.render(
-        facts.metadata(library),
-        ENGINE_CARD,
-        block_size=config.block_size,
-        architecture=describe_architecture(config),
-        what=what,
-        rounded=f", its weights {options.rounded}" if options.rounded else "",
-        use=use.format(**fields),
-        notes=[note.format(**fields) for note in notes if note],
-    )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+# Texts from files and users are quoted before they go into a card: none can add a heading, HTML or a line of code.
 
 
-def _example(loaded: Loaded, options: Options) -> str:
-    """The text of a prompt that this model understands; "" where no tokenizer tells."""
-    if loaded.found is None:
-        return ""
-    return prompt_text(loaded.tokenizer, options.card.about.examples(loaded.tokenizer)[0])
+def markdown(text: str) -> str:
+    r"""A text that Markdown shows as it is.
+
+    >>> markdown("# <b>my_model</b>")
+    '\\# &lt;b&gt;my_model&lt;/b&gt;'
+    """
+    escaped = re.sub(r"([\\`*\[\]#|~]|(?<!\w)_|_(?!\w))", r"\\\1", one_line(text))
+    return html.escape(escaped, quote=False)
+
+
+def code(text: str) -> str:
+    """A text as inline code of Markdown, whatever backticks it holds.
+
+    >>> code("<|end|>"), code("a`b")
+    ('`<|end|>`', '``a`b``')
+    """
+    text = one_line(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def python_literal(text: str) -> str:
+    """A text as Python code, in printable characters on one line."""
+    return json.dumps(text, ensure_ascii=False) if text.isprintable() else repr(text)

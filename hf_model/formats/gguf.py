@@ -1,35 +1,24 @@
-"""One GGUF file for llama.cpp and the programs built on it: weights, vocabulary, chat template."""
+"""One GGUF file for llama.cpp and the programs built on it: weights, tokenizer, chat template."""
 
+import inspect
 import json
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError, one_line
-from hf_model.formats.cards import write_card
-from hf_model.formats.gguf_vocabulary import Vocabulary, express
-from hf_model.formats.target import (
-    TANH_GELU,
-    MissingEngineError,
-    Options,
-    check,
-    check_ids,
-    difference,
-    encode,
-    in_float32,
-    logits_of,
-    missing,
-    n_compared,
-    probe_ids,
-    require,
-)
+from hf_model.formats import ollama
+from hf_model.formats.cards import code, write_card
+from hf_model.formats.comparison import check_ids, compare, compared_with, reference_logits
+from hf_model.formats.gguf_tokenizer import GgufTokenizer, to_gguf
+from hf_model.formats.target import TANH_GELU, MissingEngineError, Options, engine_errors, require
 from hf_model.loading import Loaded, Source
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.tokenizer import is_of_characters, probes
@@ -49,109 +38,116 @@ NAMES = {
     "mlp.c_fc": "ffn_up",
     "mlp.c_proj": "ffn_down",
 }
-# llama.cpp's GPT-2 computes the tanh form of GELU, whatever a file says.
+# llama.cpp's GPT-2 always computes the tanh form of GELU.
 GELU = ("gelu", "gelu_python", *TANH_GELU)
-# What is allowed, of the spread. llama.cpp rounds activations too: to half precision in its GELU, to the matrices' type
-# in products. Measured: 0.002, 0.004 and 0.1; with half of the heads, 0.2 to 2.
+# Allowed difference, as a share of the spread. llama.cpp rounds activations too: to half precision in its GELU, to the
+# matrices' type in products. Measured: 0.002, 0.004 and 0.1; and 0.2 to 2 for a wrong file with half of the heads.
 ALLOWED = {"f32": 0.01, "f16": 0.02, "q8_0": 0.15}
-# Texts on which byte-level tokenizers part: spaces, contractions, scripts, combining marks, emoji, control characters.
+GGUF_DTYPES = {torch.float32: "f32", torch.float16: "f16"}
+# Texts that byte-level tokenizers split differently: spaces, contractions, numbers, scripts, emoji, control characters.
 TORTURE = [
-    *[
-        "",
-        " ",
-        "  ",
-        "\n",
-        "\n\n  \n",
-        "\t tab",
-        " leading",
-        "trailing ",
-        "a  b   c    d",
-        "\r\n",
-        "\u00a0\u2003\u3000x",
-    ],
-    *["I'm you're he'll we've I'd can't DON'T 'twas ''s", "x'S x'T", "1234567890", "3.14e-10", "½ ² ٣ Ⅷ ௧"],
-    *[
-        "日本語のテキスト。",
-        "한국어 텍스트",
-        "ไทย ภาษา",
-        "हिन्दी में",
-        "עברית",
-        "e\u0301 cafe\u0301 café",
-        "ﬁ ﬀ ŉ ß ẞ İ \u0131",
-    ],
-    *[
-        "👩\u200d👩\u200d👧 🏳️\u200d🌈 🇫🇷",
-        "\u0000\u0001\u001f\u007f\u0080",
-        "\ufeffbom\ufffd",
-        "\U0001d573\U0001d58a 𐍈 \U0010ffff",
-    ],
+    *["", " ", "  ", "\n", "\n\n  \n", "\t tab", " leading", "trailing ", "a  b   c    d", "\u00a0\u2003\u3000x"],
+    *["I'm you're he'll we've I'd can't DON'T 'twas ''s", "x'S x'T", "1234567890", "3.14e-10", "½ ² ٣ Ⅷ ௧", "\r\n"],
+    *["日本語のテキスト。", "한국어 텍스트", "ไทย ภาษา", "हिन्दी में", "עברית", "e\u0301 cafe\u0301 café"],
+    *["ﬁ ﬀ ŉ ß ẞ İ \u0131"],
+    *["👩\u200d👩\u200d👧 🏳️\u200d🌈 🇫🇷", "\0\x01\x1f\x7f\x80", "\ufeffbom\ufffd", "\U0001d573\U0001d58a 𐍈 \U0010ffff"],
     *["if (a<=b) { return !c; } // {{x}}", "<|endoftext|>", "[UNK][PAD]x[EOS]y", "[BOS]x", "[EO S] [bos]", "a" * 300],
 ]
 
+# `--ctx-size 0` is the context that the file names.
+TRY_IT = """\
+llama-server --model {file} --ctx-size 0 --jinja
+ollama create {name} -f {modelfile} && ollama run {name} {prompt}"""
+TRY_IT_RAW = """\
+llama-server --model {file} --ctx-size 0
+curl http://localhost:8080/v1/completions -H "Content-Type: application/json" -d {request}
+ollama create {name} -f {modelfile} && ollama run {name} {prompt}"""
 USE = """\
+In this folder:
+
 ```console
-$ llama-server --model {file} --ctx-size {block_size} --jinja
+$ llama-server --model {{ file }} --ctx-size 0{% if takes_instructions %} --jinja{% endif %}
+$ ollama create my-model -f Modelfile && ollama run my-model
 ```
 
 ```python
 from llama_cpp import Llama  # pip install llama-cpp-python
 
-llama = Llama("{file}", n_ctx={block_size})
-messages = [{{"role": "user", "content": "What is the capital of France?"}}]
+llama = Llama("{{ file }}", n_ctx=0)
+{% if takes_instructions -%}
+messages = [{"role": "user", "content": {{ prompt }}}]
 print(llama.create_chat_completion(messages)["choices"][0]["message"]["content"])
-```"""
-USE_RAW = """\
-```python
-from llama_cpp import Llama  # pip install llama-cpp-python
+{%- else -%}
+print(llama({{ prompt }}, max_tokens={{ block_size }} // 2)["choices"][0]["text"])
+{%- endif %}
+```
+{%- if can_be_quantized %}
 
-llama = Llama("{file}", n_ctx={block_size})
-print(llama({prompt}, max_tokens={block_size} // 2)["choices"][0]["text"])
-```"""
+For a smaller file with weights of about 4 bits (compare its answers with this one's):
+
+```console
+$ llama-quantize {{ file }} model-q4_k_m.gguf Q4_K_M
+```
+{%- endif %}"""
 PAST_CONTEXT = (
-    "A prompt and its answer must fit in {block_size} tokens: the learned positions end there. llama.cpp does not go "
-    "on with the last tokens, as the folder for transformers does. It ends its process past the positions, and it "
-    "rounds `n_ctx` up to a multiple of 256: where {block_size} is none, `max_tokens` must hold the answer back."
+    "A prompt and its answer must fit in {block_size} tokens, the number of learned positions: past them llama.cpp "
+    "ends its process. (The folder for transformers goes on with the last {block_size} tokens.) llama.cpp rounds the "
+    "context up to a multiple of 256: if {block_size} is no such multiple, `max_tokens` must limit the answer."
 )
 TWICE = (
-    "llama.cpp puts `{bos}` in front of a text by itself, as `tokenizer(text)` does: a text that begins with it gets a "
-    "second one. Leave it out (the chat interface does)."
+    "llama.cpp puts {bos} in front of a text, as `tokenizer(text)` does. Do not begin a text with it yourself, or the "
+    "model reads it twice."
 )
 
 
 def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
-    """Write `model-TYPE.gguf` and its card.
+    """Write `model-TYPE.gguf`, the Modelfile for Ollama and the card.
 
     Raises:
         UserError: the package `gguf` is not installed, or llama.cpp cannot express the model or its tokenizer.
+        OSError: the disk is full.
     """
     require(["gguf"], "gguf")
-    model, tokenizer = loaded.model, loaded.tokenizer
-    check_expressible(model, options.gguf_type)
-    vocabulary = express(tokenizer, model.config.vocab_size)
-    write_file(folder / file_name(options), model, options.gguf_type, vocabulary, options.card.title)
-    notes = [*vocabulary.notes, gelu_note(model)]
-    bos = TWICE.replace("{bos}", tokenizer.bos_token) if vocabulary.adds_bos else ""
-    use = (USE if vocabulary.chat_template else USE_RAW).replace("{file}", file_name(options))
-    library = "gguf"
-    write_card(folder, loaded, options, f"GGUF ({options.gguf_type})", use, PAST_CONTEXT, bos, *notes, library=library)
-    return [f"note: {note}" for note in notes if note]
+    model, file = loaded.model, file_name(options)
+    check_supported(model, options.gguf_type)
+    tokenizer = to_gguf(loaded.tokenizer, model.config.vocab_size)
+    with engine_errors("the package gguf cannot write the model", folder):
+        write_file(folder / file, model, options.gguf_type, tokenizer, one_line(options.card.title))
+    text = ollama.modelfile(file, model, loaded.tokenizer, tokenizer.adds_bos)
+    (folder / ollama.FILE).write_text(text, encoding="utf-8")
+    notes = [*tokenizer.notes, *gelu_notes(model)]
+    bos = [TWICE.format(bos=code(loaded.tokenizer.bos_token))] if tokenizer.adds_bos else []
+    write_card(
+        folder,
+        loaded,
+        options,
+        what=f"to GGUF ({options.gguf_type})",
+        library="gguf",
+        use=USE,
+        notes=[PAST_CONTEXT.format(block_size=model.config.block_size), *bos, *notes],
+        file=file,
+        block_size=model.config.block_size,
+        quantized=""
+        if options.gguf_type in ("f32", GGUF_DTYPES.get(model.dtype))
+        else f"rounded to {options.gguf_type}",
+        can_be_quantized=options.gguf_type != "q8_0",
+    )
+    return [f"note: {note}" for note in notes]
 
 
 def file_name(options: Options) -> str:
     return f"model-{options.gguf_type}.gguf"
 
 
-def check_expressible(model: CustomGPTForCausalLM, gguf_type: str) -> None:
-    """Check that llama.cpp's GPT-2 is this model.
+def check_supported(model: CustomGPTForCausalLM, gguf_type: str) -> None:
+    """Check that llama.cpp's GPT-2 can hold and compute this model.
 
     Raises:
-        UserError: it has another activation, a width that the type cannot pack, or values that it cannot hold.
+        UserError: it does not know the activation, cannot pack the width, or the type cannot hold the values.
     """
     config = model.config
     if config.activation_function not in GELU:
-        raise UserError(
-            f"llama.cpp's GPT-2 has a GELU only, and this model's activation is {config.activation_function}"
-        )
+        raise UserError(f"llama.cpp's GPT-2 has GELU only, and this model's activation is {config.activation_function}")
     if gguf_type == "q8_0" and config.n_embd % 32:
         raise UserError(f"q8_0 packs 32 values, and this model is {config.n_embd} wide: use --gguf_type f16")
     if gguf_type == "f16":
@@ -161,21 +157,20 @@ def check_expressible(model: CustomGPTForCausalLM, gguf_type: str) -> None:
                 raise UserError(f"{name} has values past float16's {limit:.0f}: use --gguf_type f32 or q8_0")
 
 
-def gelu_note(model: CustomGPTForCausalLM) -> str:
-    """What llama.cpp's GELU makes of a model with the exact one, measured; "" for a model with the tanh form."""
+def gelu_notes(model: CustomGPTForCausalLM) -> list[str]:
+    """For a model with the exact GELU: how much llama.cpp's GELU changes, measured."""
     if model.config.activation_function in TANH_GELU:
-        return ""
-    ids, keep = probe_ids(model), n_compared(model)
-    erf, tanh = (logits_of(in_float32(model, act), ids, keep) for act in (None, "gelu_pytorch_tanh"))
-    found = difference(erf.log_softmax(-1), tanh.log_softmax(-1))
-    return (
-        "llama.cpp's GELU is the tanh form, and this model's the exact one: for that alone, log-probabilities differ "
-        f"by up to {found.largest:.1e} (their standard deviation is {found.spread:.2g})"
-    )
+        return []
+    exact, tanh = (reference_logits(model, activation)[1].log_softmax(-1) for activation in (None, "gelu_pytorch_tanh"))
+    found = compare("log-probabilities", exact, tanh)
+    return [
+        "llama.cpp's GELU is the tanh form, and this model's is the exact one. By this alone, log-probabilities "
+        f"differ by up to {found.largest:.1e} (their standard deviation is {found.spread:.2g})."
+    ]
 
 
 def gguf_name(name: str) -> str:
-    """The name of a tensor of the state dict in GGUF.
+    """The GGUF name of a tensor of the state dict.
 
     >>> gguf_name("transformer.h.3.attn.c_attn.weight")
     'blk.3.attn_qkv.weight'
@@ -188,27 +183,31 @@ def gguf_name(name: str) -> str:
 
 
 def write_file(
-    path: Path, model: CustomGPTForCausalLM, gguf_type: str, vocabulary: Vocabulary | None, name: str = "model"
+    path: Path, model: CustomGPTForCausalLM, gguf_type: str, tokenizer: GgufTokenizer | None, name: str = "model"
 ) -> None:
-    """Write the file; without a vocabulary, llama.cpp takes ids alone."""
+    """Write the file. Without a tokenizer, llama.cpp takes ids only."""
     from gguf import GGUFWriter
 
     writer = GGUFWriter(path, "gpt2")
     _add_sizes(writer, model.config, gguf_type, name)
-    if vocabulary is None:
+    if tokenizer is None:
         writer.add_vocab_size(model.config.vocab_size)
         writer.add_tokenizer_model("none")
     else:
-        _add_vocabulary(writer, vocabulary)
+        _add_tokenizer(writer, tokenizer)
     for tensor_name, tensor in _tensors(model).items():
         values = tensor.float().numpy()
-        # Positions and vectors are added to what is float32: llama.cpp takes them as such only.
+        # llama.cpp takes positions and vectors in float32 only, because it adds them to float32.
         is_matrix = tensor.ndim == 2 and "wpe" not in tensor_name
         _add_tensor(writer, gguf_name(tensor_name), values, gguf_type if is_matrix else "f32")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
+    (file,) = writer.fout or []
+    size = file.tell()
     writer.close()
+    if path.stat().st_size != size:  # NumPy drops the error of a last small write to a full disk
+        raise OSError(f"{path.name} is incomplete")
 
 
 def _add_sizes(writer: "GGUFWriter", config: CustomGPTConfig, gguf_type: str, name: str) -> None:
@@ -225,29 +224,23 @@ def _add_sizes(writer: "GGUFWriter", config: CustomGPTConfig, gguf_type: str, na
     writer.add_layer_norm_eps(config.layer_norm_epsilon)
 
 
-def _add_vocabulary(writer: "GGUFWriter", vocabulary: Vocabulary) -> None:
-    writer.add_tokenizer_model(vocabulary.model)
-    if vocabulary.model == "gpt2":
+def _add_tokenizer(writer: "GGUFWriter", tokenizer: GgufTokenizer) -> None:
+    writer.add_tokenizer_model(tokenizer.model)
+    if tokenizer.model == "gpt2":
         writer.add_tokenizer_pre("gpt-2")
-        writer.add_token_merges(vocabulary.merges)
-    writer.add_token_list(vocabulary.tokens)
-    writer.add_token_types(vocabulary.types)
-    adders: dict[str, Any] = {
-        "bos": writer.add_bos_token_id,
-        "eos": writer.add_eos_token_id,
-        "unk": writer.add_unk_token_id,
-        "pad": writer.add_pad_token_id,
-    }
-    for kind, token_id in vocabulary.special.items():
-        adders[kind](token_id)
-    writer.add_add_bos_token(vocabulary.adds_bos)
+        writer.add_token_merges(tokenizer.merges)
+    writer.add_token_list(tokenizer.tokens)
+    writer.add_token_types(tokenizer.types)
+    for kind, token_id in tokenizer.special.items():
+        getattr(writer, f"add_{kind}_token_id")(token_id)
+    writer.add_add_bos_token(tokenizer.adds_bos)
     writer.add_add_eos_token(False)
-    if vocabulary.chat_template:
-        writer.add_chat_template(vocabulary.chat_template)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
 
 
 def _tensors(model: CustomGPTForCausalLM) -> dict[str, torch.Tensor]:
-    """The state dict with a bias for everything in the blocks; a tied head is left out, and llama.cpp ties it."""
+    """The state dict with a bias for each weight of the blocks. A tied head is left out: llama.cpp ties it itself."""
     tensors = dict(model.state_dict())
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
@@ -268,48 +261,68 @@ def _add_tensor(writer: "GGUFWriter", name: str, values: np.ndarray, gguf_type: 
 
 
 def verify(folder: Path, source: Source, options: Options) -> str:
-    """Run the file in llama.cpp, and compare log-probabilities with the model of the tanh GELU, and ids of many texts.
+    """Run the file in llama.cpp, and compare its log-probabilities with the source's model with the tanh GELU.
+
+    The ids of many texts are compared too.
 
     Raises:
         MissingEngineError: llama-cpp-python is not installed.
         UserError: something differs, or llama.cpp does not take the file.
     """
-    if absent := missing(["llama_cpp"], "gguf"):
-        raise MissingEngineError(absent)
+    require(["llama_cpp"], "gguf", MissingEngineError)
     loaded = source.load()
-    model, tokenizer = loaded.model, loaded.tokenizer
-    activation = None if model.config.activation_function in TANH_GELU else "gelu_pytorch_tanh"
-    ids, keep = probe_ids(model), n_compared(model)
-    expected = logits_of(in_float32(model, activation), ids, keep).log_softmax(-1)
-    texts = [*probes(tokenizer), *([] if is_of_characters(tokenizer) else TORTURE)]
-    logits, encoded = run_llama_cpp(folder / file_name(options), ids[0].tolist(), keep, texts)
-    for text, got in zip(texts, encoded, strict=True):
-        check_ids(text, encode(tokenizer, text), got)
-    found = difference(expected, torch.from_numpy(logits).log_softmax(-1))
-    check(found, ALLOWED[options.gguf_type] * found.spread, "the log-probabilities")
-    return f"by llama.cpp: {found.words('the log-probabilities')}, {len(texts)} texts encoded the same"
+    activation = None if loaded.model.config.activation_function in TANH_GELU else "gelu_pytorch_tanh"
+    ids, expected = reference_logits(loaded.model, activation)
+    texts = [*probes(loaded.tokenizer), *([] if is_of_characters(loaded.tokenizer) else TORTURE)]
+    logits, encoded = run_llama_cpp(folder / file_name(options), ids[0].tolist(), len(expected), texts)
+    same_texts = check_ids(source.find_tokenizer(), texts, encoded)
+    got = torch.from_numpy(logits).log_softmax(-1)
+    found = compare("the log-probabilities", expected.log_softmax(-1), got)
+    found.check(ALLOWED[options.gguf_type] * found.spread)
+    return f"by llama.cpp, {compared_with(source)}{found}, {same_texts}"
 
 
-def run_llama_cpp(path: Path, ids: list[int], keep: int, texts: list[str]) -> tuple[np.ndarray, list[list[int]]]:
-    """Logits of the last `keep` positions, of shape (keep, V), and each text's ids.
+def run_llama_cpp(path: Path, ids: list[int], n_last: int, texts: list[str]) -> tuple[np.ndarray, list[list[int]]]:
+    """Logits of the last positions, of shape (n_last, V), and each text's ids.
 
-    In a process of its own: llama.cpp answers what it does not like by ending the process.
+    llama.cpp ends its process at what it does not take, so it runs in a child process.
 
     Raises:
-        UserError: it did.
+        UserError: llama.cpp ended its process.
     """
-    program = Path(__file__).with_name("run_llama_cpp.py").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as scratch:
         request, answer = Path(scratch) / "request.json", Path(scratch) / "logits.npy"
-        request.write_text(json.dumps({"path": str(path.absolute()), "ids": ids, "keep": keep, "texts": texts}))
-        # Not as a script: this folder would come first in its path, with a gguf.py that is not the package.
-        command = [sys.executable, "-c", program, str(request), str(answer)]
+        request.write_text(json.dumps({"path": str(path.absolute()), "ids": ids, "n_last": n_last, "texts": texts}))
+        # The child runs the source of `answer_request` and nothing else: importing this package would take seconds.
+        program = f"{inspect.getsource(answer_request)}\nanswer_request({str(request)!r}, {str(answer)!r})"
+        command = [sys.executable, "-c", program]
         process = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
         if process.returncode:
             lines = [
                 line for line in process.stderr.splitlines() if re.search("error|assert|fail", line, re.IGNORECASE)
             ]
-            raise UserError(
-                f"{path.name}: llama.cpp ended with status {process.returncode} ({one_line(' '.join(lines[-2:]), 300)})"
-            )
+            reason = one_line(" ".join(lines[-2:]), 300)
+            raise UserError(f"{path.name}: llama.cpp ended with status {process.returncode} ({reason})")
         return np.load(answer), json.loads(process.stdout.splitlines()[-1])
+
+
+def answer_request(request_path: str, answer_path: str) -> None:
+    """The child process of `run_llama_cpp`: it imports all that it uses."""
+    import json
+    from pathlib import Path
+
+    import llama_cpp
+    import numpy as np
+
+    request = json.loads(Path(request_path).read_text())
+    llama = llama_cpp.Llama(
+        request["path"],
+        n_ctx=len(request["ids"]),
+        logits_all=True,
+        verbose=False,
+        type_k=llama_cpp.GGML_TYPE_F32,  # otherwise keys and values are rounded to half precision
+        type_v=llama_cpp.GGML_TYPE_F32,
+    )
+    llama.eval(request["ids"])
+    np.save(answer_path, llama.scores[: len(request["ids"])][-request["n_last"] :])
+    print(json.dumps([llama.tokenize(text.encode(), add_bos=True, special=True) for text in request["texts"]]))

@@ -1,7 +1,7 @@
-"""What the targets share: their options, a missing engine, and the comparison of an engine with its source."""
+"""What the formats share: the options of a conversion, the engines' packages, and how files are written."""
 
-import copy
 import importlib.util
+import json
 import re
 import shutil
 import sys
@@ -10,194 +10,104 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_model.errors import UserError, one_line
-from hf_model.formats.card_facts import CardFacts
-from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.tokenizer import probes
+from hf_model.errors import UserError, memory_for, one_line
+from hf_model.formats.cards import CardFacts
+from hf_model.tokenizer import save_tokenizer
 
 TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate")
 GGUF_TYPES = ("f32", "f16", "q8_0")
 TRAINERS = ("original", "nanogpt")
 SHARD_SIZE = r"[1-9]\d{0,5}(\.\d{1,6})?[KMGT]B"
-MAX_LOGITS = 2**27  # how many are compared: half a gigabyte on either side
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to write; each target reads what is its own."""
+    """How to write a model. Each format reads its own fields.
+
+    Raises:
+        UserError: a field has a value that its format does not know.
+    """
 
     card: CardFacts = field(default_factory=CardFacts)
-    """What its card says."""
     rounded: str = ""
-    """What became of the weights, for the card (`description.rounding`)."""
+    """How the weights were rounded, as `describe_rounding` tells; "" if they were not."""
     max_shard_size: str = "5GB"
     gguf_type: str = "f32"
     quantization: str | None = None
     like: str = "original"
 
     def __post_init__(self) -> None:
-        """Raises UserError for a name that means nothing."""
-        for name, names in (("gguf_type", GGUF_TYPES), ("like", TRAINERS)):
-            if getattr(self, name) not in names:
-                raise UserError(f"{name}={getattr(self, name)!r} is none of {', '.join(names)}")
+        for name, known in (("gguf_type", GGUF_TYPES), ("like", TRAINERS)):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name}={getattr(self, name)!r} is none of {', '.join(known)}")
         if not re.fullmatch(SHARD_SIZE, self.max_shard_size, re.ASCII | re.IGNORECASE):
-            raise UserError(f"max_shard_size={self.max_shard_size!r} is no size such as 500MB or 5GB")
-
-    def to_rounded(self) -> str:
-        """What the weights were compared with, if they were rounded."""
-        return f" to the source's, {self.rounded}" if self.rounded else ""
+            raise UserError(f"max_shard_size={self.max_shard_size!r} is not a size such as 500MB or 5GB")
 
 
 class MissingEngineError(Exception):
-    """The engine that would verify a format is not installed; the message says how to install it."""
+    """The engine that verifies a format is not installed. The message says how to install it."""
 
 
-def missing(packages: Sequence[str], extra: str) -> str:
-    """Which of these packages are not installed and what to do; "" if all are."""
+def require(packages: Sequence[str], extra: str, error: type[Exception] = UserError) -> None:
+    """Raise `error`, with the remedy, if one of these packages is not installed."""
     absent = [package for package in packages if importlib.util.find_spec(package) is None]
-    if not absent:
-        return ""
-    return f'{" and ".join(absent)} not installed for {sys.executable}: pip install "custom-gpt-hf[{extra}]"'
-
-
-def require(packages: Sequence[str], extra: str) -> None:
-    """Check that a writer's packages are there.
-
-    Raises:
-        UserError: one is not installed.
-    """
-    if absent := missing(packages, extra):
-        raise UserError(absent)
+    if absent:
+        names = " and ".join(absent)
+        raise error(f'{names} not installed for {sys.executable}: pip install "custom-gpt-hf[{extra}]"')
 
 
 @contextmanager
-def blamed_on(what: str) -> Iterator[None]:
-    """Turn what an engine raises about a model, of whatever type, into the user's error."""
+def engine_errors(problem: str, written_to: Path | None = None) -> Iterator[None]:
+    """Turn whatever an engine raises into a UserError that begins with `problem`.
+
+    Args:
+        written_to: the folder that the engine writes into. An engine may report a full disk in any words, so the disk
+            is asked before the model is blamed.
+
+    Raises:
+        UserError: the engine failed.
+        OSError: the disk is full, or failed.
+    """
     try:
-        yield
-    except (UserError, MissingEngineError, MemoryError):
+        with memory_for("to convert the model"):
+            yield
+    except (UserError, MissingEngineError):
         raise
     except Exception as error:
-        raise UserError(f"{what} ({one_line(error, 300)})") from None
+        if isinstance(error, OSError) and error.errno:
+            raise
+        if written_to is not None:
+            _check_disk(written_to)
+        raise UserError(f"{problem} ({one_line(error, 300)})") from None
 
 
-def save_weights(model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:
-    """`save_pretrained`, with its errors and the rights of its files like those of any other writing.
+def _check_disk(folder: Path) -> None:
+    """Make the largest file of a folder longer; raises OSError where the disk, a quota or a limit does not let it."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size, default=folder / "probe")
+    with largest.open("ab") as file:
+        file.write(bytes(2**20))
+
+
+def save_model(model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:
+    """`save_pretrained`, with weights that the same users may read as the other files.
 
     Raises:
         OSError: the disk is full.
     """
-    try:
+    with engine_errors("transformers cannot save the model", folder):
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-    except SafetensorError as error:  # its own form of a full disk
-        raise OSError(str(error)) from None
-    for weights in folder.glob("*.safetensors"):  # which safetensors lets nobody read but their owner
+    for weights in folder.glob("*.safetensors"):  # safetensors lets only the owner read them
         shutil.copymode(folder / "config.json", weights)
 
 
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors of one dtype are equal as bits: NaN is itself, and 0.0 is not -0.0."""
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
-    return torch.equal(one.view(bits), other.view(bits))
-
-
-def in_float32(model: CustomGPTForCausalLM, activation: str | None = None) -> CustomGPTForCausalLM:
-    """The same weights computed in float32, perhaps with another activation; what is float32 already is shared."""
-    config = copy.deepcopy(model.config)
-    config.dtype = torch.float32
-    config.activation_function = activation or config.activation_function
-    with torch.device("meta"):
-        twin = CustomGPTForCausalLM(config)
-    twin.load_state_dict({name: tensor.float() for name, tensor in model.state_dict().items()}, assign=True)
-    twin.tie_weights()
-    return twin.eval()
-
-
-def probe_ids(model: CustomGPTForCausalLM) -> torch.Tensor:
-    """Random ids that fill the context, of shape (1, T): every position counts, and what attention mixes up."""
-    shape = (1, model.config.block_size)
-    return torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-
-
-def n_compared(model: CustomGPTForCausalLM) -> int:
-    """How many of the last positions are compared: all, unless vocabulary and context are very large."""
-    return max(1, min(model.config.block_size, MAX_LOGITS // model.config.vocab_size))
-
-
-@torch.inference_mode()
-def logits_of(model: torch.nn.Module, ids: torch.Tensor, keep: int) -> torch.Tensor:
-    """Logits of the last `keep` positions of one row of ids, of shape (keep, V), in float32."""
-    return model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[0].float()
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How far an engine's numbers are from the model's."""
-
-    largest: float
-    spread: float
-    """The standard deviation of the model's: what the difference is to be judged by."""
-    n_positions: int
-
-    def words(self, what: str) -> str:
-        if self.largest == 0:
-            return f"{what} of {self.n_positions} positions are equal"
-        return (
-            f"{what} of {self.n_positions} positions differ by at most {self.largest:.1e} "
-            f"(their standard deviation is {self.spread:.2g})"
-        )
-
-
-def difference(expected: torch.Tensor, got: torch.Tensor) -> Difference:
-    """Compare two tensors of shape (positions, V)."""
-    if expected.shape != got.shape:
-        raise UserError(f"the engine gave numbers of shape {tuple(got.shape)}, the model {tuple(expected.shape)}")
-    return Difference((expected - got).abs().max().item(), expected.std().item(), len(expected))
-
-
-def check(found: Difference, allowed: float, what: str) -> None:
-    """Check that a difference is no larger than what is allowed.
-
-    Raises:
-        UserError: it is, or the model's numbers are NaN or infinite.
-    """
-    if not found.spread < float("inf"):
-        raise UserError(f"{what} are NaN or infinite, so there is nothing to compare: --no_verify leaves it out")
-    if not found.largest <= allowed:
-        raise UserError(f"{found.words(what)}, more than {allowed:.1e}: the files do not hold this model")
-
-
-def exact(found: Difference) -> float:
-    """What is allowed where the same float32 numbers are added up in another order."""
-    return 1e-5 * max(1.0, found.spread)
-
-
-def check_ids(text: str, expected: list[int], got: list[int]) -> None:
-    """Check that the target's tokenizer gives the ids of the source's.
-
-    Raises:
-        UserError: it does not.
-    """
-    if expected != got:
-        raise UserError(f"the tokenizer encodes {text!r} as {got[:20]}, its source as {expected[:20]}")
-
-
-def check_written_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Check that the tokenizer in a folder encodes the probes as its source does; how many those are, in words.
-
-    Raises:
-        UserError: it does not.
-    """
-    written = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    texts = probes(tokenizer)
-    for text in texts:
-        check_ids(text, encode(tokenizer, text), encode(written, text))
-    return f"{len(texts)} texts encoded the same"
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text).input_ids
+def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a tokenizer that `AutoTokenizer` of transformers 4.57 and 5 loads."""
+    save_tokenizer(tokenizer, folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    # Version 5 writes `TokenizersBackend`, which 4.57 does not know. Version 5 knows the older name too.
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

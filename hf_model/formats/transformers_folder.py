@@ -1,63 +1,83 @@
-"""The folder that transformers' Auto classes load: its files, and the comparison with the source."""
+"""The folder that transformers' Auto classes load, with the model's own code."""
 
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM
 
 from hf_model.errors import UserError
-from hf_model.formats.cards import model_card
-from hf_model.formats.target import Options, same_bits, save_weights
-from hf_model.loading import Loaded, Source, describe_rounding
-from hf_model.tokenizer import probes, save_tokenizer
+from hf_model.formats.cards import GENERATE, write_card
+from hf_model.formats.comparison import check_tokenizer_files, compared_with, equal_tensors, same_bits
+from hf_model.formats.target import Options, save_model, write_tokenizer
+from hf_model.loading import FROM_PRETRAINED, Loaded, Source, describe_rounding
 from hf_model.trainers import widest
 
-VERIFY_BYTES = 256 * 2**20  # how much is compared before memory is let go
+VERIFY_BYTES = 256 * 2**20  # compared before the memory is freed
+TRY_IT = """\
+{generate} --checkpoint_path {folder} --prompt {prompt}
+pip install "transformers[serving]" && transformers serve {folder} --trust-remote-code"""
+TRY_IT_RAW = f"""{TRY_IT}
+curl http://localhost:8000/v1/completions -H "Content-Type: application/json" -d {{request}}"""
+USE = f"""\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+# The folder's path, or its name on the Hub. It holds the model's code (modeling_custom_gpt.py): read it, then trust it.
+model = AutoModelForCausalLM.from_pretrained({{{{ name }}}}, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({{{{ name }}}}, trust_remote_code=True)
+
+{GENERATE}
+```"""
+NOTES = (
+    "The model's code needs transformers 5.21 or later. For an older version, convert with `--format gpt2`.",
+    "`generate` samples with temperature 0.8 and top_k 50 unless it is told otherwise (`generation_config.json`).",
+    "`generate` goes on past the context of {block_size} with the last {block_size} tokens.",
+)
 
 
 def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
-    """Write a model, its tokenizer and its card into an empty folder.
+    """Write a model with its code, its tokenizer and its card.
 
     Raises:
         OSError: the disk is full.
     """
-    model = loaded.model
-    save_weights(model, folder, options.max_shard_size)
-    save_tokenizer(loaded.tokenizer, folder)
-    card = model_card(model.config, options.card, loaded.tokenizer, options.rounded)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    save_model(loaded.model, folder, options.max_shard_size)
+    write_tokenizer(loaded.tokenizer, folder)
+    notes = [note.format(block_size=loaded.model.config.block_size) for note in NOTES]
+    what = "for Hugging Face transformers"
+    write_card(folder, loaded, options, what=what, library="transformers", use=USE, notes=notes)
     return []
 
 
 def verify(folder: Path, source: Source, options: Options) -> str:
-    """Load a folder back by the Auto classes and compare it with its source.
+    """Load a folder by the Auto classes and compare its weights and its tokenizer with the source.
 
     Returns:
         What was compared, in words.
 
     Raises:
-        UserError: a tensor or a token differs.
+        UserError: a weight or a token differs.
     """
-    vocabulary = source.find_tokenizer()
-    tokenizer, texts = AutoTokenizer.from_pretrained(folder), probes(vocabulary.tokenizer)
-    for text in texts:
-        if tokenizer(text, verbose=False).input_ids != vocabulary.encode(text):
-            raise UserError(f"the tokenizer encodes {text!r} differently from {vocabulary.taken}")
-
-    names = list(AutoModelForCausalLM.from_pretrained(folder).state_dict())
+    texts = check_tokenizer_files(folder, source)
+    names = list(_written(folder))
     remaining = list(names)
     while remaining:
-        # Both sides are mapped afresh for every few tensors, so that memory holds neither file whole.
-        written = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        # Each round maps both sides anew, so that memory never holds a whole file.
+        written = _written(folder)
         weights = source.weights()
-        if astray := written.keys() ^ weights.keys():
-            raise UserError(f"{', '.join(sorted(astray))} is on one side only")
-        compared_bytes = 0
-        while remaining and compared_bytes < VERIFY_BYTES:
+        if unmatched := written.keys() ^ weights.keys():
+            raise UserError(f"{', '.join(sorted(unmatched))} is on one side only")
+        n_bytes = 0
+        while remaining and n_bytes < VERIFY_BYTES:
             name = remaining.pop()
             tensor = written[name]
             if not same_bits(tensor, weights[name].to(tensor.dtype)):
                 raise UserError(f"{name} differs from {source.path}: the disk or the memory is faulty")
-            compared_bytes += tensor.nbytes
+            n_bytes += tensor.nbytes
     rounded = describe_rounding(widest(weight.dtype for weight in weights.values()), tensor.dtype)
-    equal = f"{len(names)} tensors equal bit for bit" + (f" to the source's, {rounded}" if rounded else "")
-    return f"{equal}, {len(texts)} texts encoded the same"
+    return f"{compared_with(source)}{equal_tensors(len(names), rounded)}, {texts}"
+
+
+def _written(folder: Path) -> dict[str, torch.Tensor]:
+    with FROM_PRETRAINED:
+        return AutoModelForCausalLM.from_pretrained(folder).state_dict()

@@ -1,4 +1,4 @@
-"""All that the converter has to say of a checkpoint or a folder, gathered once: as lines, or as values for JSON."""
+"""Everything there is to say about a checkpoint or a folder, gathered once: as lines for people, or values for JSON."""
 
 import math
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from typing_extensions import Unpack
 
 from hf_model.errors import memory_for
-from hf_model.learnt.diagnosis import Diagnosis, diagnose, non_finite
+from hf_model.learnt.diagnosis import Diagnosis, Finding, diagnose, non_finite
 from hf_model.learnt.training_data import Measurement, measure
 from hf_model.loading import (
     Loaded,
@@ -32,7 +32,7 @@ READ_KEYS = ("iter_num", "step", "loss", "best_val_loss", "val_loss", "model_arg
 
 @dataclass(frozen=True)
 class Found:
-    """A value of the architecture, and where it was found."""
+    """A value of the architecture, and what told it."""
 
     value: int | float | bool | str
     origin: str
@@ -44,11 +44,11 @@ class Inspection:
 
     path: str
     source: str
-    """The line that says what it is."""
+    """The line that describes the file or the folder."""
     weights_key: str | None
     progress: dict[str, Any]
     other_keys: tuple[str, ...]
-    """What else the file holds, the optimizer's state perhaps."""
+    """The other keys of the file, such as the optimizer's state."""
     architecture: dict[str, Found]
     architecture_line: str
     parameters: int
@@ -58,60 +58,74 @@ class Inspection:
     tokenizer_line: str
     tokens: int
     choices: tuple[tuple[str, str], ...]
-    """What the user did not say: what it is, and what was taken and why."""
+    """For each thing that the user did not specify: its name, and what was chosen and why."""
     notes: tuple[str, ...]
     non_finite: tuple[str, ...]
+    """The names of weights that hold NaN or infinities."""
     diagnosis: Diagnosis | None
-    """None where weights are not finite: nothing can be asked of such a model."""
+    """None where weights are not finite: such a model cannot be asked anything."""
     measurement: Measurement | None
-    """What the training data tells, where it was given."""
+    """None without training data."""
 
     @property
     def has_optimizer(self) -> bool:
         return any("optimizer" in key for key in self.other_keys)
 
-    def head(self) -> list[str]:
-        """The lines that the converter begins with."""
-        return [
-            f"source        {self.source}",
-            f"architecture  {self.architecture_line}",
-            f"parameters    {self.parameters_line}",
-            f"tokenizer     {self.tokenizer_line}",
-            *(f"{item:<14}{text}" for item, text in self.choices),
-            *self.findings(),
-        ]
+    def facts(self) -> Iterator[Finding]:
+        """What the model is; for each thing that the user did not specify, what was chosen and why."""
+        yield Finding("source", self.source)
+        yield Finding("architecture", self.architecture_line)
+        yield Finding("parameters", self.parameters_line)
+        yield Finding("tokenizer", self.tokenizer_line)
+        for item, text in self.choices:
+            yield Finding(item, text)
 
-    def findings(self) -> list[str]:
-        """What a user should know before trusting the weights."""
-        lines = list(self.notes)
+    def left_out(self) -> Iterator[Finding]:
+        """What else the file holds, which a conversion leaves out."""
+        state = "saved in the file; a conversion leaves it out" if self.has_optimizer else "not saved"
+        yield Finding("optimizer", state)
+        if self.other_keys:
+            yield Finding("also there", ", ".join(self.other_keys))
+
+    def findings(self) -> Iterator[Finding]:
+        """What a user should know before using the weights."""
+        for note in self.notes:
+            yield Finding("note", note)
         if bad := self.non_finite:
             more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-            lines.append(
-                f"warning: there are NaN or infinite values in {', '.join(bad[:3])}{more}: the model cannot work"
+            yield Finding(
+                "warning", f"there are NaN or infinite values in {', '.join(bad[:3])}{more}: the model cannot work"
             )
-        if self.diagnosis is not None and self.diagnosis.verdict != "nothing":
-            lines.append(f"warning: {self.diagnosis.line()}")
+        if self.diagnosis is not None and self.diagnosis.is_harm:
+            yield Finding("warning", str(self.diagnosis))
         if self.measurement is not None:
-            lines += self.measurement.lines()
-        return lines
+            yield from self.measurement.findings()
 
-    def lines(self) -> list[str]:
-        """All of it, with where each value was found."""
-        head = self.head()
-        origins: dict[str, list[str]] = {}
+    def head(self) -> list[str]:
+        """The lines that a conversion begins with."""
+        return [*map(str, self.facts()), *map(str, self.findings())]
+
+    def lines(self) -> Iterator[str]:
+        """All there is to say, with the origin of each value and the diagnosis of a healthy model too."""
+        for fact in self.facts():
+            yield str(fact)
+            if fact.about == "architecture":
+                yield from (f"              {', '.join(names)}: from {origin}" for origin, names in self.origins())
+        yield from map(str, self.left_out())
+        if self.diagnosis is not None and not self.diagnosis.is_harm:
+            yield str(Finding("diagnosis", str(self.diagnosis)))
+        yield from map(str, self.findings())
+
+    def origins(self) -> list[tuple[str, list[str]]]:
+        """Each origin, and the names of the values that it told."""
+        names: dict[str, list[str]] = {}
         for name, found in self.architecture.items():
-            origins.setdefault(found.origin, []).append(name)
-        found_in = [f"              {', '.join(names)}: by {origin}" for origin, names in origins.items()]
-        state = "its state is in the file; a conversion leaves it out" if self.has_optimizer else "no state of it"
-        beside = [f"also there    {', '.join(self.other_keys)}"] if self.other_keys else []
-        verdict = []
-        if self.diagnosis is not None and self.diagnosis.verdict == "nothing":  # which a conversion need not say
-            verdict = [f"diagnosis     {self.diagnosis.line()}"]
-        return [*head[:2], *found_in, *head[2:4], f"optimizer     {state}", *beside, *verdict, *head[4:]]
+            names.setdefault(found.origin, []).append(name)
+        return list(names.items())
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold: numbers that are not finite become None."""
-        diagnosis = None if self.diagnosis is None else {**asdict(self.diagnosis), "text": self.diagnosis.line()}
+        """Values for JSON; NaN and infinities become None."""
+        diagnosis = None if self.diagnosis is None else {**asdict(self.diagnosis), "text": str(self.diagnosis)}
         return plain(
             {
                 "path": self.path,
@@ -134,7 +148,7 @@ class Inspection:
 
 
 def plain(value: Any) -> Any:
-    """The same value of what JSON knows: lists, dicts, strings, finite numbers."""
+    """The same value as JSON can hold it: dicts with string keys, lists, finite numbers or None."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -152,7 +166,7 @@ def inspect(
     training_data: str | Path | None = None,
     **options: Unpack[SourceOptions],
 ) -> tuple[Inspection, CustomGPTForCausalLM, PreTrainedTokenizerFast]:
-    """Look at a checkpoint file or a converted folder; nothing is written.
+    """Look at a checkpoint file or a converted folder. Nothing is written.
 
     Args:
         checkpoint_path, tokenizer_path, options: as in `loading.load`.
@@ -162,7 +176,7 @@ def inspect(
         The inspection, the model on the CPU and its tokenizer.
 
     Raises:
-        UserError: a file or the folder is not what it should be.
+        UserError: a file or the folder is invalid.
     """
     source = Source.of(checkpoint_path, tokenizer_path, **options)
     loaded = source.load()
@@ -170,7 +184,7 @@ def inspect(
 
 
 def examine(source: Source, loaded: Loaded, training_data: str | Path | None = None) -> Inspection:
-    """What there is to say of a model that was loaded with its tokenizer.
+    """Inspect a model that was loaded with its tokenizer.
 
     Raises:
         UserError: the training data cannot be read.
@@ -202,15 +216,17 @@ def examine(source: Source, loaded: Loaded, training_data: str | Path | None = N
 
 def _architecture(source: Source, loaded: Loaded) -> dict[str, Found]:
     """Each size and option, and what told it."""
-    config, checkpoint, chosen = loaded.model.config, loaded.checkpoint, dict(loaded.choices)
+    config, checkpoint = loaded.model.config, loaded.checkpoint
     if checkpoint is None:
         place = "its config.json" if source.module is None else "your model"
         return {name: Found(getattr(config, name), place) for name in (*SIZES, "activation_function")}
     default = "the trainer's default (the file does not tell)"
+    activation = checkpoint.trainer.why or default
+    heads = "config.json beside the file" if "heads" in dict(loaded.choices) else "model_args"
     origin = dict.fromkeys(SIZES, "the weights") | {
-        "n_head": "--n_head" if source.n_head is not None else chosen.get("heads", "model_args"),
+        "n_head": heads if source.n_head is None else "--n_head",
         "dropout": "model_args" if "dropout" in checkpoint.model_args else default,
-        "activation_function": "--activation" if source.activation != "auto" else chosen.get("activation", default),
+        "activation_function": activation if source.activation == "auto" else "--activation",
     }
     return {name: Found(getattr(config, name), why) for name, why in origin.items()}
 
@@ -218,10 +234,10 @@ def _architecture(source: Source, loaded: Loaded) -> dict[str, Found]:
 def _notes(loaded: Loaded) -> Iterator[str]:
     tokenizer, is_instruction = loaded.tokenizer, takes_instructions(loaded.tokenizer)
     if loaded.checkpoint is not None and loaded.checkpoint.is_pretrained and is_instruction:
-        yield "note: this is a pre-training file, whose model knows no instructions; --raw makes it one of raw text"
+        yield "this is a pre-training file, and its model knows no instructions; --raw makes it a model of raw text"
     if is_instruction and PAD not in tokenizer.get_vocab():
-        yield f"note: the tokenizer has no {PAD}; {tokenizer.eos_token} serves as the padding token"
+        yield f"the tokenizer has no {PAD}; {tokenizer.eos_token} serves as the padding token"
     if unused := loaded.model.config.vocab_size - len(tokenizer):
-        yield f"note: the weights' vocabulary is padded: {unused} ids have no token and are kept from being sampled"
+        yield f"the weights' vocabulary is padded: {unused} ids have no token and are kept from being sampled"
         if is_of_characters(tokenizer):
-            yield "note: few trainers pad a vocabulary of characters: these may be the characters of another text"
+            yield "few trainers pad a vocabulary of characters, so these may be the characters of another text"

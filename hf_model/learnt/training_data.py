@@ -1,4 +1,4 @@
-"""What the training data tells of a model: its loss with labels shifted and not, exact answers, options that fit."""
+"""What training data tells of a model: its loss with labels shifted or not, its exact answers, the options that fit."""
 
 import copy
 import math
@@ -14,24 +14,28 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_model.errors import UserError
 from hf_model.generation import Sampling, continue_prompts, encode
+from hf_model.learnt.diagnosis import Finding
+from hf_model.loading import with_weights
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.records import read_records
 from hf_model.tokenizer import format_example, format_prompt, takes_instructions
 
 SEED = 0
-OPERATIONS = (
-    1e12  # how much arithmetic the loss may cost, some ten seconds of a small machine; each alternative a tenth
-)
+OPERATIONS = 1e12  # for the loss, some ten seconds on a small machine; each alternative gets a tenth of it
 MOST_TOKENS = 32768
 MOST_ANSWERS = 32
-LONGEST_ANSWER = 100  # tokens; a record with a longer one is left out of the exact answers
+LONGEST_ANSWER = 100  # tokens
 CHUNK = 8  # records in one pass
-TEXT_BYTES = 4 * 2**20  # of a text file, how much is read
+TEXT_BYTES = 4 * 2**20  # read from the start of a text file
+BEGINNING = 16  # tokens
+N_BEGINNINGS = 4
+N_WORST = 8
 N_BUCKETS = 16
 HEAD_SIZES = range(8, 257)
-CLEARLY = 3.0  # standard errors that one option must be ahead of another
-TIE = 1e-4  # nats, in which the wrong form of GELU may be ahead: on a model of the exact one, the other was by 1e-6
+CLEARLY = 3.0  # standard errors by which a better option must be ahead
+TIE = 1e-4  # nats; smaller differences do not decide: the wrong form of GELU was once ahead by 1e-6
 UNSHIFTED_AHEAD = 1.0  # nats
+OPTIONS = {"n_head": "--n_head", "activation_function": "--activation"}  # those that no weight tells
 
 
 @dataclass(frozen=True)
@@ -47,46 +51,43 @@ class Row:
 
 @dataclass(frozen=True)
 class Losses:
-    """Of one pass over rows, in nats, a value for each predicted token; all tensors of shape (N,)."""
+    """The losses of some rows in nats, one value for each predicted token; all tensors have the shape (N,)."""
 
     shifted: torch.Tensor
-    """Of each token of an answer, its first and its end included, given those before it."""
+    """The loss of each token of an answer, its first token and its end included, given the tokens before it."""
     position: torch.Tensor
-    """Where that token stands in its row."""
+    """The token's position in its row."""
     row: torch.Tensor
     unshifted: torch.Tensor
-    """Of the token that was just read; where `differs` only."""
+    """The loss of the token just read; meaningful where `differs` is true."""
     differs: torch.Tensor
-    """Whether the token just read is one of the answer too, and another than the next."""
-
-    def means(self) -> tuple[float, float]:
-        """Where the two labels differ: the loss with labels shifted by one, and with labels that are not."""
-        return self.shifted[self.differs].mean().item(), self.unshifted[self.differs].mean().item()
+    """Whether the token just read belongs to the answer and differs from the next one."""
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """How the model's loss would be with another value of an option that no weight tells."""
+    """The model's loss with another value of an option that no weight tells."""
 
     option: str
     value: int | str
     loss: float
     ahead: float
-    """By how many standard errors it is better than what was chosen; below 0 where it is worse."""
+    """By how many standard errors this value is better than the chosen one; negative where it is worse."""
 
 
 @dataclass(frozen=True)
 class MeasuredRecord:
-    """A record that was measured, and its answer's mean loss."""
+    """A record, the mean loss of its answer, and the model's own greedy answer (None for raw text)."""
 
     prompt: str
     answer: str
     loss: float
+    own: str | None
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A model held against its training data."""
+    """A model compared with its training data."""
 
     path: str
     is_text: bool
@@ -94,125 +95,117 @@ class Measurement:
     n_all: int
     n_tokens: int
     loss: float
-    """Mean over the tokens of the answers (of raw text: over all tokens), labels shifted by one."""
+    """Mean over the tokens of the answers (for raw text: over all tokens), labels shifted by one."""
     loss_shifted: float | None
     """The same where shifted and unshifted labels differ; None where they never do."""
     loss_unshifted: float | None
+    repeats: bool
+    """Whether the model was trained to repeat the token that it has just read."""
     n_exact: int | None
-    """How many of `n_asked` answers come out exactly, by greedy decoding; None for raw text."""
+    """How many of `n_asked` answers greedy decoding gives exactly; None for raw text."""
     n_asked: int
     even_choice: float
-    """log V, the loss of a model that knows nothing."""
+    """log V, the loss of a model that finds all tokens equally likely."""
     chosen: dict[str, int | str]
-    """The options that no weight tells, as they were."""
+    """The options that no weight tells, and their values."""
     chosen_loss: float
-    """Of the sample on which the alternatives were measured."""
+    """The loss on the sample on which the alternatives were measured."""
     alternatives: tuple[Alternative, ...]
     by_position: tuple[tuple[int, float], ...]
-    """First position of each stretch, and the mean loss there."""
+    """The first position of each stretch of the context, and the mean loss there."""
     worst: tuple[MeasuredRecord, ...]
+    beginnings: tuple[tuple[str, str], ...]
+    """For raw text, the beginnings of some stretches and their continuations."""
 
     @property
-    def repeats(self) -> bool:
-        """Whether the model was trained to give again the token that it has just read."""
-        return repeats(self.loss_shifted, self.loss_unshifted)
+    def unit(self) -> str:
+        return "stretches" if self.is_text else "records"
+
+    @property
+    def fits_badly(self) -> bool:
+        """Whether the loss is above that of an even choice, though the model does not repeat its tokens."""
+        return self.loss > self.even_choice and not self.repeats
 
     @property
     def better(self) -> list[Alternative]:
-        """The alternative of each option that fits better than what was chosen, the best one first."""
-        ahead = sorted(
-            (other for other in self.alternatives if other.ahead > CLEARLY and not self.ties(other)),
-            key=lambda other: other.loss,
-        )
+        """For each option, the alternative that fits best, if it fits better than the chosen value; best one first."""
+        ahead = [other for other in self.alternatives if other.ahead > CLEARLY and not self.ties(other)]
+        ahead.sort(key=lambda other: other.loss)
         return [other for i, other in enumerate(ahead) if other.option not in [before.option for before in ahead[:i]]]
 
     def ties(self, other: Alternative) -> bool:
-        """Whether the data does not tell an alternative from what was chosen."""
+        """Whether the data cannot decide between an alternative and the chosen value."""
         return abs(other.ahead) <= CLEARLY or abs(other.loss - self.chosen_loss) < TIE
 
-    def lines(self) -> list[str]:
-        """What was measured, in plain words."""
-        of_what, unit = ("text's loss  ", "stretches") if self.is_text else ("answers' loss", "records")
-        lines = [
-            f"training data {self.path} ({self.n_used} of {self.n_all} {unit}, {self.n_tokens} tokens, seed {SEED})"
-        ]
+    def findings(self) -> Iterator[Finding]:
+        """What was measured, in plain words; the first finding names the data."""
+        size = f"{self.n_used} of {self.n_all} {self.unit}, {self.n_tokens} tokens, seed {SEED}"
+        yield Finding("training data", f"{self.path} ({size})")
         if self.loss_shifted is not None:
-            meaning = (
-                "this model was trained to repeat its current token" if self.repeats else "it predicts the next token"
-            )
-            if not self.repeats and self.loss_shifted > self.even_choice:
+            meaning = "it predicts the next token"
+            if self.repeats:
+                meaning = "this model was trained to repeat its current token"
+            elif self.loss_shifted > self.even_choice:
                 meaning = "it predicts neither the next token nor the current one"
-            lines.append(
-                f"{of_what} {self.loss_shifted:.2f} with labels shifted by one, {self.loss_unshifted:.2f} with "
-                f"labels not shifted: {meaning}"
+            yield Finding(
+                "text's loss" if self.is_text else "answers' loss",
+                f"{self.loss_shifted:.2f} with labels shifted by one, {self.loss_unshifted:.2f} with labels not "
+                f"shifted: {meaning}",
             )
-        lines.append(
-            f"perplexity    {perplexity(self.loss)} (loss {self.loss:.3f}; an even choice has {self.even_choice:.2f})"
-        )
-        if self.loss > self.even_choice and not self.repeats:
-            lines.append(
-                "warning: the loss is above that of an even choice among all tokens: the tokenizer or the data is "
-                "another one than in training, or --activation or --n_head is wrong"
+        perplexity = f"{math.exp(self.loss):,.2f}" if self.loss < 20 else f"e^{self.loss:.0f}"
+        yield Finding("perplexity", f"{perplexity} (loss {self.loss:.3f}; an even choice has {self.even_choice:.2f})")
+        if self.fits_badly:
+            yield Finding(
+                "warning",
+                "the loss is above that of an even choice among all tokens: the tokenizer or the data is not the one "
+                "of the training, or --activation or --n_head is wrong",
             )
         if self.n_exact is not None:
-            lines.append(
-                f"exact answers {self.n_exact} of {self.n_asked}"
-                + (f" ({self.n_exact / self.n_asked:.0%})" if self.n_asked else "")
-            )
-        lines += [self._line(option) for option in self.chosen]
-        return lines
+            share = f" ({self.n_exact / self.n_asked:.0%})" if self.n_asked else ""
+            yield Finding("exact answers", f"{self.n_exact} of {self.n_asked}{share}")
+        for option in self.chosen:
+            yield self._option_finding(option)
 
-    def _line(self, option: str) -> str:
+    def _option_finding(self, option: str) -> Finding:
         """Which value of an option fits."""
-        chosen, flag = self.chosen[option], {"n_head": "--n_head", "activation_function": "--activation"}[option]
+        chosen, flag = self.chosen[option], OPTIONS[option]
         others = sorted((other for other in self.alternatives if other.option == option), key=lambda other: other.loss)
+        name = flag.strip("-")
         if not others:
-            return f"{flag.strip('-'):<13} {chosen}: there is no other"
+            return Finding(name, f"{chosen}: there is no other")
+        losses = f"loss {self.chosen_loss:.4g}, and {others[0].loss:.4g} with {others[0].value}"
         for other in self.better:
             if other.option == option:
-                return (
-                    f"warning: {flag} {other.value} fits better than {chosen}: loss {other.loss:.4g} against "
-                    f"{self.chosen_loss:.4g}. Convert again with {flag} {other.value}"
+                return Finding(
+                    "warning",
+                    f"{flag} {other.value} fits better than {chosen}: loss {other.loss:.4g} against "
+                    f"{self.chosen_loss:.4g}. Convert again with {flag} {other.value}",
                 )
-        losses = f"loss {self.chosen_loss:.4g}, and {others[0].loss:.4g} with {others[0].value}"
         if self.ties(others[0]):
-            return (
-                f"{flag.strip('-'):<13} {chosen} and {others[0].value} tie: {losses}; the data does not tell them apart"
-            )
-        return f"{flag.strip('-'):<13} {chosen} fits best: {losses}"
+            return Finding(name, f"{chosen} and {others[0].value} tie: {losses}; the data does not tell them apart")
+        return Finding(name, f"{chosen} fits best: {losses}")
 
     def as_dict(self) -> dict[str, Any]:
+        """Values for JSON, with those that the fields lead to."""
         return {
             **asdict(self),
             "perplexity": math.exp(min(self.loss, 700)),
-            "repeats": self.repeats,
             "better": [asdict(other) for other in self.better],
             "seed": SEED,
         }
 
 
-def repeats(loss_shifted: float | None, loss_unshifted: float | None) -> bool:
-    """Whether labels that are not shifted fit a model so much better that it was trained with them."""
-    if loss_shifted is None or loss_unshifted is None:
-        return False
-    return loss_unshifted + UNSHIFTED_AHEAD < loss_shifted
-
-
-def perplexity(loss: float) -> str:
-    return f"{math.exp(loss):,.2f}" if loss < 20 else f"e^{loss:.0f}"
-
-
 def measure(model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Path) -> Measurement:
-    """Hold a model against a sample of its training data.
+    """Compare a model with a sample of its training data.
 
-    The sample is drawn with a fixed seed, and bounded by the arithmetic that it costs.
+    The sample is drawn with a fixed seed. Its size is bounded by the arithmetic that the losses cost.
 
     Args:
-        path: JSON Lines of records with an instruction, perhaps an input, and an output; for a model that does not read
-            instructions, a text file.
+        path: JSON Lines of records with an instruction, an optional input and an output; for a model of raw text, a
+            text file.
 
     Raises:
-        UserError: the file cannot be read, has no such records, or nothing of it fits into the context.
+        UserError: the file cannot be read, has no such records, or nothing in it fits into the context.
     """
     is_text = not takes_instructions(tokenizer)
     read = _text_rows if is_text else _record_rows
@@ -221,14 +214,20 @@ def measure(model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast, pat
         raise UserError(
             f"{path}: holds nothing to measure: no answer fits into the context of {model.config.block_size}"
         )
-    n_affordable = OPERATIONS / (2 * model.num_parameters())
-    used = _first(rows, min(MOST_TOKENS, n_affordable))
+    n_tokens = min(MOST_TOKENS, OPERATIONS / (2 * model.num_parameters()))
+    used = _first(rows, n_tokens)
     losses = _losses(model, used, len(tokenizer))
-    shifted, unshifted = losses.means() if losses.differs.any() else (None, None)
-    chosen_loss, alternatives = _alternatives(
-        model, _first(rows, min(MOST_TOKENS, n_affordable) / 10), len(tokenizer), repeats(shifted, unshifted)
-    )
-    n_exact, n_asked = (None, 0) if is_text else _exact_answers(model, tokenizer, used)
+    shifted, unshifted = None, None
+    if losses.differs.any():
+        shifted, unshifted = (loss[losses.differs].mean().item() for loss in (losses.shifted, losses.unshifted))
+    repeats = shifted is not None and unshifted is not None and unshifted + UNSHIFTED_AHEAD < shifted
+    chosen_loss, alternatives = _alternatives(model, _first(rows, n_tokens / 10), len(tokenizer), repeats)
+    n_exact, n_asked = None, 0
+    if not is_text:
+        asked = [row for row in used if len(row.ids) - row.start <= LONGEST_ANSWER][:MOST_ANSWERS]
+        answers = _own_answers(model, tokenizer, asked)
+        n_asked = len(asked)
+        n_exact = sum(answer.strip() == row.answer.strip() for answer, row in zip(answers, asked, strict=True))
     return Measurement(
         path=str(path),
         is_text=is_text,
@@ -238,19 +237,21 @@ def measure(model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast, pat
         loss=losses.shifted.mean().item(),
         loss_shifted=shifted,
         loss_unshifted=unshifted,
+        repeats=repeats,
         n_exact=n_exact,
         n_asked=n_asked,
         even_choice=math.log(len(tokenizer)),
-        chosen={option: getattr(model.config, option) for option in ("n_head", "activation_function")},
+        chosen={option: getattr(model.config, option) for option in OPTIONS},
         chosen_loss=chosen_loss,
         alternatives=alternatives,
         by_position=tuple(_by_position(losses)),
-        worst=tuple(_worst(losses, used)),
+        worst=tuple(_worst(model, tokenizer, losses, used, is_text)),
+        beginnings=tuple(_beginnings(tokenizer, used)) if is_text else (),
     )
 
 
 def _record_rows(path: Path, tokenizer: PreTrainedTokenizerFast, block_size: int) -> tuple[list[Row], int]:
-    """The records as fine-tuning text in a random order, without those whose answer is out of context."""
+    """The records as fine-tuning text in a random order, without those whose answer is out of the context."""
     records = read_records(path)
     for number, record in enumerate(records, start=1):
         if not isinstance(record.get("output"), str):
@@ -287,7 +288,7 @@ def _text_rows(path: Path, tokenizer: PreTrainedTokenizerFast, block_size: int) 
 
 
 def _first(rows: list[Row], n_tokens: float) -> list[Row]:
-    """As many rows as have that many tokens, and one at least."""
+    """The first rows, up to this many tokens, and at least one."""
     chosen: list[Row] = []
     seen = 0
     for row in rows:
@@ -305,7 +306,7 @@ def _losses(model: CustomGPTForCausalLM, rows: list[Row], n_tokens: int) -> Loss
     for first in range(0, len(rows), CHUNK):
         chunk = rows[first : first + CHUNK]
         T = max(len(row.ids) for row in chunk)
-        padded = torch.tensor([row.ids + [0] * (T - len(row.ids)) for row in chunk])  # on the right, where none sees it
+        padded = torch.tensor([row.ids + [0] * (T - len(row.ids)) for row in chunk])  # on the right: nothing sees it
         logits = model(padded.to(model.device), use_cache=False).logits[..., :n_tokens].float().cpu()  # (B, T, V)
         for i, row in enumerate(chunk):
             ids, n = torch.tensor(row.ids), len(row.ids)
@@ -327,7 +328,7 @@ def _losses(model: CustomGPTForCausalLM, rows: list[Row], n_tokens: int) -> Loss
 def _alternatives(
     model: CustomGPTForCausalLM, rows: list[Row], n_tokens: int, repeats: bool
 ) -> tuple[float, tuple[Alternative, ...]]:
-    """The loss of a few rows as the model is, and with every other value of what no weight tells."""
+    """The loss of a few rows with the model as it is, and with every other value of the options."""
 
     def losses_of(other: CustomGPTForCausalLM) -> torch.Tensor:
         losses = _losses(other, rows, n_tokens)
@@ -341,7 +342,9 @@ def _alternatives(
     chosen = losses_of(model)
     found = []
     for option, value in values:
-        other = losses_of(_changed(model, option, value))
+        changed = copy.deepcopy(config)
+        setattr(changed, option, value)
+        other = losses_of(with_weights(changed, model.state_dict()))
         gain = chosen - other  # (N,)
         error = gain.std().item() / math.sqrt(len(gain)) if len(gain) > 1 else math.inf
         ahead = gain.mean().item() / error if error > 0 else 0.0
@@ -349,30 +352,17 @@ def _alternatives(
     return chosen.mean().item(), tuple(found)
 
 
-def _changed(model: CustomGPTForCausalLM, option: str, value: int | str) -> CustomGPTForCausalLM:
-    """The same weights, not copied, in a model of another configuration."""
-    config = copy.deepcopy(model.config)
-    setattr(config, option, value)
-    with torch.device("meta"):
-        other = CustomGPTForCausalLM(config)
-    other.load_state_dict(model.state_dict(), assign=True)
-    other.tie_weights()
-    return other.eval()
-
-
-def _exact_answers(model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> tuple[int, int]:
-    """How many answers greedy decoding gives exactly, and of how many."""
-    asked = [row for row in rows if len(row.ids) - row.start <= LONGEST_ANSWER][:MOST_ANSWERS]
-    if not asked:
-        return 0, 0
-    longest = max(len(row.ids) - row.start for row in asked)
-    prompts = [encode(tokenizer, row.prompt) for row in asked]
-    answers = continue_prompts(model, tokenizer, prompts, Sampling(temperature=0, max_new_tokens=longest))
-    return sum(answer.strip() == row.answer.strip() for answer, row in zip(answers, asked, strict=True)), len(asked)
+def _own_answers(model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> list[str]:
+    """The model's greedy answers to the prompts of these rows."""
+    if not rows:
+        return []
+    longest = min(LONGEST_ANSWER, max(len(row.ids) - row.start for row in rows))
+    prompts = [encode(tokenizer, row.prompt) for row in rows]
+    return continue_prompts(model, tokenizer, prompts, Sampling(temperature=0, max_new_tokens=longest))
 
 
 def _by_position(losses: Losses) -> Iterator[tuple[int, float]]:
-    """The mean loss in stretches of like length."""
+    """The mean loss in stretches of equal length."""
     longest = int(losses.position.max()) + 1
     width = max(1, math.ceil(longest / N_BUCKETS))
     for start in range(0, longest, width):
@@ -381,8 +371,19 @@ def _by_position(losses: Losses) -> Iterator[tuple[int, float]]:
             yield start, losses.shifted[here].mean().item()
 
 
-def _worst(losses: Losses, rows: list[Row], n: int = 8) -> list[MeasuredRecord]:
-    """The records with the highest mean loss."""
+def _worst(
+    model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast, losses: Losses, rows: list[Row], is_text: bool
+) -> Iterator[MeasuredRecord]:
+    """The records with the highest mean loss, the highest first."""
     means = [(losses.shifted[losses.row == i].mean().item(), row) for i, row in enumerate(rows)]
-    means.sort(key=lambda pair: -pair[0])
-    return [MeasuredRecord(row.prompt, row.answer, loss) for loss, row in means[:n]]
+    worst = sorted(means, key=lambda pair: -pair[0])[:N_WORST]
+    own = [None] * len(worst) if is_text else _own_answers(model, tokenizer, [row for _, row in worst])
+    for (loss, row), answer in zip(worst, own, strict=True):
+        yield MeasuredRecord(row.prompt, row.answer, loss, answer)
+
+
+def _beginnings(tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> Iterator[tuple[str, str]]:
+    """The beginnings of the first rows, and how each goes on."""
+    for row in rows[:N_BEGINNINGS]:
+        n = min(BEGINNING, len(row.ids) // 2)
+        yield str(tokenizer.decode(row.ids[:n])), str(tokenizer.decode(row.ids[n:]))

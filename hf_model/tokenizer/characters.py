@@ -8,13 +8,15 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerBase
 
 from hf_model.errors import UserError
-from hf_model.tokenizer.plain_pickle import read_plain_pickle
+from hf_model.reading import read_bytes
+from hf_model.trainers.pickle_reader import find, kind_of, read_pickle
 
 # Named as the unknown token and left out of the vocabulary, so that an unknown character is an error wherever the
 # tokenizer is used. Without one, the library would leave such characters out without a word.
 UNKNOWN = "(any character that the model was not trained on)"
 CHARACTERS = "characters"  # what tokenizer_config.json of such a vocabulary says under "vocabulary"
 CHUNK = 2**20
+MAX_META_BYTES = 16 * 2**20  # a hundred thousand characters take three
 MOST_CHARACTERS = 2**30  # of a training text
 
 
@@ -24,7 +26,7 @@ def read_meta(path: Path) -> dict[str, int]:
     Raises:
         UserError: the file holds code or something else, or its ids are not 0, 1, … for one character each.
     """
-    meta = read_plain_pickle(path)
+    meta = _plain_data(path)
     if not isinstance(meta, dict) or not isinstance(stoi := meta.get("stoi", _inverse(meta.get("itos"))), dict):
         keys = f"; its keys are {', '.join(map(repr, list(meta)[:10]))}" if isinstance(meta, dict) else ""
         raise UserError(f"{path}: has no 'stoi', the dict of characters and their ids that nanoGPT saves{keys}")
@@ -42,9 +44,25 @@ def read_meta(path: Path) -> dict[str, int]:
     return stoi
 
 
+def _plain_data(path: Path) -> Any:
+    """The dicts, lists, texts and numbers of a pickle."""
+    content = read_bytes(path, MAX_META_BYTES)
+    try:
+        meta, _ = read_pickle(content)
+        other = find(meta, lambda value: not isinstance(value, dict | list | tuple | str | bytes | int | float | None))
+        if other:
+            raise UserError(f"{other[1] or 'its value'}: holds a {kind_of(other[0])}")
+    except UserError as error:
+        raise UserError(f"{path}: {error}. Save only dicts, lists, short texts and numbers") from None
+    except Exception:
+        raise UserError(f"{path}: is a damaged pickle, or not a pickle") from None
+    return meta
+
+
 def _shown(value: Any) -> str:
-    """A value, or its kind where it holds others: printed, a few lists in each other could be longer than memory."""
-    return repr(value) if isinstance(value, str | int | float) else f"a {type(value).__name__}"
+    """A value, or only its kind if it holds others or is a huge integer, since these can take long to print."""
+    is_short = isinstance(value, str | float) or (isinstance(value, int) and value.bit_length() <= 64)
+    return repr(value) if is_short else f"a {type(value).__name__}"
 
 
 def _check_ids(path: Path, stoi: Mapping[str, int]) -> None:

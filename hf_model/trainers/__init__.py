@@ -1,4 +1,4 @@
-"""What a trainer wrote: an archive, scanned, to named tensors and sizes. Nothing here knows of transformers."""
+"""Reads what a trainer wrote: a file becomes named tensors and sizes. Nothing here knows of transformers."""
 
 from hf_model.trainers.architecture import Architecture, infer_architecture
 from hf_model.trainers.checkpoint import Checkpoint, read_checkpoint

@@ -1,7 +1,7 @@
-"""The mapping, as data: which tensors a checkpoint holds under which names, in which shapes.
+"""The names and shapes of the tensors in a checkpoint.
 
-The names of the Hugging Face model are the checkpoint's own, so there is nothing to rename or transpose: the table is
-what a state dict is checked against, and what its sizes are read from.
+The Hugging Face model has the same names, so nothing is renamed or transposed. A state dict is checked against the
+table, and the model's sizes are read from the shapes.
 """
 
 import re
@@ -36,14 +36,14 @@ BIASES = {
     "transformer.h.{i}.mlp.c_proj.bias": ("C",),
     "transformer.ln_f.bias": ("C",),
 }
-CAUSAL_MASK = re.compile(r"transformer\.h\.\d+\.attn\.bias")  # a buffer of builds without fused attention
+CAUSAL_MASK = re.compile(r"transformer\.h\.\d+\.attn\.bias")  # a buffer of models without fused attention
 WRAPPERS = {"_orig_mod", "module"}  # torch.compile, DistributedDataParallel
 SIZES = ("n_layer", "n_embd", "block_size", "vocab_size")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a state dict and its `model_args` say of the model; the fields are `CustomGPTConfig`'s."""
+    """The model's sizes, from a state dict and its `model_args`. The fields are those of `CustomGPTConfig`."""
 
     n_layer: int
     n_head: int
@@ -55,7 +55,7 @@ class Architecture:
     tie_word_embeddings: bool
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name to shape of every tensor that the model has, a tied head left out."""
+        """Name to shape of every tensor of the model, without a tied head."""
         C = self.n_embd
         size = {"C": C, "3C": 3 * C, "4C": 4 * C, "V": self.vocab_size, "T": self.block_size}
         table = WEIGHTS | (BIASES if self.bias else {})
@@ -68,7 +68,7 @@ class Architecture:
 
 
 def clean_names(state_dict: Mapping[Any, Any]) -> dict[str, Any]:
-    """The same values under the names of the table: wrappers' prefixes stripped, causal masks left out.
+    """The same values under the names of the table, without the wrappers' prefixes and the causal masks.
 
     Raises:
         UserError: a name is not a string, or two names become the same.
@@ -90,12 +90,12 @@ def clean_names(state_dict: Mapping[Any, Any]) -> dict[str, Any]:
 def infer_architecture(
     state_dict: Mapping[str, "torch.Tensor"], model_args: Mapping[str, Any], n_head: int | None = None
 ) -> Architecture:
-    """Read the sizes from the tensors' shapes, and check every tensor and every size in `model_args` against them.
+    """Read the sizes from the tensors' shapes, and check every tensor and every size in `model_args`.
 
     Args:
-        state_dict: tensors under clean names; a tied `lm_head.weight` may be there or not.
-        model_args: the checkpoint's own, possibly empty. `bias` is ignored: the weights tell.
-        n_head: overrides `model_args["n_head"]`, the one size that no shape tells.
+        state_dict: tensors under clean names, with or without a tied `lm_head.weight`.
+        model_args: the checkpoint's own, possibly empty. `bias` is ignored, since the weights show it.
+        n_head: overrides `model_args["n_head"]`, the one size that no shape shows.
 
     Raises:
         UserError: a weight is missing, unknown or of the wrong shape, `model_args` contradicts the weights, or the
@@ -127,7 +127,7 @@ def infer_architecture(
 
 
 def is_tied(state_dict: Mapping[str, "torch.Tensor"]) -> bool:
-    """Whether the head is the token embedding: left out, or the same memory."""
+    """Whether the head is the token embedding: it is missing, or in the same memory."""
     head, embedding = state_dict.get("lm_head.weight"), state_dict["transformer.wte.weight"]
     return head is None or (
         head.data_ptr() == embedding.data_ptr()

@@ -1,18 +1,20 @@
-"""A `torch.save` file to the values in it and the places of its storages, without running anything.
+"""Reads a `torch.save` file: the values in it, and where the bytes of its tensors are. Nothing in it is run.
 
-Nothing but this module reads the file: what is checked is what is used. The zip format is read as `torch.save` writes
-it, and as any tool that stores without compressing: one central directory, at the end, to entries that do not overlap.
+Only this module reads the file, so what is checked is what is used.
 """
 
-import io
 import mmap
 import struct
+import sys
+import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import torch
 
 from hf_model.errors import UserError, memory_for, one_line
 from hf_model.trainers.pickle_reader import MAX_PICKLE_BYTES, StoredBytes, read_pickle
@@ -26,14 +28,19 @@ OTHER_FORMATS = {
     b"\x1f\x8b": "is gzip-compressed: unpack it first",
     b"{": "is a JSON file, not a checkpoint",
 }
-MAX_ENTRIES = 100_000
-# The bytes of a value of each storage class; of the others there are no weights.
-ITEM_BYTES = {
-    **dict.fromkeys(("DoubleStorage", "LongStorage", "ComplexFloatStorage"), 8),
-    **dict.fromkeys(("FloatStorage", "IntStorage"), 4),
-    **dict.fromkeys(("HalfStorage", "BFloat16Storage", "ShortStorage"), 2),
-    **dict.fromkeys(("ByteStorage", "CharStorage", "BoolStorage", "UntypedStorage"), 1),
-    "ComplexDoubleStorage": 16,
+ADVICE = "Save only the weights and plain values: torch.save({'model': model.state_dict(), 'model_args': {...}}, path)"
+TOO_MUCH = f"holds more than {MAX_PICKLE_BYTES // 2**20} MiB of values beside its tensors. {ADVICE}"
+MAX_DIRECTORY_BYTES = 16 * 2**20  # of a zip file; a storage takes about a hundred
+DESCRIPTOR_BYTES = 24  # the most that may stand behind an entry: its CRC32 and sizes once more
+NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE, which Python's mmap has no name for
+
+# The dtype of each storage class.
+DTYPES = {
+    **{"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16},
+    **{"BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32},
+    **{"ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool},
+    **{"ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128, "UntypedStorage": torch.uint8},
+    **{"QInt8Storage": torch.qint8, "QUInt8Storage": torch.quint8, "QInt32Storage": torch.qint32},
 }
 
 
@@ -44,12 +51,12 @@ class Entry:
     start: int
     length: int
     crc: int = 0
-    """Its CRC32; 0 where none was written."""
+    """Its CRC32; 0 if the file has none."""
 
 
 @dataclass(frozen=True)
 class Archive:
-    """An open file: its bytes, mapped, and what they say."""
+    """An open file: its bytes, mapped, and what they hold."""
 
     content: mmap.mmap
     value: Any
@@ -58,16 +65,33 @@ class Archive:
     """Key of a storage to its bytes."""
     is_big_endian: bool = False
 
-    def bytes_of(self, record: Entry) -> memoryview:
-        return memoryview(self.content)[record.start : record.start + record.length]
+    def is_intact(self, entry: Entry) -> bool:
+        """Whether the bytes have the entry's CRC32, if there is one: `set_crc32_options(False)` writes 0."""
+        with memoryview(self.content) as content:
+            return entry.crc == 0 or zlib.crc32(content[entry.start : entry.start + entry.length]) == entry.crc
 
 
-def is_zip(path: Path) -> bool:
-    """Whether the file is of the zip format of `torch.save`, or of the older one of bare pickles."""
+def load(path: Path) -> Archive:
+    """Map a file and read what it holds, but no values of tensors.
+
+    Raises:
+        UserError: the file cannot be read, is damaged, refers to code, or was not written by `torch.save`.
+    """
+    head = _head(path)
+    with distrust(), memory_for("to load it"), path.open("rb") as file:
+        if head.startswith((ZIP, LEGACY)):
+            return _load_zip(file) if head.startswith(ZIP) else _load_legacy(file)
+        if head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < path.stat().st_size:
+            raise UserError("is a safetensors file, not a torch.save checkpoint")
+    messages = (message for magic, message in OTHER_FORMATS.items() if head.lstrip().startswith(magic))
+    raise UserError(next(messages, "is not a torch.save checkpoint"))
+
+
+def _head(path: Path) -> bytes:
     try:
         if path.is_dir():
             raise UserError("is a folder, not a checkpoint file")
-        if path.exists() and not path.is_file():  # a pipe would keep us waiting
+        if path.exists() and not path.is_file():  # opening a pipe would wait for its other end
             raise UserError("is not a regular file")
         with path.open("rb") as file:
             head = file.read(64)
@@ -77,37 +101,12 @@ def is_zip(path: Path) -> bool:
         raise UserError(f"cannot be read ({error.strerror})") from None
     if not head:
         raise UserError("is empty")
-    if head.startswith(ZIP):
-        return True
-    if head.startswith(LEGACY):
-        return False
-    if head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < path.stat().st_size:
-        raise UserError("is a safetensors file, not a torch.save checkpoint")
-    for magic, message in OTHER_FORMATS.items():
-        if head.lstrip().startswith(magic):
-            raise UserError(message)
-    raise UserError("is not a torch.save checkpoint")
-
-
-def load(path: Path, is_zip: bool) -> Archive:
-    """Map a file and read what it says. Nothing of its tensors is read.
-
-    Raises:
-        UserError: the file is damaged, holds code, or is not one of `torch.save`'s.
-    """
-    with distrust(), memory_for("to load it"), path.open("rb") as file:
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # a private copy of whatever is written to
-        return _load_zip(content) if is_zip else _load_legacy(content)
-
-
-def is_intact(archive: Archive, record: Entry) -> bool:
-    """Whether a record's bytes have its CRC32, where there is one: `set_crc32_options(False)` writes 0 for all."""
-    return record.crc == 0 or zlib.crc32(archive.bytes_of(record)) == record.crc
+    return head
 
 
 @contextmanager
 def distrust() -> Iterator[None]:
-    """The file is not to be trusted in anything: whatever it trips in the reader is its fault."""
+    """Any error in reading a file means that the file is damaged."""
     try:
         yield
     except UserError:
@@ -116,154 +115,135 @@ def distrust() -> Iterator[None]:
         raise UserError(f"is damaged or was not written to its end ({one_line(error, 120)})") from None
 
 
+def _value(file: bytes | IO[bytes] | mmap.mmap) -> tuple[Any, list[StoredBytes]]:
+    try:
+        return read_pickle(file)
+    except UserError as error:
+        raise UserError(f"{error}. {ADVICE}") from None
+
+
+def _map(file: IO[bytes]) -> mmap.mmap:
+    """Map the file for reading. What somebody writes to the memory stays private and never reaches the file.
+
+    The system must not reserve memory for such private copies: a file can be larger than memory.
+    """
+    if sys.platform != "linux":
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    try:
+        flags, prot = mmap.MAP_PRIVATE | NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+        return mmap.mmap(file.fileno(), 0, flags=flags, prot=prot)
+    except OSError:  # vm.overcommit_memory=2 reserves all the same; the weights will be copied
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
 # The zip format: an entry for the pickle, one for each storage, and some small ones.
 
 
-def _load_zip(content: mmap.mmap) -> Archive:
-    entries = _entries(content)
+def _load_zip(file: IO[bytes]) -> Archive:
+    content = _map(file)
+    entries = _entries(file, content)
     pickles = [name for name in entries if name.split("/")[-1] == "data.pkl"]
     if len(pickles) != 1:
         raise UserError("is a zip file, but not one written by torch.save (no data.pkl)")
     prefix = pickles[0].removesuffix("data.pkl")
-    record = entries[pickles[0]]
-    if record.length > MAX_PICKLE_BYTES:
-        raise UserError(f"holds {record.length} bytes of values beside its tensors: more than a model's")
     order = _bytes(content, entries[prefix + "byteorder"]) if prefix + "byteorder" in entries else b"little"
     if order not in (b"little", b"big"):
         raise ValueError("an unknown byte order")
-    value, _ = read_pickle(io.BytesIO(_bytes(content, record)))
+    value, _ = _value(_bytes(content, entries[pickles[0]]))
     data = prefix + "data/"
     storages = {name.removeprefix(data): entry for name, entry in entries.items() if name.startswith(data)}
     return Archive(content, value, storages, is_big_endian=order == b"big")
 
 
-def _bytes(content: mmap.mmap, record: Entry) -> bytes:
+def _bytes(content: mmap.mmap, entry: Entry) -> bytes:
     """A small entry's bytes, compared with its CRC32."""
-    raw = content[record.start : record.start + record.length]
-    if record.crc and zlib.crc32(raw) != record.crc:
+    if entry.length > MAX_PICKLE_BYTES:
+        raise UserError(TOO_MUCH)
+    raw = content[entry.start : entry.start + entry.length]
+    if entry.crc and zlib.crc32(raw) != entry.crc:
         raise ValueError("the CRC32 of its values differs")
     return raw
 
 
-def _entries(content: mmap.mmap) -> dict[str, Entry]:
-    """Name to place of each entry of the archive, in the order of the central directory."""
-    start, end, n_entries = _central_directory(content)
-    if n_entries > MAX_ENTRIES:
-        raise UserError(f"holds {n_entries} entries: more than a model's")
+def _entries(file: IO[bytes], content: mmap.mmap) -> dict[str, Entry]:
+    """Name to place of each entry. The entries fill the file from its start to the directory and do not overlap."""
+    _check_end(content)
+    with zipfile.ZipFile(file) as archive:
+        infos, end = sorted(archive.infolist(), key=lambda info: info.header_offset), archive.start_dir
+    _check_names([info.filename for info in infos])
     entries: dict[str, Entry] = {}
-    places: list[tuple[int, int]] = []
-    place = start
-    for _ in range(n_entries):
-        fields = struct.unpack_from("<4s6H3I5H2I", content, place)
-        signature, _, _, flags, method, _, _, crc, packed, size, name_length, extra_length, comment_length = fields[:13]
-        if signature != b"PK\x01\x02":
-            raise ValueError("its directory is cut short")
-        place += 46
-        raw = content[place : place + name_length]
-        extra = content[place + name_length : place + name_length + extra_length]
-        place += name_length + extra_length + comment_length
-        name = raw.decode("utf-8")
-        size, packed, header = _wide(extra, size, packed, fields[16])
-        _check_entry(name, flags, method, size, packed, entries)
-        data = _data_of(content, header, raw)
-        if max(size, packed) > start - data:
+    reached = 0
+    for info in infos:
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+            raise UserError("is a compressed archive, which torch.save does not write: unpack it first")
+        start = _start_of(content, info)
+        if info.file_size > end - start or info.file_size != info.compress_size:
             raise UserError("claims to hold more than its size")
-        entries[name] = Entry(data, size, crc)
-        places.append((header, data + size))
-    if place != end:
-        raise ValueError("its directory is longer than it says")
-    _check_layout(sorted(places), start)
-    if len({name.lower() for name in entries}) < len(entries):
-        raise UserError("holds two entries of one name")
+        _check_gap(info.header_offset - reached)
+        reached = start + info.file_size
+        entries[info.filename] = Entry(start, info.file_size, info.CRC)
+    _check_gap(end - reached)
     return entries
 
 
-def _central_directory(content: mmap.mmap) -> tuple[int, int, int]:
-    """Start, end and number of entries of the directory, as the record at the file's very end tells."""
+def _check_end(content: mmap.mmap) -> None:
+    """Check that the file ends with its one directory, and that the directory is small."""
     end = len(content) - 22
-    signature, _, _, _, n_entries, size, start, comment = struct.unpack_from("<4s4H2IH", content, max(end, 0))
-    if signature != b"PK\x05\x06" or comment:
+    magic, size, comment = struct.unpack_from("<4s8xI4xH", content, max(end, 0))
+    if end >= 76 and content[end - 20 : end].startswith(b"PK\x06\x07"):  # a large archive has a second, wider end
+        wide_magic, size = struct.unpack_from("<4s36xQ", content, end - 76)
+        magic = magic if wide_magic == b"PK\x06\x06" else b""
+    if magic != b"PK\x05\x06" or comment:
         raise ValueError("no end of an archive at its end")
-    if content[max(end - 20, 0) : end][:4] == b"PK\x06\x07":
-        _, _, wide, _ = struct.unpack_from("<4sIQI", content, end - 20)
-        signature, length, _, _, _, _, n_here, n_wide, size, start = struct.unpack_from("<4sQ2H2I4Q", content, wide)
-        if (
-            signature != b"PK\x06\x06"
-            or n_here != n_wide
-            or wide + 12 + length != end - 20
-            or n_wide & 0xFFFF != n_entries
-        ):
-            raise ValueError("two ends of an archive that differ")
-        n_entries, end = n_wide, wide
-    if start + size != end:
-        raise ValueError("its directory is not where it should be")
-    return start, end, n_entries
+    if size > MAX_DIRECTORY_BYTES:
+        raise UserError(f"claims to hold a directory of {size:,} bytes, too many to read. {ADVICE}")
 
 
-def _wide(extra: bytes, size: int, packed: int, header: int) -> tuple[int, int, int]:
-    """Sizes and place of an entry, those of more than 32 bits from its extra field."""
-    full = 0xFFFFFFFF
-    if full not in (size, packed, header):
-        return size, packed, header
-    while len(extra) >= 4:
-        kind, length = struct.unpack_from("<2H", extra)
-        if kind == 1:
-            wide = iter(struct.unpack_from(f"<{length // 8}Q", extra, 4))
-            return tuple(next(wide) if value == full else value for value in (size, packed, header))  # type: ignore
-        extra = extra[4 + length :]
-    raise ValueError("an entry without its sizes")
-
-
-def _check_entry(name: str, flags: int, method: int, size: int, packed: int, entries: dict[str, Entry]) -> None:
-    parts = name.split("/")
-    if name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
+def _check_names(names: list[str]) -> None:
+    if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
+        raise UserError(
+            "is a TorchScript archive, not a checkpoint: save its weights with "
+            "torch.save(torch.jit.load(path).state_dict(), new_path)"
+        )
+    if any(name.startswith("/") or "\\" in name or ".." in name.split("/") for name in names):
         raise UserError("holds entries with paths outside of the archive")
-    if name in entries:
+    if len({name.lower() for name in names}) < len(names):
         raise UserError("holds two entries of one name")
-    if method or flags & 1 or size != packed:
-        raise UserError("is a compressed archive, which torch.save does not write: unpack it first")
-    if parts[-1] == "constants.pkl":
-        raise UserError("is a TorchScript archive, not a checkpoint: save the model's state_dict() with torch.save")
 
 
-def _data_of(content: mmap.mmap, header: int, name: bytes) -> int:
-    """Where an entry's bytes begin: behind a header of its own, which must be of the same name."""
-    fields = struct.unpack_from("<4s5H3I2H", content, header)
-    if (
-        fields[0] != ZIP
-        or fields[3]
-        or content[header + 30 : header + 30 + len(name)] != name
-        or fields[9] != len(name)
-    ):
-        raise ValueError("an entry is not what its directory says")
-    return header + 30 + fields[9] + fields[10]
-
-
-def _check_layout(places: list[tuple[int, int]], end: int) -> None:
-    """Entries begin with the file, follow each other, and end with the directory; between two, a CRC32 may stand."""
-    reached = 0
-    for start, stop in places:
-        if not reached <= start <= reached + 24:
-            raise UserError("holds entries that overlap, or bytes that belong to none")
-        reached = stop
-    if not reached <= end <= reached + 24:
+def _check_gap(length: int) -> None:
+    if not 0 <= length <= DESCRIPTOR_BYTES:
         raise UserError("holds entries that overlap, or bytes that belong to none")
 
 
+def _start_of(content: mmap.mmap, info: zipfile.ZipInfo) -> int:
+    """Where an entry's bytes begin: behind a header of its own, which must have the same name."""
+    place = info.header_offset + 30
+    magic, method, name_length, extra_length = struct.unpack_from("<4s4xH16x2H", content, info.header_offset)
+    name = content[place : place + name_length].decode("utf-8" if info.flag_bits & 0x800 else "cp437")
+    if magic != ZIP or method or name != info.orig_filename:
+        raise ValueError("an entry is not what its directory says")
+    return place + name_length + extra_length
+
+
 # The older format: pickles of the magic number, a version, the system, the content and the keys of the storages; then
-# for each key the number of values, and the values, always of the small-endian kind.
+# for each key the number of values, and the values, always little-endian.
 
 
-def _load_legacy(content: mmap.mmap) -> Archive:
-    head = io.BytesIO(content[:MAX_PICKLE_BYTES])
-    head.seek(len(LEGACY))
-    read_pickle(head)
-    read_pickle(head)
-    value, stored = read_pickle(head)
-    keys, _ = read_pickle(head)
+def _load_legacy(file: IO[bytes]) -> Archive:
+    content = _map(file)
+    with mmap.mmap(file.fileno(), min(len(content), MAX_PICKLE_BYTES), access=mmap.ACCESS_READ) as head:
+        head.seek(len(LEGACY))
+        try:
+            (_, _), (_, _), (value, stored), (keys, _) = (_value(head) for _ in range(4))
+        except ValueError:
+            if head.tell() == MAX_PICKLE_BYTES:
+                raise UserError(TOO_MUCH) from None
+            raise
+        place = head.tell()
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise ValueError("no list of storages")
-    return Archive(content, value, _legacy_storages(content, head.tell(), keys, stored))
+    return Archive(content, value, _legacy_storages(content, place, keys, stored))
 
 
 def _legacy_storages(content: mmap.mmap, place: int, keys: list[Any], stored: list[StoredBytes]) -> dict[str, Entry]:
@@ -274,7 +254,7 @@ def _legacy_storages(content: mmap.mmap, place: int, keys: list[Any], stored: li
     for key in keys:
         storage = by_key.pop(key)
         (length,) = struct.unpack_from("<q", content, place)
-        size = length * ITEM_BYTES[storage.dtype]
+        size = length * DTYPES[storage.dtype].itemsize
         if length != storage.length or place + 8 + size > len(content):
             raise ValueError(f"the storage {key!r} is cut short")
         storages[key] = Entry(place + 8, size)

@@ -1,4 +1,4 @@
-"""A checkpoint file to what it holds of the model: weights under clean names, sizes, progress."""
+"""Reads what a checkpoint file holds of the model: weights under clean names, sizes, progress."""
 
 import struct
 from collections.abc import Iterator, Mapping
@@ -12,46 +12,46 @@ import torch
 from hf_model.errors import UserError, one_line
 from hf_model.trainers import archive
 from hf_model.trainers.architecture import Architecture, clean_names, infer_architecture, is_tied
-from hf_model.trainers.pickle_reader import StandIn, StoredTensor, kind_of
+from hf_model.trainers.pickle_reader import StandIn, StoredTensor, dict_of, kind_of
 from hf_model.trainers.table import Trainer, find_trainer, heads_beside
 from hf_model.trainers.tensors import find_weights, number_of, weights_of, widest
 
 MODEL_ARGS_KEYS = ("model_args", "config")
-MAX_NAME = 200  # of a folder of data
-
-
+SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout")
+PROGRESS = ("iter_num", "step", "loss", "best_val_loss", "val_loss")
+MAX_NAME = 200
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
 @dataclass
 class Checkpoint:
-    """What a file holds of the model. The tensors are mapped from the file where its format allows."""
+    """What a file holds of the model. The tensors are mapped from the file."""
 
     path: Path
     state_dict: dict[str, torch.Tensor]
     """Clean name to tensor, on the CPU, in the file's own dtypes."""
     model_args: dict[str, Any]
-    """The sizes that the file states; empty where it states none."""
+    """The sizes that the file states; empty if it states none."""
     weights_key: str | None
-    """Where in the file the weights stood; None for a bare state dict."""
+    """The key of the weights in the file; None for a bare state dict."""
     progress: dict[str, Any] = field(default_factory=dict)
-    """`iter_num` and the loss, where the file tells."""
+    """`iter_num` and the loss, if the file has them."""
     trainer: Trainer = field(default_factory=lambda: Trainer(is_known=False))
-    """What wrote the file, by what stands in it."""
+    """The trainer that writes such files."""
     dataset: str | None = None
-    """nanoGPT's name of the data that it was trained on."""
+    """nanoGPT's name of the training data."""
     started_from: str | None = None
-    """nanoGPT's name of the GPT-2 that it was started from, such as `gpt2-xl`."""
+    """nanoGPT's name of the GPT-2 model that training started from, such as `gpt2-xl`."""
     is_pretrained: bool = False
-    """Whether it is the original's pre-training file, whose model knows no instructions."""
+    """Whether the original's pre-training wrote the file, so that the model knows no instructions."""
     other_keys: tuple[str, ...] = ()
-    """What else the file holds under which keys; nothing of it is kept."""
+    """The keys of what else the file holds. None of it is kept."""
 
     def architecture(self, n_head: int | None = None) -> Architecture:
-        """The architecture that the weights and `model_args` tell; `n_head` overrides the file's.
+        """The architecture, from the weights and `model_args`; `n_head` overrides the file's.
 
         Raises:
-            UserError: as `infer_architecture`, naming the file.
+            UserError: as `infer_architecture`, with the name of the file.
         """
         with _naming(self.path):
             beside = self.heads_beside() if n_head is None else None
@@ -59,7 +59,7 @@ class Checkpoint:
             return infer_architecture(self.state_dict, model_args, beside[0] if beside else n_head)
 
     def heads_beside(self) -> tuple[int, str] | None:
-        """Of a bare state dict, the number of heads that a config.json beside it tells, and what tells it."""
+        """For a bare state dict, the number of heads in the config.json beside it, and the words that say so."""
         embedding = self.state_dict.get("transformer.wte.weight")
         if self.weights_key is not None or embedding is None or embedding.ndim != 2:
             return None
@@ -73,42 +73,39 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path, check_bytes: bool = True) -> Checkpoint:
-    """Read the model's part of a checkpoint; optimizer state is never read into memory from a zip-format file.
+    """Read the model's part of a checkpoint. Optimizer state is never read into memory from a zip-format file.
 
     The weights stand under `model_state_dict`, `model` or `state_dict`, or the file is the state dict itself.
 
     Args:
         path: the file.
-        check_bytes: compare every weight with its CRC32. It costs a pass over the weights; the older format has none.
+        check_bytes: compare every weight with its CRC32, which takes a pass over the weights. The older format has
+            no CRC32.
 
     Raises:
-        UserError: no such file, another kind of file, a damaged one, one that would run code, or one without weights.
+        UserError: there is no such file, it is of another kind, is damaged, refers to code, or has no weights.
     """
     path = Path(path)
     with _naming(path):
-        file = archive.load(path, archive.is_zip(path))
-        content = file.value
+        file = archive.load(path)
+        content = dict_of(file.value)
         if not isinstance(content, dict):
             raise UserError(f"holds a {kind_of(content)}, not a dict: save model.state_dict() with torch.save")
         weights_key, weights = find_weights(content)
         state_dict = weights_of(file, clean_names(weights), check_bytes)
-    wrapper = content if weights_key is not None else {}
-    model_args = _find_model_args(wrapper, file)
-    config = wrapper.get("config")
+    beside = {} if weights_key is None else {key: value for key, value in content.items() if isinstance(key, str)}
+    model_args = _find_model_args(beside, file)
+    config = beside.get("config")
     dataset, start = (config.get(key) if isinstance(config, dict) else None for key in ("dataset", "init_from"))
     return Checkpoint(
         path=path,
         state_dict=state_dict,
         model_args=model_args,
         weights_key=weights_key,
-        progress={
-            key: number
-            for key in ("iter_num", "step", "loss", "best_val_loss", "val_loss")
-            if (number := _number(wrapper.get(key), file)) is not None
-        },
+        progress={key: number for key in PROGRESS if (number := _number(beside.get(key), file)) is not None},
         trainer=find_trainer(
             weights_key,
-            {key for key in wrapper if isinstance(key, str)},
+            beside.keys(),
             model_args,
             has_config_object=isinstance(config, StandIn),
             has_masks=len(state_dict) < len(weights),
@@ -117,17 +114,13 @@ def read_checkpoint(path: str | Path, check_bytes: bool = True) -> Checkpoint:
         ),
         dataset=dataset if isinstance(dataset, str) and len(dataset) <= MAX_NAME else None,
         started_from=start if isinstance(start, str) and start in GPT2_NAMES else None,
-        is_pretrained=weights_key == "model_state_dict" and "loss" in wrapper and "config" not in wrapper,
+        is_pretrained=weights_key == "model_state_dict" and "loss" in beside and "config" not in beside,
         other_keys=tuple(
             one_line(key, MAX_NAME)
-            for key, value in wrapper.items()
-            if isinstance(key, str) and key != weights_key and _holds_something(value)
+            for key, value in beside.items()
+            if key != weights_key and value is not None and value != {}
         ),
     )
-
-
-def _holds_something(value: Any) -> bool:
-    return value is not None and not (isinstance(value, dict) and len(value) == 0)
 
 
 @contextmanager
@@ -140,16 +133,13 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _find_model_args(content: Mapping[str, Any], file: archive.Archive) -> dict[str, Any]:
-    """The stated sizes, from a dict or from the attributes of a configuration object."""
+    """The stated sizes, from a dict, or from the items or the attributes of a configuration object."""
     for key in MODEL_ARGS_KEYS:
-        stated = content.get(key)
-        if isinstance(plain := stated.state if isinstance(stated, StandIn) else stated, dict):
-            wanted = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout")
-            return {
-                name: _number(value, file, f"a {kind_of(value)}")
-                for name in wanted
-                if (value := plain.get(name)) is not None
-            }
+        stated = dict_of(content.get(key))
+        stated = stated.state if isinstance(stated, StandIn) else stated
+        if isinstance(stated, dict):
+            told = {name: value for name in SIZES if (value := stated.get(name)) is not None}
+            return {name: _number(value, file, f"a {kind_of(value)}") for name, value in told.items()}
     return {}
 
 
@@ -164,6 +154,12 @@ def _number(value: Any, file: archive.Archive, default: Any = None) -> int | flo
         return default if (number := number_of(file, value)) is None else number
     if isinstance(value, StandIn) and len(value.args) == 2 and isinstance(value.args[0], StandIn):
         dtype, raw = value.args
+        if isinstance(raw, StandIn) and raw.name == "_codecs.encode" and raw.args:  # bytes in protocol 2
+            raw = (
+                raw.args[0].encode("latin1", "ignore")
+                if isinstance(raw.args[0], str) and len(raw.args[0]) <= 8
+                else None
+            )
         code = NUMPY_FORMATS.get(dtype.args[0]) if dtype.args and isinstance(dtype.args[0], str) else None
         if code and isinstance(raw, bytes) and struct.calcsize(code) == len(raw):
             return struct.unpack("<" + code, raw)[0]

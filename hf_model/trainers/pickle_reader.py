@@ -1,71 +1,89 @@
-"""What a pickle says, read without running any of it: plain values, records of tensors, and stand-ins for the rest.
+"""Reads what a pickle holds without running it: plain values, descriptions of tensors, and stand-ins for the rest.
 
-A pickle is a program: its opcodes build values, and call functions that it names. Here the opcodes build dicts, lists,
-tuples, strings and numbers, and of all calls only those are understood that make a dict, bytes or a tensor. Everything
-else becomes a stand-in, which only remembers what was said of it. So no opcode takes longer than its own bytes.
+A pickle is a program: its opcodes build values and call functions. Here a call only makes a stand-in that remembers
+the function's name and the arguments. The few calls that make dicts, objects and tensors are understood.
 """
 
-import io
 import pickletools
 import re
 import sys
-from collections.abc import Callable
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from mmap import mmap
+from typing import IO, Any
 
-from hf_model.errors import UserError
+from hf_model.errors import UserError, one_line
 
-# Far above what real checkpoints need (some hundred bytes for a tensor, a dozen globals), far below what takes minutes.
-MAX_PICKLE_BYTES = 4 * 2**20
-MAX_OPERATIONS = 500_000
-MAX_GLOBALS = 100
+MAX_PICKLE_BYTES = 64 * 2**20
+MAX_STEPS = 5_000_000  # some seconds, and for the worst file 600 MB of memory
 MAX_NAME = 1000
+MAX_DEPTH = 100
 MAX_DIMENSIONS = 8
+# A dict compares long equal keys in full, and chosen large integers can make it search all its keys for each one.
+MAX_KEY_LENGTH = 1000
+MAX_KEY_NUMBER = 2**18
 
-# What torch needs to make tensors and bytes, and no more of what its own safe loading lets pass.
-TORCH_GLOBALS = re.compile(
-    r"collections\.(OrderedDict|Counter)|_codecs\.encode|builtins\.(set|complex)"
-    r"|torch\.(\w+Storage|storage\.\w+Storage|Size|device|b?float\w+|u?int\d+|bool|complex\d+)"
-    r"|torch\._utils\._rebuild_(tensor(_v2|_v3)?|parameter)|torch\.nn\.parameter\.Parameter"
+# Modules of the standard library whose classes hold data. Classes of other modules can start processes or run code.
+DATA_MODULES = {
+    *("abc", "array", "collections", "collections.abc", "dataclasses", "datetime", "decimal", "_decimal", "_pydecimal"),
+    *("enum", "fractions", "ipaddress", "numbers", "pathlib", "pathlib._local", "random", "typing", "uuid", "zoneinfo"),
+}
+# Other names that stand for data, most of them with a small first letter.
+DATA = re.compile(
+    r"builtins\.(object|type|bool|int|float|complex|str|bytes|bytearray|tuple|list|dict|(frozen)?set|range|slice"
+    r"|[A-Z]\w*)|collections\.(defaultdict|deque)|datetime\.(date|time|datetime|timedelta|timezone)|array\._?array\w*"
+    r"|argparse\.Namespace|types\.(SimpleNamespace|MappingProxyType|GenericAlias|(None|Union|Ellipsis)Type)"
+    r"|copyreg\._reconstructor|_codecs\.encode|functools\.partial|re\._compile|_?operator\.getitem"
+    r"|_?io\.(Bytes|String)IO|time\.struct_time|torch\.(device|bool|half|float|double|short|int|long|strided|sparse_\w+"
+    r"|([qu]*int|b?float|complex|bits)\d\w*|per_(tensor|channel)_\w+)"
+    r"|torch\.(serialization\._get_layout|nn\.functional\.\w+|_C\._nn\.\w+)|numpy\.(dtype|ndarray|recarray|record|matrix"
+    r"|(bool|u?int|u?long|u?short|u?byte|float|double|half|single|complex|str|bytes|object|void|datetime|timedelta)\w*"
+    r"|_?core\.multiarray\.(scalar|_reconstruct)|_?core\.numeric\._frombuffer|(_?core\.records|rec)\.rec\w+"
+    r"|ma\.core\._mareconstruct|random\._pickle\.__\w+_ctor)"
 )
-# Plain records of the standard library and of NumPy that trainers of this family pickle.
-HARMLESS = re.compile(
-    r"argparse\.Namespace|types\.SimpleNamespace|pathlib\.(_local\.)?(Pure)?(Posix|Windows)?Path"
-    r"|numpy\.(dtype|ndarray)|numpy\._?core\.multiarray\.(scalar|_reconstruct)"
-)
+# The functions by which libraries put their own objects together again, such as `torch._utils._rebuild_tensor_v2`.
+REBUILDS = re.compile(r"_rebuild_\w+|_reconstruct\w*|_new_[A-Z]\w*|_unpickle_\w+|__pyx_unpickle_\w+")
+STANDARD_LIBRARY = sys.stdlib_module_names | {"popen2", "new", "pipes", "imp", "distutils"}  # with what it once had
 
 
-@dataclass(eq=False, slots=True, repr=False)  # a repr would go through all that it holds
+@dataclass(eq=False, slots=True, repr=False)
 class StandIn:
-    """Takes the place of a class, a function or an object: keeps what was pickled of it, and has none of its code."""
+    """Takes the place of a class, a function or an object: keeps what was pickled, without the class's code."""
 
     name: str
     """Module and name of the class or function."""
     args: tuple[Any, ...] = ()
-    """What it was called with; of a class or function itself nothing."""
+    """The arguments of the call. Empty for the class or function itself."""
     state: Any = None
+    """The attributes, mostly a dict."""
+    content: Any = None
+    """The items of an object that is a dict, a list or a set."""
+
+    def __repr__(self) -> str:
+        return kind_of(self)  # what the object holds could be too long to print
 
 
 @dataclass(frozen=True, eq=False)
 class StoredBytes:
-    """Where a tensor's values are: the key of a storage, and how many values of what type that has."""
+    """Where a tensor's values are: the key of a storage, the number of its values and their type."""
 
     key: str
     dtype: str
-    """A torch storage class's name, such as `"FloatStorage"`."""
+    """The name of a torch storage class, such as `"FloatStorage"`."""
     length: int
 
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """A tensor as the file describes it; nothing of it has been read."""
+    """A tensor as the file describes it. None of its values has been read."""
 
     storage: StoredBytes
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: str | None = None
-    """A torch dtype's name, where the storage does not tell."""
+    """The name of a torch dtype, if it is not that of the storage."""
     is_plain: bool = True
     """Whether its values are the storage's own, not their negatives or conjugates."""
 
@@ -77,233 +95,260 @@ def kind_of(value: Any) -> str:
     return "Tensor" if isinstance(value, StoredTensor) else type(value).__name__
 
 
-def read_pickle(file: io.BytesIO) -> tuple[Any, list[StoredBytes]]:
-    """The value of the pickle at the file's position, which moves to the pickle's end, and the storages it speaks of.
+def dict_of(value: Any) -> Any:
+    """The items of an object whose class is a dict; any other value itself."""
+    return value.content if isinstance(value, StandIn) and isinstance(value.content, dict) else value
+
+
+def read_pickle(file: bytes | IO[bytes] | mmap) -> tuple[Any, list[StoredBytes]]:
+    """The value of the pickle at the file's position, which moves to the pickle's end, and the storages it refers to.
 
     Raises:
-        UserError: a later protocol than `torch.save` writes, code, or a pickle made to take up time and memory.
-        ValueError, IndexError, KeyError, TypeError: not a pickle, or not one of tensors and plain values.
+        UserError: the pickle refers to code, or holds too much.
+        Exception: of any kind, if it is damaged.
     """
     machine = _Machine()
-    for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-        if opcode.proto > 2 or (opcode.name == "PROTO" and argument != 2):
-            raise UserError("is of a pickle protocol that cannot be read safely: save it with torch.save's own, 2")
-        if number > MAX_OPERATIONS:
-            raise UserError(TOO_MUCH)
+    for opcode, argument, _ in pickletools.genops(file):  # type: ignore[arg-type]  # which an mmap serves too
+        machine.count(1)
         if opcode.name == "STOP":
             break
-        machine.step(opcode.name, argument)
-    return machine.stack.pop(), machine.storages
+        if opcode.name not in STEPS:
+            raise ValueError(f"the opcode {opcode.name}")
+        STEPS[opcode.name](machine, argument)
+    (value,) = machine.last(1)
+    if machine.refused:
+        found = find(value, lambda value: isinstance(value, StandIn) and value.name in machine.refused)
+        name, place = (found[0].name, found[1]) if found else (next(iter(machine.refused)), "")
+        raise UserError(
+            f"{place}{': ' if place else ''}refers to {one_line(name, 100)}. Functions, and classes that can "
+            f"act, are not read, since a file can use them to run code (nothing was run)"
+        )
+    return value, machine.storages
 
 
-TOO_MUCH = "is built to take up time and memory: not written by a training script"
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-NUMBERS_AND_TEXTS = {
-    *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "INT", "LONG", "BINFLOAT", "FLOAT"),
-    *("BINUNICODE", "UNICODE", "BINSTRING", "SHORT_BINSTRING", "STRING"),
-}
+def find(
+    value: Any, is_wanted: Callable[[Any], bool], path: tuple[str, ...] = (), seen: set[int] | None = None
+) -> tuple[Any, str] | None:
+    """The first wanted value inside another, and its place: the keys that lead to it, joined by dots.
+
+    Raises:
+        UserError: the values are nested too deep.
+    """
+    seen = set() if seen is None else seen  # one object can stand in many places
+    if is_wanted(value):
+        return value, ".".join(filter(None, path))
+    if not isinstance(value, (dict, list, tuple, StandIn)) or id(value) in seen:
+        return None
+    if len(path) > MAX_DEPTH:
+        raise UserError(f"holds values that are nested more than {MAX_DEPTH} deep")
+    seen.add(id(value))
+    found = (find(inner, is_wanted, (*path, key), seen) for key, inner in _parts(value))
+    return next(filter(None, found), None)
+
+
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield "", key
+            yield one_line(key, 60) if isinstance(key, (str, int)) else kind_of(key), inner
+    elif isinstance(value, StandIn):
+        yield from (("", inner) for inner in (*value.args, value.state, value.content))
+    else:
+        yield from ((str(index), inner) for index, inner in enumerate(value))
+
+
+def _is_data(module: str, name: str) -> bool:
+    """Whether a stand-in may take the place of a name: of a class, or of a function that only puts data together.
+
+    A name that begins with a capital letter is taken for a class.
+    """
+    is_class = all(part.lstrip("_")[:1].isupper() for part in name.split("."))
+    if DATA.fullmatch(f"{module}.{name}"):
+        return True
+    if module.partition(".")[0] in STANDARD_LIBRARY:
+        return is_class and module in DATA_MODULES
+    return is_class or REBUILDS.fullmatch(name) is not None
+
+
+def _key(value: Any) -> Any:
+    """A dict's key: None, a short text or a small integer. A stand-in, compared by identity, replaces any other key."""
+    if isinstance(value, (str, bytes)) and len(value) <= MAX_KEY_LENGTH:
+        return value
+    if value is None or isinstance(value, StandIn) or (isinstance(value, int) and abs(value) <= MAX_KEY_NUMBER):
+        return value
+    return StandIn(f"builtins.{kind_of(value)}", (value,))
 
 
 @dataclass
 class _Machine:
-    """Pickle's stack, with what each of its opcodes leaves there."""
+    """Pickle's stack and memo, and the names that the pickle refers to."""
 
     stack: list[Any] = field(default_factory=list)
-    below: list[list[Any]] = field(default_factory=list)
-    """What stands under each mark."""
-    memo: dict[int, Any] = field(default_factory=dict)
+    marked: list[list[Any]] = field(default_factory=list)
+    """For each mark the stack below it."""
+    memo: list[Any] = field(default_factory=list)
     names: dict[str, StandIn] = field(default_factory=dict)
+    refused: dict[str, None] = field(default_factory=dict)
+    """Names of code, in the order of the file."""
     storages: list[StoredBytes] = field(default_factory=list)
-    work: int = 0
-    """What calls have gone through that the pickle may name again and again, in values and characters."""
+    steps: int = 0
 
-    def step(self, name: str, argument: Any) -> None:
-        if name in NUMBERS_AND_TEXTS:
-            self.stack.append(argument)
-        elif name in CONSTANTS:
-            self.stack.append(CONSTANTS[name])
-        elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
-            self.memo[argument] = self.stack[-1]
-        elif name in ("BINGET", "LONG_BINGET", "GET"):
-            self.stack.append(self.memo[argument])
-        elif name == "GLOBAL":
-            self.stack.append(self.named(argument))
-        elif name != "PROTO":
-            getattr(self, f"do_{name}", self.unknown)()
+    def count(self, steps: int) -> None:
+        self.steps += steps
+        if self.steps > MAX_STEPS:
+            raise UserError(f"holds more than about {MAX_STEPS:,} values")
 
-    def unknown(self) -> None:
-        raise ValueError("an opcode that torch.save does not write")
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
 
-    def since_mark(self) -> list[Any]:
-        values, self.stack = self.stack, self.below.pop()
+    def last(self, count: int) -> list[Any]:
+        """Take the last values off the stack."""
+        values = self.stack[-count:]
+        if len(values) < count:
+            raise IndexError("nothing on the stack")
+        del self.stack[-count:]
         return values
 
-    def do_MARK(self) -> None:  # noqa: N802
-        self.below.append(self.stack)
+    def mark(self) -> None:
+        self.marked.append(self.stack)
         self.stack = []
 
-    def do_POP(self) -> None:  # noqa: N802
-        self.stack.pop()
+    def since_mark(self) -> list[Any]:
+        values, self.stack = self.stack, self.marked.pop()
+        return values
 
-    def do_POP_MARK(self) -> None:  # noqa: N802
-        self.since_mark()
+    def remember(self, index: int | None) -> None:
+        index = len(self.memo) if index is None else index
+        if not 0 <= index <= self.steps:  # writers number their values one by one
+            raise ValueError("a place in the memo that is too high")
+        self.memo.extend([None] * (index + 1 - len(self.memo)))
+        self.memo[index] = self.stack[-1]
 
-    def do_EMPTY_DICT(self) -> None:  # noqa: N802
-        self.stack.append({})
-
-    def do_EMPTY_LIST(self) -> None:  # noqa: N802
-        self.stack.append([])
-
-    def do_EMPTY_TUPLE(self) -> None:  # noqa: N802
-        self.stack.append(())
-
-    def do_LIST(self) -> None:  # noqa: N802
-        values = self.since_mark()
-        self.stack.append(values)
-
-    def do_TUPLE(self) -> None:  # noqa: N802
-        values = self.since_mark()
-        self.stack.append(tuple(values))
-
-    def do_DICT(self) -> None:  # noqa: N802
-        values = self.since_mark()
-        self.stack.append({})
-        self.set_items(values)
-
-    def do_TUPLE1(self) -> None:  # noqa: N802
-        self.put_tuple(1)
-
-    def do_TUPLE2(self) -> None:  # noqa: N802
-        self.put_tuple(2)
-
-    def do_TUPLE3(self) -> None:  # noqa: N802
-        self.put_tuple(3)
-
-    def put_tuple(self, length: int) -> None:
-        self.stack.append(tuple([self.stack.pop() for _ in range(length)][::-1]))
-
-    def do_APPEND(self) -> None:  # noqa: N802
-        self.extend([self.stack.pop()])
-
-    def do_APPENDS(self) -> None:  # noqa: N802
-        self.extend(self.since_mark())
-
-    def do_SETITEM(self) -> None:  # noqa: N802
-        value, key = self.stack.pop(), self.stack.pop()
-        self.set_items([key, value])
-
-    def do_SETITEMS(self) -> None:  # noqa: N802
-        self.set_items(self.since_mark())
-
-    def do_BUILD(self) -> None:  # noqa: N802
-        state, target = self.stack.pop(), self.stack[-1]
+    def items(self, kind: type) -> Any:
+        """The dict or list on top of the stack, or inside the stand-in there."""
+        target = self.stack[-1]
         if isinstance(target, StandIn):
-            items = target.state if isinstance(target.state, dict) else {}
-            self.count(len(items))
-            target.state = {**items, **state} if items and isinstance(state, dict) else state
-        elif not isinstance(target, dict):  # of a dict it is attributes, such as a state dict's `_metadata`
-            raise TypeError("sets the state of what is no object")
-
-    def do_REDUCE(self) -> None:  # noqa: N802
-        args, function = self.stack.pop(), self.stack.pop()
-        self.stack.append(self.call(function, args))
-
-    do_NEWOBJ = do_REDUCE  # noqa: N815
-
-    def do_BINPERSID(self) -> None:  # noqa: N802
-        """torch's way to write down a storage: ("storage", class, key, device, length), and in older files a view."""
-        named = self.stack.pop()
-        if not isinstance(named, tuple) or not 5 <= len(named) <= 6:
-            raise ValueError("a persistent id that is no storage")
-        kind, storage, key, _, length, *view = named
-        if kind != "storage" or not isinstance(key, str) or not _is_size(length) or any(view):
-            raise ValueError("a persistent id that is no storage")
-        self.storages.append(StoredBytes(key, kind_of(storage), length))
-        self.stack.append(self.storages[-1])
+            target.content = kind() if target.content is None else target.content
+            target = target.content
+        if not isinstance(target, kind):
+            raise TypeError(f"adds to what is no {kind.__name__}")
+        return target
 
     def extend(self, values: list[Any]) -> None:
-        target = self.stack[-1]
-        if isinstance(target, list):
-            target.extend(values)
-        elif not isinstance(target, StandIn):
-            raise TypeError("appends to what is no list")
+        self.items(list).extend(values)
 
-    def set_items(self, values: list[Any]) -> None:
-        target = self.stack[-1]
-        if isinstance(target, StandIn):  # of a class that is a dict
-            target.state = target.state if isinstance(target.state, dict) else {}
-            target = target.state
-        if not isinstance(target, dict):
-            raise TypeError("sets an item of what is no dict")
-        target.update(zip(map(_key, values[::2]), values[1::2], strict=True))
+    def update(self, values: list[Any]) -> None:
+        self.items(dict).update(zip(map(_key, values[::2]), values[1::2], strict=True))
 
-    def named(self, argument: str) -> StandIn:
-        """The class or function of a name, which must be one that plain data have."""
-        if len(argument) > MAX_NAME:
-            raise UserError(TOO_MUCH)
-        name = argument.replace("__builtin__ ", "builtins ").replace(" ", ".")  # Python 2's name, as pickled
-        if not TORCH_GLOBALS.fullmatch(name) and not _is_harmless(name):
-            raise UserError(
-                f"names {name}, which is not data: it was not loaded, since that could run code. Save only the "
-                "state dict and plain values: torch.save({'model': model.state_dict(), 'model_args': {...}}, path)"
-            )
-        self.names.setdefault(name, StandIn(name))
-        if len(self.names) > MAX_GLOBALS:
-            raise UserError(TOO_MUCH)
-        return self.names[name]
+    def make_dict(self, values: list[Any]) -> None:
+        self.push({})
+        self.update(values)
+
+    def build(self, target: Any, state: Any) -> Any:
+        if isinstance(target, StandIn):
+            target.state = state
+        elif not isinstance(target, dict):  # attributes of a dict are dropped, such as a state dict's `_metadata`
+            raise TypeError("sets the state of what is no object")
+        return target
+
+    def name(self, module: Any, name: Any) -> StandIn:
+        """The stand-in of a class or function. Names from Python 2 become those of today."""
+        if not isinstance(module, str) or not isinstance(name, str) or len(module) + len(name) > MAX_NAME:
+            raise ValueError("a name that is none")
+        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+        full = f"{module}.{name}"
+        if full not in self.names:
+            self.names[full] = StandIn(full)
+            if not _is_data(module, name):
+                self.refused[full] = None
+        return self.names[full]
+
+    def persistent(self, written: Any) -> Any:
+        """A storage, for torch ("storage", class, key, device, length), in older files with a view behind it.
+
+        Older files also write a module's class, as ("module", class, file, source).
+        """
+        if not isinstance(written, tuple) or not 4 <= len(written) <= 6:
+            raise ValueError("a persistent id that is no storage")
+        kind, named, key, _, *more = written
+        if kind == "module":
+            return named
+        if kind != "storage" or not isinstance(key, str) or not more or not _is_size(more[0]) or any(more[1:]):
+            raise ValueError("a persistent id that is no storage")
+        self.storages.append(StoredBytes(key, kind_of(named), more[0]))
+        return self.storages[-1]
 
     def call(self, function: Any, args: Any) -> Any:
         if not isinstance(function, StandIn) or not isinstance(args, tuple):
             raise TypeError("calls what is no function")
-        is_named = self.names.get(function.name) is function  # and not what a call of it has given
-        understood: dict[str, Callable[..., Any]] = {
-            "collections.OrderedDict": self.ordered_dict,
-            "_codecs.encode": self.encode,
-            "torch._utils._rebuild_tensor": _tensor,
-            "torch._utils._rebuild_tensor_v2": _tensor_v2,
-            "torch._utils._rebuild_tensor_v3": _tensor_v3,
-            "torch._utils._rebuild_parameter": _parameter,
-        }
-        if is_named and function.name in understood:
-            return understood[function.name](*args)
+        if function.name in UNDERSTOOD and self.names.get(function.name) is function:  # and not what a call has made
+            if len(args) > MAX_ARGS:
+                raise TypeError("a call with too many arguments")
+            return UNDERSTOOD[function.name](self, *args)
         return StandIn(function.name, args)
 
-    def encode(self, text: str, encoding: str = "") -> Any:
-        """How a pickle of protocol 2 writes bytes."""
-        if encoding != "latin1":
-            return StandIn("_codecs.encode")
-        self.count(len(text))
-        return text.encode("latin1")
+    def new(self, cls: Any, args: Any, content: Any = None) -> StandIn:
+        """An object made by `cls.__new__`: so `cls` is a class, even if its name begins with a small letter."""
+        if not isinstance(cls, StandIn) or not isinstance(args, tuple):
+            raise TypeError("makes an object of what is no class")
+        if cls.name.partition(".")[0] not in STANDARD_LIBRARY:
+            self.refused.pop(cls.name, None)
+        return StandIn(cls.name, args, content=content)
 
-    def ordered_dict(self, pairs: Any = ()) -> dict[Any, Any]:
-        if not isinstance(pairs, (list, tuple)):
-            raise TypeError("a dict of what is no list")
-        self.count(len(pairs))
-        return {_key(key): value for key, value in pairs}
-
-    def count(self, work: int) -> None:
-        self.work += work
-        if self.work > MAX_PICKLE_BYTES:
-            raise UserError(TOO_MUCH)
+    def instance(self, cls: StandIn | None) -> Any:
+        """A call in protocol 0 or 1. The class stands behind the mark if it is not given."""
+        values = self.since_mark()
+        return self.call(cls or values.pop(0), tuple(values))
 
 
-def _is_harmless(name: str) -> bool:
-    """Whether a stand-in may take the place of this global: plain records that trainers of this family pickle.
+# What the opcodes do. The argument is what stands behind the opcode in the file.
+STEPS: dict[str, Callable[[_Machine, Any], Any]] = {
+    **dict.fromkeys(("PROTO", "FRAME"), lambda machine, _: None),
+    **dict.fromkeys(("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"), _Machine.push),
+    **dict.fromkeys(("FLOAT", "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING"), _Machine.push),
+    **dict.fromkeys(("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"), _Machine.push),
+    **dict.fromkeys(("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"), _Machine.push),
+    "NONE": lambda machine, _: machine.push(None),
+    "NEWTRUE": lambda machine, _: machine.push(True),
+    "NEWFALSE": lambda machine, _: machine.push(False),
+    "EMPTY_TUPLE": lambda machine, _: machine.push(()),
+    "EMPTY_LIST": lambda machine, _: machine.push([]),
+    "EMPTY_DICT": lambda machine, _: machine.push({}),
+    "EMPTY_SET": lambda machine, _: machine.push(StandIn("builtins.set")),  # nothing in it is hashed
+    "MARK": lambda machine, _: machine.mark(),
+    "POP": lambda machine, _: machine.last(1) if machine.stack else machine.since_mark(),
+    "POP_MARK": lambda machine, _: machine.since_mark(),
+    "DUP": lambda machine, _: machine.push(machine.stack[-1]),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), _Machine.remember),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda machine, index: machine.push(machine.memo[index])),
+    "TUPLE1": lambda machine, _: machine.push(tuple(machine.last(1))),
+    "TUPLE2": lambda machine, _: machine.push(tuple(machine.last(2))),
+    "TUPLE3": lambda machine, _: machine.push(tuple(machine.last(3))),
+    "TUPLE": lambda machine, _: machine.push(tuple(machine.since_mark())),
+    "LIST": lambda machine, _: machine.push(machine.since_mark()),
+    "DICT": lambda machine, _: machine.make_dict(machine.since_mark()),
+    "FROZENSET": lambda machine, _: machine.push(StandIn("builtins.frozenset", content=machine.since_mark())),
+    "APPEND": lambda machine, _: machine.extend(machine.last(1)),
+    **dict.fromkeys(("APPENDS", "ADDITEMS"), lambda machine, _: machine.extend(machine.since_mark())),
+    "SETITEM": lambda machine, _: machine.update(machine.last(2)),
+    "SETITEMS": lambda machine, _: machine.update(machine.since_mark()),
+    "GLOBAL": lambda machine, named: machine.push(machine.name(*named.split(" ", 1))),
+    "STACK_GLOBAL": lambda machine, _: machine.push(machine.name(*machine.last(2))),
+    "REDUCE": lambda machine, _: machine.push(machine.call(*machine.last(2))),
+    "NEWOBJ": lambda machine, _: machine.push(machine.new(*machine.last(2))),
+    "NEWOBJ_EX": lambda machine, _: machine.push(machine.new(*machine.last(3))),
+    "INST": lambda machine, named: machine.push(machine.instance(machine.name(*named.split(" ", 1)))),
+    "OBJ": lambda machine, _: machine.push(machine.instance(None)),
+    "BUILD": lambda machine, _: machine.push(machine.build(*machine.last(2))),
+    "BINPERSID": lambda machine, _: machine.push(machine.persistent(*machine.last(1))),
+}
 
-    Besides the listed ones these are classes (capitalised names) of the user's own code or of a third-party package.
-    """
-    module, _, attribute = name.rpartition(".")
-    package = module.split(".")[0]
-    is_foreign = package not in sys.stdlib_module_names and package not in ("torch", "numpy")
-    return HARMLESS.fullmatch(name) is not None or (is_foreign and attribute[:1].isupper())
 
-
-def _key(value: Any) -> Any:
-    """A dict's key: what is neither text nor a small number stands for itself alone, and nothing of it is hashed."""
-    if isinstance(value, int) and value.bit_length() > 64:
-        return StandIn("builtins.int")
-    is_plain = value is None or isinstance(value, (str, int, float, bytes))
-    return value if is_plain or isinstance(value, StandIn) else StandIn(f"builtins.{kind_of(value)}")
+def _ordered_dict(machine: _Machine, pairs: Any = ()) -> dict[Any, Any]:
+    if not isinstance(pairs, (list, tuple)):
+        raise TypeError("a dict of what is no list")
+    machine.count(len(pairs))  # the file can give one list many times
+    return {_key(key): value for key, value in pairs}
 
 
 def _is_size(value: Any) -> bool:
@@ -318,24 +363,34 @@ def _sizes(values: Any) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: Any = None, metadata: Any = None) -> Any:
+def _tensor(_: _Machine, storage: Any, offset: Any, shape: Any, stride: Any, *more: Any) -> StoredTensor:
+    """`more` holds requires_grad, hooks, in `_rebuild_tensor_v3` the dtype, and maybe the metadata of a view."""
     if not isinstance(storage, StoredBytes) or not _is_size(offset):
         raise TypeError("a tensor without a storage")
     shape, stride = _sizes(shape), _sizes(stride)
     if len(shape) != len(stride):
-        raise ValueError("a tensor of as many sizes as strides")
-    return StoredTensor(storage, offset, shape, stride, kind_of(dtype) if dtype else None, is_plain=not metadata)
+        raise ValueError("a tensor with more sizes than strides, or fewer")
+    dtype, metadata = (more[2], more[3:]) if more[2:] and isinstance(more[2], StandIn) else (None, more[2:])
+    return StoredTensor(storage, offset, shape, stride, kind_of(dtype) if dtype else None, not any(metadata))
 
 
-def _tensor_v2(storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any, metadata: Any = None) -> Any:
-    return _tensor(storage, offset, shape, stride, metadata=metadata)
+def _of_type(machine: _Machine, function: Any, cls: Any, args: Any, state: Any) -> Any:
+    """A tensor with attributes. The values of another class than torch's own may mean something else."""
+    is_torch = isinstance(cls, StandIn) and cls.name in ("torch.Tensor", "torch.nn.parameter.Parameter")
+    if is_torch and kind_of(function).startswith("_rebuild_tensor"):
+        return machine.call(function, args)
+    return StandIn(kind_of(cls), (function, cls, args), state)
 
 
-def _tensor_v3(
-    storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, metadata: Any = None
-) -> Any:
-    return _tensor(storage, offset, shape, stride, dtype, metadata)
-
-
-def _parameter(data: Any, requires_grad: Any = None, hooks: Any = None) -> Any:
-    return data
+# The calls that make dicts, objects and tensors.
+UNDERSTOOD: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": _ordered_dict,
+    "copyreg._reconstructor": lambda machine, cls, base, items: machine.new(cls, (), items),  # protocols 0 and 1
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor,
+    "torch._utils._rebuild_parameter": lambda machine, data, *_: data,
+    "torch._utils._rebuild_parameter_with_state": lambda machine, data, *_: data,
+    "torch._tensor._rebuild_from_type_v2": _of_type,
+}
+MAX_ARGS = 8  # of these calls

@@ -1,4 +1,4 @@
-"""Which trainer of the family wrote a file, by what stands in it: its activation, and where its sizes are told."""
+"""The trainers of the family: how to know their files, and which activation their models have."""
 
 import json
 from collections.abc import Set
@@ -11,7 +11,7 @@ from hf_model.errors import UserError
 EXACT, WRITTEN_OUT_TANH, TORCH_TANH = "gelu", "gelu_new", "gelu_pytorch_tanh"
 MAX_CONFIG_BYTES = 2**20
 
-# minGPT's model types: layers, heads, width. Its files tell no heads, and its config.json may tell the type alone.
+# minGPT's model types: layers, heads, width. Its checkpoint lacks the heads; its config.json may have only the type.
 MINGPT_TYPES = {
     "openai-gpt": (12, 12, 768),
     "gpt2": (12, 12, 768),
@@ -27,15 +27,15 @@ MINGPT_TYPES = {
 
 @dataclass(frozen=True)
 class Trainer:
-    """What the writer of a file is known by, and what is known of its models."""
+    """What is known of the models of a trainer."""
 
     activation: str = EXACT
     why: str = ""
-    """What tells the activation, in words; empty where it is the original's, or where nothing does."""
+    """Why it has this activation, in words; empty for the original, and if nothing shows it."""
     is_known: bool = True
-    """Whether anything tells the activation."""
+    """Whether the file shows the activation."""
     dropout: float = 0.1
-    """Where the file states none."""
+    """The dropout of a file that states none."""
 
 
 def find_trainer(
@@ -51,30 +51,32 @@ def find_trainer(
     """The trainer that writes such files.
 
     Args:
-        weights_key: where the weights stand, None for a bare state dict.
-        keys: the file's keys beside it.
+        weights_key: the key of the weights, None for a bare state dict.
+        keys: the file's other keys.
         model_args: the sizes that the file states.
         has_config_object: whether `config` is an object of a class, not a dict.
-        has_masks: whether causal masks stand among the weights.
+        has_masks: whether there are causal masks among the weights.
     """
     if weights_key == "model_state_dict":
         return Trainer()
     if weights_key == "model" and has_config_object and keys >= {"step", "val_loss"}:
-        return Trainer(TORCH_TANH, "build-nanogpt's: a config object, step and val_loss", dropout=0.0)
+        return Trainer(TORCH_TANH, "build-nanogpt's default: a config object, step and val_loss", dropout=0.0)
     if weights_key == "model" and keys >= {"model_args", "iter_num", "best_val_loss"}:
         if "bias" not in model_args:
-            return Trainer(WRITTEN_OUT_TANH, "nanoGPT's of January 2023 or before: its model_args have no bias")
-        return Trainer(EXACT, "nanoGPT's since June 2023; if it trained with an older one: --activation gelu_new")
+            return Trainer(WRITTEN_OUT_TANH, "nanoGPT's default until January 2023: its model_args have no bias")
+        return Trainer(
+            EXACT, "nanoGPT's default since June 2023; if it trained with an older one: --activation gelu_new"
+        )
     if weights_key is None and has_masks and has_biases and not is_tied:
-        return Trainer(WRITTEN_OUT_TANH, "minGPT's: a bare state dict with causal masks and biases")
+        return Trainer(WRITTEN_OUT_TANH, "minGPT's default: a bare state dict with causal masks and biases")
     return Trainer(is_known=False)
 
 
 def heads_beside(path: Path, n_layer: int, n_embd: int) -> tuple[int, str] | None:
-    """The number of heads that minGPT's config.json beside a file tells, and what tells it; None if nothing does.
+    """The number of heads in minGPT's config.json beside a file, and the words that say so. None if there is none.
 
     Raises:
-        UserError: it tells a model of other sizes.
+        UserError: the config.json belongs to a model of other sizes.
     """
     config = path.with_name("config.json")
     if not config.is_file():

@@ -13,38 +13,30 @@ import yaml
 from huggingface_hub import ModelCard
 
 import convert_checkpoint
-from hf_model import CustomGPTConfig
 from hf_model.conversion import convert
-from hf_model.formats.card_facts import About, CardFacts, place_of, title_of
-from hf_model.formats.cards import model_card
-from hf_model.tokenizer import convert_tokenizer
+from hf_model.formats.cards import About, place_of, title_of
 from hf_model_cli.convert import parse_arguments
 from tests import relatives
-from tests.tiny import CHECKPOINT, TOKENIZER
+from tests.tiny import CHECKPOINT, TOKENIZER, gpt, save_files
 
 
-def card_for(config: CustomGPTConfig) -> str:
-    return model_card(
-        config, CardFacts(title="capitals", place="capitals"), convert_tokenizer(TOKENIZER, config.block_size)
-    )
+@pytest.fixture
+def card(capitals: Path) -> str:
+    return (capitals / "README.md").read_text(encoding="utf-8")
 
 
-def test_says_what_the_model_is() -> None:
-    card = card_for(CustomGPTConfig(n_layer=3, n_head=3, n_embd=96, block_size=64, vocab_size=1024))
-    sentence = "3 layers, 3 heads, 96 wide, context 64, vocabulary 1024"
-    assert sentence in " ".join(card.split())
+def test_says_what_the_model_is(card: str) -> None:
+    assert "3 layers, 3 heads, 96 wide, context 64, vocabulary 1024" in " ".join(card.split())
 
 
-def test_shows_the_prompt() -> None:
-    card = card_for(CustomGPTConfig())
+def test_shows_the_prompt(card: str) -> None:
     assert "\n[BOS]Instruction: {instruction} Response:\n" in card
     assert "\n[BOS]Instruction: {instruction} Input: {input} Response:\n" in card
     assert "Response: Paris[EOS]" in card
 
 
-def test_is_read_by_the_hub_as_a_text_generation_model() -> None:
-    _, header, _ = card_for(CustomGPTConfig()).split("---\n", 2)
-    header = yaml.safe_load(header)
+def test_is_read_by_the_hub_as_a_text_generation_model(card: str) -> None:
+    header = yaml.safe_load(card.split("---\n", 2)[1])
     assert (header["library_name"], header["pipeline_tag"]) == ("transformers", "text-generation")
 
 
@@ -143,7 +135,7 @@ class TestWhatTheCheckpointTells:
         learnt = section(
             card_of(convert(CHECKPOINT, TOKENIZER, tmp_path / "hf", training_data=data)), "What it has learnt"
         )
-        assert "at its own answers it repeats" in learnt
+        assert "healthy: does not repeat itself (0%)" in learnt
         assert "exact answers 3 of 3" in learnt
         assert "data.jsonl" in learnt and "private" not in learnt
 
@@ -164,7 +156,7 @@ class TestName:
         assert convert_checkpoint.main() == 0
         card = card_of(Path("out/finetune/hf"))
         assert card.text.strip().startswith("# poet-finetune\n")
-        assert loads(card) == {"out/finetune/hf"}
+        assert loads(card) == {"./out/finetune/hf"}
         (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
         process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8")
         assert process.stdout.strip() == "Paris", process.stderr
@@ -185,8 +177,8 @@ class TestName:
         assert title_of(tmp_path / folder, tmp_path / source) == title
 
     def test_a_folder_elsewhere_is_called_without_its_path(self, tmp_path: Path) -> None:
-        assert place_of(tmp_path / "capitals") == "capitals"
-        assert place_of(tmp_path / "poet" / "hf") == "poet/hf"
+        assert place_of(tmp_path / "capitals") == "./capitals"
+        assert place_of(tmp_path / "poet" / "hf") == "./poet/hf"
 
     @pytest.mark.parametrize("format", ["transformers", "gpt2"])
     def test_on_the_hub_is_that_of_the_repository(self, format: str, tmp_path: Path) -> None:
@@ -204,11 +196,97 @@ class TestName:
             parse_arguments([option, words])
         assert f"argument {option}: " in capsys.readouterr().err
 
+    @pytest.mark.parametrize("name", ["hf", "my-model", "a b"])
+    def test_on_the_disk_is_never_one_on_the_hub(self, name: str, tmp_path: Path) -> None:
+        for folder in (tmp_path / name, Path(name), Path("out") / name):
+            assert place_of(folder).startswith("./")
+
     def test_cannot_break_the_card(self, tmp_path: Path) -> None:
         folder = convert(
             CHECKPOINT, TOKENIZER, tmp_path / 'a "quoted" {{ name }}\n---', about=About(model_name="{{ 7*7 }}\n---")
         )
         card = card_of(folder)
         assert card.data.library_name == "transformers"
-        assert loads(card) == {folder.name}
+        assert loads(card) == {f"./{folder.name}"}
         assert "49" not in card.text.splitlines()[0]
+
+
+HOSTILE = "x`\n# Heading\n<script>alert(1)</script>\x1b[31m**bold** [link](http://a)"
+
+
+class TestTextsFromFilesAreQuoted:
+    """Nothing that a file holds makes a heading, an element of HTML or an escape sequence of a terminal."""
+
+    @staticmethod
+    def assert_plain(card: ModelCard) -> None:
+        outside_code = re.sub(r"^```.*?^```", "", card.text, flags=re.DOTALL | re.MULTILINE)
+        outside_code = re.sub(r"\\.", "", outside_code)
+        outside_code = re.sub(r"(`+)(?!`).*?[^`]\1(?!`)", "", outside_code)
+        assert "<script" not in outside_code
+        assert "# Heading" not in card.text.splitlines()
+        assert "](http://a" not in outside_code
+        assert "\x1b" not in card.content
+
+    def test_a_token(self, tmp_path: Path) -> None:
+        files = save_files(tmp_path, gpt())
+        content = files[1].read_text(encoding="utf-8").replace("[BOS]", "start")
+        files[1].write_text(content.replace("[EOS]", json.dumps(HOSTILE)[1:-1]), encoding="utf-8")
+        card = card_of(convert(*files, tmp_path / "hf", raw=True))
+        assert "A text ends at" in card.text
+        self.assert_plain(card)
+
+    def test_the_name_of_the_data(self, tmp_path: Path) -> None:
+        path = relatives.save_nanogpt(tmp_path, relatives.nano_character_model())
+        content = torch.load(path, weights_only=True)
+        torch.save(content | {"config": content["config"] | {"dataset": HOSTILE}}, path)
+        card = card_of(convert(path, relatives.save_meta(tmp_path / "meta.pkl"), tmp_path / "hf"))
+        assert "names its data" in card.text
+        self.assert_plain(card)
+
+    def test_the_name_of_the_folder_and_the_prompt(self, tmp_path: Path) -> None:
+        about = About(example_prompts=(HOSTILE,))
+        folder = convert(CHECKPOINT, TOKENIZER, tmp_path / HOSTILE.replace("/", "-"), about=about)
+        card = card_of(folder)
+        self.assert_plain(card)
+        assert loads(card) == {f"./{folder.name}"}
+
+    def test_the_training_data_s_own_name(self, tmp_path: Path) -> None:
+        data = tmp_path / f"{HOSTILE.replace('/', '-')}.jsonl"
+        data.write_text('{"instruction": "What is the capital of France?", "output": "Paris"}\n' * 3)
+        self.assert_plain(card_of(convert(CHECKPOINT, TOKENIZER, tmp_path / "hf", training_data=data)))
+
+
+class TestClaims:
+    """A card claims what was compared: the file; and the loss on the user's data, where there are any."""
+
+    def test_the_file_alone_is_said_to_be_that(self, capitals: Path) -> None:
+        assert "compares its result with the checkpoint file, not with" in section(card_of(capitals), "Evaluation")
+
+    def test_of_a_folder_too(self, capitals: Path, tmp_path: Path) -> None:
+        card = card_of(convert(capitals, None, tmp_path / "out", format="gpt2"))
+        assert "with the source folder, not with" in section(card, "Evaluation")
+
+    def test_the_loss_on_data_is_added(self, tmp_path: Path) -> None:
+        data = tmp_path / "data.jsonl"
+        data.write_text('{"instruction": "What is the capital of France?", "output": "Paris"}\n' * 3)
+        card = card_of(convert(CHECKPOINT, TOKENIZER, tmp_path / "hf", training_data=data))
+        assert re.search(r"The loss on `data\.jsonl`.* is \d+\.\d{3}\.", section(card, "Evaluation"))
+
+    @pytest.mark.parametrize(
+        ("format", "how", "rounded"),
+        [
+            ("gguf", {"gguf_type": "f32"}, ""),
+            ("gguf", {"gguf_type": "f16", "dtype": "float16"}, "rounded from float32 to float16"),
+            ("gguf", {"gguf_type": "q8_0"}, "rounded to q8_0"),
+            ("ctranslate2", {"quantization": "float32"}, ""),
+            ("ctranslate2", {"quantization": "int8"}, "rounded to int8"),
+        ],
+        ids=str,
+    )
+    def test_weights_that_a_format_rounds_are_not_called_unchanged(
+        self, format: str, how: dict, rounded: str, capitals: Path, tmp_path: Path
+    ) -> None:
+        pytest.importorskip(format, reason=f"{format} is not installed (the `{format}` extra)")
+        card = card_of(convert(capitals, None, tmp_path / "out", format=format, verify=False, **how)).text
+        assert ("without changing a weight." in card) == (not rounded)
+        assert f"with its weights {rounded}." in card or not rounded

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from hf_model.conversion import convert
 from hf_model.errors import UserError
-from hf_model.formats.gguf_vocabulary import express
+from hf_model.formats.gguf_tokenizer import to_gguf
 from hf_model.output_dir import MANIFEST
 from tests.formats.conftest import Exported
 from tests.tiny import SIZES, gpt
@@ -33,14 +33,14 @@ def run(path: Path, ids: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("gguf_type", ALLOWED)
 def test_gives_the_log_probabilities_of_the_plain_reference(shape: dict, gguf_type: str, export: Exported) -> None:
     folder, lines = export("gguf", shape, gguf_type=gguf_type)
-    assert {path.name for path in folder.iterdir()} == {f"model-{gguf_type}.gguf", "README.md", MANIFEST}
+    assert {path.name for path in folder.iterdir()} == {f"model-{gguf_type}.gguf", "Modelfile", "README.md", MANIFEST}
     ids = torch.randint(shape.get("vocab_size", 300), (1, SIZES["block_size"]))
     torch.manual_seed(0)
     expected = gpt(**shape)(ids)[0][0].log_softmax(-1)
     got = run(folder / f"model-{gguf_type}.gguf", ids[0].tolist())
     assert (expected - got).abs().max() < ALLOWED[gguf_type]
     said = "\n".join(lines)
-    assert "verified      by llama.cpp: the log-probabilities of 16 positions differ by at most" in said
+    assert "verified      by llama.cpp, compared with the file: the log-probabilities of 16 positions differ" in said
     assert ("llama.cpp's GELU is the tanh form" in said) == (shape.get("activation") != "gelu_new")
 
 
@@ -117,7 +117,7 @@ class TestVocabularies:
         from tests.tiny import twin
 
         model = twin(gpt(vocab_size=len(tokenizer) + 3))
-        write_file(path, model, "f32", express(tokenizer, len(tokenizer) + 3))
+        write_file(path, model, "f32", to_gguf(tokenizer, len(tokenizer) + 3))
         return path
 
     def test_of_single_characters(self, tmp_path: Path) -> None:
@@ -135,13 +135,13 @@ class TestVocabularies:
         assert llama.token_eos() == len(tokenizer)
 
     def test_without_an_end_and_without_padding_are_noted(self) -> None:
-        assert "--ignore-eos" in " ".join(express(byte_level(), 256).notes)
+        assert "--ignore-eos" in " ".join(to_gguf(byte_level(), 256).notes)
 
     def test_with_one_token_for_beginning_and_end(self) -> None:
         """As GPT-2's."""
         tokenizer = byte_level()
         tokenizer.add_special_tokens({"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"})
-        vocabulary = express(tokenizer, 300)
+        vocabulary = to_gguf(tokenizer, 300)
         assert (vocabulary.special["bos"], vocabulary.special["eos"]) == (256, 256)
         assert not vocabulary.adds_bos
 
@@ -149,7 +149,10 @@ class TestVocabularies:
         "tokenizer, message",
         [
             (lambda: byte_level(normalizer=normalizers.NFC()), "no normalizer for this tokenizer's NFC"),
-            (lambda: byte_level(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)), "does it otherwise"),
+            (
+                lambda: byte_level(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)),
+                "splits and spaces a text",
+            ),
             (lambda: wrapped(models.WordLevel({"a": 0}, unk_token="a")), "no WordLevel tokenizer"),
             (lambda: wrapped(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")])), "no BPE of characters"),
         ],
@@ -157,7 +160,7 @@ class TestVocabularies:
     )
     def test_that_llama_cpp_does_not_have_are_refused(self, tokenizer: Callable, message: str) -> None:
         with pytest.raises(UserError, match=message):
-            express(tokenizer(), 300)
+            to_gguf(tokenizer(), 300)
 
 
 @pytest.mark.parametrize("gguf_type", ALLOWED)

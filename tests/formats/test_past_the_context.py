@@ -16,7 +16,7 @@ TOO_LONG = [5] * (CONTEXT + 1)
 SAYS = {
     "transformers": f"goes on past the context of {CONTEXT} with the last {CONTEXT} tokens",
     "gpt2": "IndexError",
-    "gguf": "ends its process past the positions",
+    "gguf": "ends its process",
     "ctranslate2": "stops there with a RuntimeError",
     "onnx": "stops there with an error",
     "checkpoint": f"goes on with the last {CONTEXT} tokens",

@@ -46,7 +46,7 @@ def test_the_original_trainer_s_class_loads_it(shape: dict, from_folder: bool, e
     said = "\n".join(lines)
     assert ("no word for a tied head" in said) == ("tied" in shape)
     assert ("no word for gelu_new" in said) == ("activation" in shape)
-    assert "The state of the optimizer is gone" in said
+    assert "optimizer's state is gone" in said
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -106,7 +106,7 @@ def test_takes_a_folder_without_a_tokenizer(capitals: Path, tmp_path: Path) -> N
 def test_an_adapter_is_to_be_merged_first(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="is a PEFT adapter; save merge_and_unload"):
+    with pytest.raises(UserError, match=r"PEFT adapter.*merge_and_unload"):
         convert(tmp_path / "adapter", None, tmp_path / "back", format="checkpoint")
 
 
@@ -159,7 +159,7 @@ class TestOverwrite:
 
     def test_spares_a_trainer_s_own_checkpoint(self, tmp_path: Path) -> None:
         files = save_files(tmp_path, gpt())
-        with pytest.raises(UserError, match="holds no model"):
+        with pytest.raises(UserError, match=r"holds 'ckpt\.pt', which is a source"):
             convert(*files, tmp_path, format="checkpoint", overwrite=True)
 
     def test_spares_a_checkpoint_that_was_trained_further(self, tmp_path: Path) -> None:
@@ -167,9 +167,10 @@ class TestOverwrite:
         folder = convert(*files, tmp_path / "back", format="checkpoint")
         content = load(folder) | {"optimizer_state_dict": {"step": 1}}
         torch.save(content, folder / "ckpt.pt")
-        with pytest.raises(UserError, match=r"'ckpt\.pt' is not what this program wrote, and --overwrite would delete"):
-            convert(*files, folder, format="checkpoint", overwrite=True)
-        assert load(folder).keys() == content.keys()
+        said: list[str] = []
+        convert(*files, folder, format="checkpoint", overwrite=True, report=said.append)
+        assert load(folder.with_name("back.1")).keys() == content.keys()
+        assert any("back.1" in line and "ckpt.pt" in line for line in said)
 
     def test_refuses_to_replace_the_source(self, tmp_path: Path) -> None:
         folder = convert(*save_files(tmp_path, gpt()), tmp_path / "hf")

@@ -30,7 +30,7 @@ def test_the_values_of_a_folder_are_its_configuration_s(capitals: Path) -> None:
     found, _, _ = inspect(capitals)
     assert {value.origin for value in found.architecture.values()} == {"its config.json"}
     assert found.architecture["n_head"].value == 3
-    assert found.diagnosis.verdict == "nothing"
+    assert found.diagnosis.verdict == "healthy"
 
 
 @pytest.mark.parametrize("trained", [True, False])
@@ -79,7 +79,7 @@ class TestCommand:
         data.write_text("".join(QUESTIONS.open(encoding="utf-8").readlines()[:40]), encoding="utf-8")
         result = call(convert_command, *EXAMPLE, "--inspect", "--json", "--training_data", str(data))
         found = json.loads(result.out)
-        assert found["diagnosis"]["verdict"] == "nothing"
+        assert found["diagnosis"]["verdict"] == "healthy"
         assert found["parameters"] == 535_200
         assert found["architecture"]["n_embd"] == {"value": 96, "origin": "the weights"}
         assert found["training_data"]["n_exact"] == found["training_data"]["n_asked"] == 32

@@ -8,19 +8,21 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hf_model.source import Loaded, Source
 from tokenizers import AddedToken
 
 import convert_checkpoint
+import hf_model
 from examples.plain_gpt import GPT, GPTConfig
 from hf_model.errors import UserError
-from hf_model.learnt.content import gather
+from hf_model.learnt.content import Head, Words, gather
 from hf_model.learnt.inspection import Inspection, examine
-from hf_model.learnt.report import write_page
+from hf_model.learnt.page import render, write_page
+from hf_model.loading import Loaded, Source
 from hf_model.tokenizer import FoundTokenizer, convert_tokenizer
 from tests.learnt.test_diagnosis import SMALL, characters, copier
 from tests.tiny import CHECKPOINT, ROOT, TOKENIZER, gpt, load_plain, twin
@@ -73,7 +75,7 @@ class Outline(html.parser.HTMLParser):
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attributes)))
-        if tag not in ("meta", "br"):
+        if tag not in ("meta", "br", "wbr"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
@@ -87,13 +89,13 @@ def test_every_kind_of_model_has_a_page_that_says_what_it_is(kind: tuple[str, st
     name, page, _ = kind
     verdict = re.search("<strong>(.*?)</strong>", page)[1]
     assert {
-        "sane": "Nothing wrong to be seen",
+        "sane": "Healthy",
         "stutterer": "It stutters",
         "untrained": "It is untrained",
         "no numbers": "It cannot work: NaN or infinite weights",
     }.get(name, verdict) == verdict
     assert ("mlp.c_fc of layer 0: NaN or infinite values" in page) == (name == "no numbers")
-    assert ("Held against its training data" in page) == (name in ("sane", "stutterer"))
+    assert ("Compared with its training data" in page) == (name in ("sane", "stutterer"))
     assert ('class="t copy" tabindex' in page) or name != "stutterer"
 
 
@@ -102,7 +104,11 @@ def test_the_page_is_whole_and_loads_nothing(kind: tuple[str, str, Path]) -> Non
     outline = Outline(page)
     assert outline.open == []
     assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in outline.tags}
-    assert not any(name in ("src", "href") or name.startswith("on") for _, found in outline.tags for name in found)
+    assert not any(name == "src" or name.startswith("on") for _, found in outline.tags for name in found)
+    places = {f"#{found['id']}" for _, found in outline.tags if "id" in found}
+    links = [(tag, found["href"]) for tag, found in outline.tags if "href" in found]
+    assert links
+    assert all(tag == "a" and (link in places or link.startswith("https://")) for tag, link in links)
     assert "url(" not in page and "@import" not in page
     assert len(page) < 2_000_000
 
@@ -146,6 +152,52 @@ def test_the_attention_is_the_model_s(tmp_path: Path) -> None:
     assert len(content.attention) == 3 * 3
     for head in content.attention:
         assert all(sum(row) == pytest.approx(1, abs=1e-4) for row in head.weights)
+
+
+def test_of_many_heads_the_distinctive_ones_are_drawn_and_the_others_are_folded() -> None:
+    model, tokenizer = load_plain(CHECKPOINT, TOKENIZER)
+    content = gather(examined(model, tokenizer), model, tokenizer)
+    heads = [Head(i // 12, i % 12, ((1.0,), (0.2, 0.8)), "looks here and there", 0.0) for i in range(144)]
+    for i in range(20):
+        heads[7 * i] = replace(heads[7 * i], habit="looks one back", share=0.6 + 0.01 * i)
+    drawn, _, folded = render(replace(content, attention=tuple(heads))).partition("The other 140 heads")
+    assert len(re.findall("<figcaption>", folded)) == 140
+    assert re.findall(r"looks one back \((\d+)%\)", drawn) == ["76", "77", "78", "79"]  # the clearest ones
+
+
+def test_a_chart_of_nothing_is_not_drawn(tmp_path: Path) -> None:
+    model, tokenizer = load_plain(CHECKPOINT, TOKENIZER)
+    inspection = examined(model, tokenizer, training_data=QUESTIONS)
+    content = gather(inspection, model, tokenizer)
+    for loss, is_drawn in ((0.0, False), (3.0, True)):
+        flat = replace(inspection.measurement, by_position=((0, loss), (4, loss)))
+        page = render(replace(content, inspection=replace(inspection, measurement=flat)))
+        assert ("Loss by position" in page) == is_drawn
+
+
+def test_a_token_that_is_a_part_of_a_character_is_shown_by_its_bytes(tmp_path: Path) -> None:
+    tokenizer = convert_tokenizer(TOKENIZER, model_max_length=64)
+    parts = tokenizer("—", add_special_tokens=False).input_ids
+    assert "".join(Words(tokenizer)(token) for token in parts) == r"\xe2\x80\x94"
+
+
+def test_the_prompts_of_a_raw_model_come_from_its_training_text(tmp_path: Path) -> None:
+    text = "to be or not to be, that is the question\n" * 8
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    tokenizer = characters(text)
+    model = twin(gpt(**SMALL | {"vocab_size": len(tokenizer)}))
+    content = gather(examined(model, tokenizer, training_data=tmp_path / "text.txt"), model, tokenizer)
+    assert content.answers
+    assert all(answer.prompt + answer.expected in text for answer in content.answers)
+
+
+def test_the_page_ends_with_its_date_version_and_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/some/where/convert_checkpoint.py", "--report", "my page.html"])
+    page = page_of(twin(gpt(**SMALL)), convert_tokenizer(TOKENIZER, model_max_length=64), tmp_path / "report.html")
+    footer = page[page.index("<footer>") :]
+    assert re.search(r"Made on \d{4}-\d\d-\d\d by", footer)
+    assert hf_model.__version__ in footer
+    assert "convert_checkpoint.py --report &#39;my page.html&#39;" in footer
 
 
 def test_dead_and_exploded_layers_are_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from examples.plain_gpt import GPT, GPTConfig
 from hf_model.errors import UserError
-from hf_model.learnt.training_data import Alternative, measure
+from hf_model.learnt.training_data import Alternative, Measurement, measure
 from hf_model.tokenizer import convert_tokenizer, format_prompt
 from tests.learnt.test_diagnosis import SMALL, characters, copier
 from tests.tiny import CHECKPOINT, ROOT, TOKENIZER, gpt, load_plain, twin
@@ -35,6 +35,10 @@ def few(tmp_path: Path) -> Path:
     """The first questions of the example's."""
     lines = QUESTIONS.read_text(encoding="utf-8").splitlines()
     return write(tmp_path / "few.jsonl", *map(json.loads, lines[:40]))
+
+
+def lines(measured: Measurement) -> list[str]:
+    return [str(finding) for finding in measured.findings()]
 
 
 def reference(model: GPT, tokenizer: PreTrainedTokenizerFast, path: Path) -> tuple[float, float, float]:
@@ -68,7 +72,7 @@ def test_the_losses_are_those_of_the_plain_model(kind: str, few: Path, tokenizer
 
 def test_a_stutterer_is_called_one(few: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     measured = measure(twin(copier(SMALL)), tokenizer, few)
-    text = "\n".join(measured.lines())
+    text = "\n".join(lines(measured))
     assert measured.repeats
     assert f"answers' loss {measured.loss_shifted:.2f} with labels shifted by one, " in text
     assert "labels not shifted: this model was trained to repeat its current token" in text
@@ -81,6 +85,7 @@ def test_the_example_knows_its_data(few: Path) -> None:
     assert not measured.repeats
     assert measured.loss < 0.1 < 5 < measured.loss_unshifted
     assert measured.n_exact == measured.n_asked == 32
+    assert all(record.own.strip() == record.answer for record in measured.worst)
     assert measured.better == []
 
 
@@ -88,7 +93,7 @@ def test_a_wrong_number_of_heads_is_found(few: Path) -> None:
     model, tokenizer = load_plain(CHECKPOINT, TOKENIZER, n_head=12)
     measured = measure(model, tokenizer, few)
     assert [(other.option, other.value) for other in measured.better] == [("n_head", 3)]
-    assert any("--n_head 3 fits better than 12" in line for line in measured.lines())
+    assert any("--n_head 3 fits better than 12" in line for line in lines(measured))
     assert model.config.n_head == 12
 
 
@@ -97,14 +102,14 @@ def test_a_form_of_gelu_that_fits_is_told_from_one_that_does_not(few: Path) -> N
     measured = measure(model, tokenizer, few)
     for gain, said in ((0.01, "warning: --activation gelu_new fits better than gelu: "), (-0.01, "gelu fits best: ")):
         other = Alternative("activation_function", "gelu_new", measured.chosen_loss - gain, math.copysign(5, gain))
-        assert any(said in line for line in replace(measured, alternatives=(other,)).lines())
+        assert any(said in line for line in lines(replace(measured, alternatives=(other,))))
 
 
 @pytest.mark.parametrize("chosen, other", [("gelu", "gelu_new"), ("gelu_new", "gelu"), ("gelu_pytorch_tanh", "gelu")])
 def test_a_tie_between_the_forms_of_gelu_is_said_to_be_one(chosen: str, other: str, few: Path) -> None:
     model, tokenizer = load_plain(CHECKPOINT, TOKENIZER, activation=chosen)
     measured = measure(model, tokenizer, few)
-    (line,) = [line for line in measured.lines() if line.startswith("activation")]
+    (line,) = [line for line in lines(measured) if line.startswith("activation")]
     assert line.startswith(f"activation    {chosen} and {other} tie: loss ")
     assert line.endswith("the data does not tell them apart")
     assert measured.better == []
@@ -117,13 +122,13 @@ def test_a_difference_that_is_certain_but_next_to_nothing_is_a_tie(few: Path) ->
         loss = measured.chosen_loss - math.copysign(1e-6, ahead)
         close = replace(measured, alternatives=(Alternative("activation_function", "gelu_new", loss, ahead),))
         assert close.better == []
-        assert any("gelu and gelu_new tie: " in line for line in close.lines())
+        assert any("gelu and gelu_new tie: " in line for line in lines(close))
 
 
 def test_a_loss_above_an_even_choice_is_named(few: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     model = GPT(GPTConfig(**SMALL))
     model.lm_head.weight.data.normal_(std=2)
-    (warning,) = [line for line in measure(twin(model), tokenizer, few).lines() if "even choice among" in line]
+    (warning,) = [line for line in lines(measure(twin(model), tokenizer, few)) if "even choice among" in line]
     assert warning.startswith("warning: ")
 
 
@@ -141,6 +146,8 @@ def test_raw_text_is_measured_at_every_token(tmp_path: Path) -> None:
     assert measured.loss == pytest.approx(sum(losses) / len(losses), rel=1e-4)
     assert measured.n_exact is None
     assert measured.is_text
+    for beginning, continuation in measured.beginnings:
+        assert beginning + continuation in text
 
 
 def test_the_same_sample_is_drawn_each_time_and_is_bounded(
@@ -151,7 +158,7 @@ def test_the_same_sample_is_drawn_each_time_and_is_bounded(
     first, second = (measure(model, tokenizer, QUESTIONS) for _ in range(2))
     assert first == second
     assert first.n_tokens <= 500 and first.n_used < first.n_all == 900
-    assert f"({first.n_used} of 900 records, {first.n_tokens} tokens, seed 0)" in first.lines()[0]
+    assert f"({first.n_used} of 900 records, {first.n_tokens} tokens, seed 0)" in lines(first)[0]
 
 
 @pytest.mark.parametrize(

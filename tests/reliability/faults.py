@@ -1,6 +1,6 @@
-"""Lets every system call of a conversion's and a batch run's writing fail, and loses power after each of them.
+"""Makes each system call that writes a folder or a batch's files fail, and loses power after each of them.
 
-Run by test_syscalls.py under the library that syscalls.c is compiled to; prints what it has tried.
+test_syscalls.py runs this module with the library made from syscalls.c preloaded. It prints what it has tried.
 """
 
 import ctypes
@@ -15,65 +15,72 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_model import journal, output_dir
+from hf_model import output_dir
 from hf_model.errors import UserError
-from hf_model.output_dir import MANIFEST, whole_folder
+from hf_model.output_dir import MANIFEST, difference, whole_folder
+from hf_model.records import open_journal
 
 LIBRARY = ctypes.CDLL(None)
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES)
 ALL_ERRORS = "ALL_ERRORS" in os.environ
 CHOICES = int(os.environ.get("POWER_LOSSES", "3"))  # random sets of lost writes at each place
-RUN, N_RECORDS = "a" * 64, 4
-ANSWERS = {index: f"answer {index}" * 50 for index in range(N_RECORDS)}
+OPTIONS = {"temperature": 0}
+KEYS = ["a", "b", "c", "d"]
+ANSWERS = {index: f"answer {index}" * 50 for index in range(len(KEYS))}
+RECORDS = [{"prompt": key} for key in KEYS]
 
 
 # What is written, and what must be there whatever happened.
 
 
 def write(target: Path, content: str, names: tuple[str, ...] = ("config.json", "model.safetensors")) -> None:
-    with whole_folder(target, overwrite=True, warn=lambda line: None) as work:
+    with whole_folder(target, overwrite=True, say=lambda line: None) as work:
         for name in names:
             (work / name).write_text(content * 1000)
 
 
 def content_of(target: Path) -> str | None:
-    """What a folder says, which must be whole; None where there is none."""
+    """The first letters of config.json in a folder, which must be whole; None without a folder."""
     if not target.exists():
         return None
-    listed = output_dir.read_manifest(target)
-    assert listed and {path.name for path in target.iterdir()} == {*listed, MANIFEST}, list(target.iterdir())
-    assert all(output_dir.is_unchanged(target / name, digest) for name, digest in listed.items())
+    assert {path.name for path in target.iterdir()} == {"config.json", "model.safetensors", MANIFEST}
+    assert difference(target) == ""
     return (target / "config.json").read_text()[:3]
 
 
 def next_run(target: Path) -> None:
-    """A run that clears what an earlier one left, and writes nothing."""
+    """Clear what an earlier run left, and write nothing."""
     try:
-        with whole_folder(target, overwrite=True):
+        with whole_folder(target, overwrite=True, say=lambda line: None):
             raise ZeroDivisionError
     except ZeroDivisionError:
         pass
 
 
 class Folder:
-    """An older folder is replaced by a newer one."""
+    """An older folder is replaced by a newer one. One that a person has edited is kept beside the newer one."""
 
-    def __init__(self, in_one_step: bool, has_old: bool = True):
-        self.in_one_step, self.has_old = in_one_step, has_old
+    def __init__(self, in_one_step: bool, has_old: bool = True, is_edited: bool = False):
+        self.in_one_step, self.has_old, self.is_edited = in_one_step, has_old, is_edited
 
     def target(self, root: Path) -> Path:
         return root / "hf" if self.has_old else root / "deep" / "hf"
 
     def prepare(self, root: Path) -> None:
-        output_dir._exchange = exchange if self.in_one_step else lambda one, other: False
+        output_dir.rename_exactly = rename_exactly if self.in_one_step else lambda one, other, flags: False
         if self.has_old:
             write(self.target(root), "old")
+        if self.is_edited:
+            (self.target(root) / "README.md").write_text("mine")
 
     def act(self, root: Path) -> None:
         write(self.target(root), "new")
 
     def check(self, root: Path, *, is_killed: bool) -> None:
         target = self.target(root)
+        if self.is_edited:
+            self.check_edited(target, is_killed)
+            return
         expected = {"new", "old" if self.has_old else None}
         found = content_of(target)
         assert found in expected | ({None} if is_killed and not self.in_one_step else set()), found
@@ -82,37 +89,65 @@ class Folder:
             assert content_of(target) in expected
             assert [path.name for path in target.parent.iterdir()] in ([target.name], []), list(root.rglob("*"))
 
+    def check_edited(self, target: Path, is_killed: bool) -> None:
+        assert target.exists() or (is_killed and not self.in_one_step)
+        next_run(target)
+        kept = target.with_name("hf.1")
+        if kept.exists():
+            assert content_of(target) == "new"
+        else:
+            kept = target
+        assert (kept / "README.md").read_text() == "mine"
+        assert (kept / "config.json").read_text() == "old" * 1000
+        assert {path.name for path in target.parent.iterdir()} == {target.name, kept.name}
 
-exchange = output_dir._exchange
+
+rename_exactly = output_dir.rename_exactly
 
 
 class Answers:
     """A batch run answers records one by one."""
 
+    overwrite = False
+
     def prepare(self, root: Path) -> None:
         (root / "other").write_text("mine")
 
     def act(self, root: Path) -> None:
-        with journal.opened(root / "out", RUN, N_RECORDS) as answered:
-            for index in sorted(ANSWERS.keys() - answered.responses.keys()):
-                answered.append({index: ANSWERS[index]})
-            answered.finish(b"complete" * 1000)
+        with open_journal(root / "out", OPTIONS, self.overwrite) as journal:
+            for index in sorted(ANSWERS.keys() - journal.responses(KEYS).keys()):
+                journal.append([(KEYS[index], ANSWERS[index])])
+            journal.finish(RECORDS, ANSWERS, overwrite=False)
 
     def check(self, root: Path, *, is_killed: bool) -> None:
         assert (root / "other").read_text() == "mine"
         if not (root / "out").exists():
-            with journal.opened(root / "out", RUN, N_RECORDS) as answered:
-                assert answered.responses.items() <= ANSWERS.items()
+            with open_journal(root / "out", OPTIONS, self.overwrite) as journal:
+                assert journal.responses(KEYS).items() <= ANSWERS.items()
             self.act(root)
-        assert (root / "out").read_bytes() == b"complete" * 1000
+        assert (root / "out").read_text().count("answer 3") == 50
         assert {path.name for path in root.iterdir()} <= {"out", "other", "out.partial"}, list(root.iterdir())
 
 
-SCENARIOS = {
+class OtherAnswers(Answers):
+    """A batch run that discards answers made with other options."""
+
+    overwrite = True
+
+    def prepare(self, root: Path) -> None:
+        super().prepare(root)
+        with open_journal(root / "out", {"temperature": 1}) as journal:
+            journal.append([(key, "another answer") for key in KEYS])
+
+
+SCENARIOS: dict[str, Folder | Answers] = {
     "a folder replaced in one step": Folder(in_one_step=True),
     "a folder replaced in two steps": Folder(in_one_step=False),
+    "an edited folder kept, in one step": Folder(in_one_step=True, is_edited=True),
+    "an edited folder kept, in two steps": Folder(in_one_step=False, is_edited=True),
     "a new folder in a new place": Folder(in_one_step=True, has_old=False),
     "a batch run": Answers(),
+    "a batch run with other options": OtherAnswers(),
 }
 
 
@@ -120,7 +155,7 @@ SCENARIOS = {
 
 
 def start(act: Callable[[Path], None], root: Path, at: int = 0, code: int = 0, log: Path | None = None) -> int:
-    """Do something in a process of its own, whose exit status is 2 after an error of the user's and 1 after a bug."""
+    """Do something in a child process. Its exit status is 2 after a UserError and 1 after any other error."""
     process = os.fork()
     if process == 0:
         LIBRARY.watch(bytes(root), at, code, bytes(log) if log else None)
@@ -136,7 +171,7 @@ def start(act: Callable[[Path], None], root: Path, at: int = 0, code: int = 0, l
 
 
 def fail_everywhere(scenario: Folder | Answers) -> int:
-    """Let one call after the other fail in each way, in a run of its own; the number of runs."""
+    """Start a run for each call and each way in which the call can fail; return the number of runs."""
     runs, n_calls = 0, len(recorded(scenario)[1])
     for turn in range(4 if ALL_ERRORS else 2):  # 0 kills; the errors take turns, or each call has each of them
         for at in range(1, n_calls + 8):  # some of a run's calls fail by themselves
@@ -150,7 +185,7 @@ def fail_everywhere(scenario: Folder | Answers) -> int:
 
 
 class fresh:  # noqa: N801
-    """A folder for one run, with what the scenario has there before."""
+    """A folder for one run, prepared by the scenario."""
 
     def __init__(self, scenario: Folder | Answers):
         self.scenario = scenario
@@ -169,12 +204,12 @@ class fresh:  # noqa: N801
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
-# Power that is lost: a disk that has what was synced, and of the rest whatever it happened to write.
+# A loss of power: the disk has all that was synced, and any part of the rest.
 
 
 @dataclass(eq=False)
 class Node:
-    """A file's writes, or a folder's names, as far as they have come to the disk."""
+    """A file's content, or a folder's names, as the disk has them."""
 
     is_folder: bool
     entries: dict[str, "Node"] = field(default_factory=dict)
@@ -183,7 +218,7 @@ class Node:
 
 @dataclass(eq=False)
 class Change:
-    """What one call changes: names in folders, all or none of them, or a stretch of a file."""
+    """What one call changes: names in folders (all or none of them reach the disk), or a stretch of a file."""
 
     names: list[tuple[Node, str, Node | None]] = field(default_factory=list)
     file: Node | None = None
@@ -212,6 +247,7 @@ class Disk:
     def __init__(self, root: Path):
         self.root, self.top = root, tree_of(root)
         self.before = snapshot(self.top)
+        self.made: list[Node] = []  # files and folders that the run has created
 
     def find(self, path: str) -> Node:
         node = self.top
@@ -220,13 +256,14 @@ class Disk:
         return node
 
     def change(self, call: str, path: str, other: str, data: bytes) -> Change | set[Node]:
-        """What a call changes; of a sync what it brings to the disk."""
+        """What a call changes. For a sync, the nodes that it brings to the disk."""
         if call == "fsync":
             return {self.find(path)}
         folder, name = (self.find(str(Path(path).parent)), Path(path).name) if path != str(self.root) else (None, "")
         assert folder is not None
         if call in ("create", "mkdir"):
-            return Change(names=[(folder, name, Node(is_folder=call == "mkdir"))])
+            self.made.append(Node(is_folder=call == "mkdir"))
+            return Change(names=[(folder, name, self.made[-1])])
         if call == "remove":
             return Change(names=[(folder, name, None)])
         node = folder.entries[name]
@@ -240,11 +277,15 @@ class Disk:
         replaced = target.entries[new_name] if call == "exchange" else None
         return Change(names=[(folder, name, replaced), (target, new_name, node)])
 
-    def write(self, changes: list[Change], place: Path) -> None:
-        """The folder that these changes make of what was there before."""
-        restore(self.before)
+    def apply(self, changes: list[Change]) -> None:
+        """Go back to what was there before the run, and make these changes."""
+        restore([*self.before, *((node, {}, b"") for node in self.made)])
         for change in changes:
             change.apply()
+
+    def write(self, changes: list[Change], place: Path) -> None:
+        """Write the folder that these changes make of what was there before."""
+        self.apply(changes)
         place.mkdir()
         materialize(self.top, place)
 
@@ -285,10 +326,10 @@ def recorded(scenario: Folder | Answers) -> tuple[Disk, list[tuple[str, str, str
 
 
 def losses(unsynced: list[Change], chosen: random.Random) -> Iterator[set[Change]]:
-    """Which of the changes that nothing has synced are lost: all, none, one of them, all but one, and sets of them.
+    """Sets of unsynced changes that are lost: none, all, each one alone, all but each one, and random sets.
 
-    Names get to the disk in the order of the calls, as file systems with a journal keep it: where one is lost, so are
-    those after it. Contents get there in any order.
+    Names reach the disk in the order of the calls, as on file systems with a journal: after the first name that is
+    lost, all later ones are lost too. Contents reach it in any order.
     """
     yield set()
     yield set(unsynced)
@@ -300,7 +341,7 @@ def losses(unsynced: list[Change], chosen: random.Random) -> Iterator[set[Change
 
 
 def lose_power_everywhere(scenario: Folder | Answers) -> int:
-    """Lose power after every call of a run, with every kind of loss; the number of disks looked at."""
+    """Lose power after each call of a run, with each set of losses; return the number of disks that were checked."""
     state, calls = recorded(scenario)
     chosen = random.Random(0)
     done: list[Change] = []
@@ -308,9 +349,7 @@ def lose_power_everywhere(scenario: Folder | Answers) -> int:
     disks = 0
     for call in [*calls, None]:
         if call is not None:
-            restore(state.before)
-            for change in done:
-                change.apply()
+            state.apply(done)
             found = state.change(*call)
             if isinstance(found, Change):
                 done.append(found)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_model_cli import common, convert, generate
+from hf_model_cli import convert, generate, run
 from tests.reliability.files import save, weights
 from tests.tiny import CHECKPOINT, ROOT, TOKENIZER
 
@@ -177,9 +177,9 @@ def test_a_full_disk_behind_the_output_is_an_error_that_says_so(arguments: list[
 
 def test_a_warning_is_one_line(capsys: pytest.CaptureFixture) -> None:
     def warn(args: object) -> None:
-        sys.stderr.write(warnings.formatwarning("a\nb", UserWarning, "file.py", 1))
+        warnings.warn("a\nb", stacklevel=1)
 
-    assert common.run_command(warn, lambda: None) == 0  # type: ignore[arg-type,return-value]
+    assert run.run_command(warn, lambda: None) == 0  # type: ignore[arg-type,return-value]
     assert capsys.readouterr().err == "warning: a\\nb\n"
 
 

@@ -1,4 +1,4 @@
-"""Long runs, odd prompts, odd terminals and broken models: text or one clear line, never a traceback.
+"""Long runs, odd prompts, odd terminals and broken models give text or one clear line, never a traceback.
 
 RUNNING_TOKENS sets the length of the long run.
 """
@@ -95,7 +95,7 @@ def test_a_megabyte_of_text_is_cropped_to_the_context(text: str, loaded: tuple) 
 
 
 class TestSpecialTokensInAPrompt:
-    """The original parses "[EOS]" in a prompt to the special token; here that takes --parse_special_tokens."""
+    """The original reads "[EOS]" in a prompt as the special token. Here this needs --parse_special_tokens."""
 
     def test_are_text(self, loaded: tuple) -> None:
         _, tokenizer = loaded
@@ -117,7 +117,7 @@ class TestSpecialTokensInAPrompt:
 
 
 def call(*arguments: str) -> int:
-    """generate.py in this process."""
+    """Run generate.py in this process; return its exit status."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["generate.py", *arguments])
         return command_line.main()

@@ -1,7 +1,7 @@
-"""Every system call of the writing fails, is the last one, or is followed by a loss of power: nothing is lost.
+"""Each system call that writes fails, is the last one, or is followed by a loss of power. Nothing is lost.
 
-POWER_LOSSES sets how many random sets of lost writes are tried after each call, beside those that are always tried;
-with ALL_ERRORS each call fails with each of three errors, instead of with one.
+POWER_LOSSES sets how many random sets of lost writes are tried after each call, in addition to the fixed ones. With
+ALL_ERRORS each call fails with each of three errors, instead of one.
 """
 
 import os
@@ -33,4 +33,4 @@ def test_the_old_or_the_new_is_there_whole_or_a_journal_goes_on(tmp_path: Path) 
     )
     assert done.returncode == 0, done.stderr[-3000:]
     print(done.stdout)
-    assert done.stdout.count(" losses of power") == 4
+    assert done.stdout.count(" losses of power") == 7

@@ -1,7 +1,7 @@
-"""A folder appears whole or not at all, whatever happens while it is written; what was there before is never lost.
+"""A folder appears whole or not at all, whatever happens while it is written. What was there before is never lost.
 
-Processes are forked from this one where they only write files: that takes milliseconds, so hundreds can be killed.
-WRITING_KILLS sets how many.
+Processes that only write files are forked from this one. A fork takes milliseconds, so hundreds of them can be killed.
+WRITING_KILLS sets the number.
 """
 
 import os
@@ -30,23 +30,23 @@ FILES = ("config.json", *(f"model-{i}.safetensors" for i in range(8)))
 
 @pytest.fixture(params=["in one step", "in two steps"])
 def replaced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How a folder is replaced: where the system can swap two of them, and where it cannot."""
+    """How a folder is replaced: on a system that can exchange two folders, and on one that cannot."""
     if request.param == "in two steps":
-        monkeypatch.setattr(output_dir, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(output_dir, "rename_exactly", lambda one, other, flags: False)
     elif sys.platform != "linux":
-        pytest.skip("only Linux swaps folders")
+        pytest.skip("only Linux exchanges folders")
     return request.param
 
 
 def write(target: Path, content: str) -> None:
-    """One run: a folder whose files all say the same."""
+    """Write a folder whose files all have the same content."""
     with whole_folder(target, overwrite=True) as work:
         for name in FILES:
             (work / name).write_text(content)
 
 
 def content_of(target: Path) -> str:
-    """What a folder says, which must be whole."""
+    """The content of the files in a folder, which must be whole."""
     assert {file.name for file in target.iterdir()} == {*FILES, MANIFEST}
     contents = {(target / name).read_text() for name in FILES}
     assert len(contents) == 1
@@ -54,7 +54,7 @@ def content_of(target: Path) -> str:
 
 
 def start(work: Callable[[], None]) -> int:
-    """A process of this one's that does some work, with the status 1 where it fails."""
+    """Start a child process that does some work. Its exit status is 1 if the work fails."""
     process = os.fork()
     if process == 0:
         try:
@@ -130,23 +130,16 @@ class TestWhatIsThere:
     @pytest.mark.parametrize(
         "name", ["ckpt.pt", "notes.txt", "checkpoint-500/weights.bin", "config.json.orig", ".git/x"]
     )
-    def test_is_not_overwritten_where_it_holds_anything_else(self, name: str, tmp_path: Path) -> None:
+    def test_is_kept_where_it_holds_anything_else(self, name: str, tmp_path: Path) -> None:
         write(tmp_path / "hf", "old")
-        kept = tmp_path / "hf" / name
-        kept.parent.mkdir(exist_ok=True)
-        kept.write_text("mine")
-        with pytest.raises(UserError, match=r"hf: holds '.*', which --overwrite would delete: move it away first"):
-            convert(CHECKPOINT, TOKENIZER, tmp_path / "hf", overwrite=True)
-        assert kept.read_text() == "mine"
-
-    def test_is_not_overwritten_where_it_is_no_model(self, tmp_path: Path) -> None:
-        (tmp_path / "hf").mkdir()
-        (tmp_path / "hf" / "README.md").write_text("mine")
-        with pytest.raises(
-            UserError, match=r"hf: holds no model \(no config.json\), so --overwrite does not replace it"
-        ):
-            convert(CHECKPOINT, TOKENIZER, tmp_path / "hf", overwrite=True)
-        assert (tmp_path / "hf" / "README.md").read_text() == "mine"
+        added = tmp_path / "hf" / name
+        added.parent.mkdir(exist_ok=True)
+        added.write_text("mine")
+        lines: list[str] = []
+        convert(CHECKPOINT, TOKENIZER, tmp_path / "hf", overwrite=True, report=lines.append)
+        assert (tmp_path / "hf" / "model.safetensors").is_file()
+        assert (tmp_path / "hf.1" / name).read_text() == "mine"
+        assert any(f"{tmp_path / 'hf.1'} (the folder that stood there: {name} was added)" in line for line in lines)
 
     def test_is_replaced_when_asked(self, replaced: str, tmp_path: Path) -> None:
         write(tmp_path / "hf", "old")
@@ -187,11 +180,13 @@ class TestLinks:
             convert(CHECKPOINT, TOKENIZER, tmp_path / "hf", overwrite=True)
         assert [file.read_text() for file in outside.iterdir()] == ["mine"]
 
-    def test_a_folder_with_a_link_in_it_is_not_replaced(self, outside: Path, tmp_path: Path) -> None:
+    def test_a_folder_with_a_link_in_it_is_kept(self, outside: Path, tmp_path: Path) -> None:
         write(tmp_path / "hf", "old")
         (tmp_path / "hf" / "model.safetensors").symlink_to(outside / "config.json")
-        with pytest.raises(UserError, match=r"hf: holds 'model\.safetensors', which --overwrite would delete"):
+        with pytest.warns(UserWarning, match=r"model\.safetensors was added"):
             write(tmp_path / "hf", "new")
+        assert content_of(tmp_path / "hf") == "new"
+        assert (tmp_path / "hf.1" / "model.safetensors").is_symlink()
         assert [file.read_text() for file in outside.iterdir()] == ["mine"]
 
 
@@ -220,7 +215,7 @@ class TestPlacesThatCannotBeWritten:
         assert list(tmp_path.iterdir()) == [tmp_path / "hf"]
 
     def test_a_full_and_a_read_only_disk_are_named(self, tmp_path: Path) -> None:
-        """In a namespace of mounts of its own, where one may mount a small disk."""
+        """Runs in a mount namespace of its own, in which a small disk can be mounted."""
         unshare = shutil.which("unshare")
         mount = ["unshare", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "none", str(tmp_path)]
         if unshare is None or subprocess.run(mount, capture_output=True).returncode:
@@ -251,7 +246,7 @@ def test_a_conversion_that_is_stopped_keeps_the_old_folder(signal_number: int, s
     command = [sys.executable, "convert_checkpoint.py", "--overwrite", "--checkpoint_path", CHECKPOINT]
     command += ["--tokenizer_path", TOKENIZER, "--output_dir", target]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    # Once its weights are there it is verified, before it takes its place.
+    # Once the weights are written they are verified; only then does the folder take its place.
     while not list(tmp_path.glob(".hf.*.partial/**/model.safetensors")):
         assert process.poll() is None
         time.sleep(0.001)

@@ -21,7 +21,7 @@ from hf_model.tokenizer import (
     takes_instructions,
 )
 from hf_model.tokenizer.find import ORIGINAL
-from hf_model_cli.common import DEFAULT_TOKENIZER
+from hf_model_cli.options import DEFAULT_TOKENIZER
 from tests import relatives
 from tests.relatives import END_OF_TEXT, TEXT
 from tests.tiny import CAPITALS, TOKENIZER
@@ -253,8 +253,8 @@ class TestOtherTokenizers:
         "name, content, message",
         [
             ("input.txt", b"To be", "is no tokenizer; the training text .* goes to --characters_of"),
-            ("meta.pkl", b"text", "is a damaged pickle, or none"),
-            ("vocab", b"\x80\x04cos\nsystem\n.", "holds more than plain data"),
+            ("meta.pkl", b"text", "is a damaged pickle"),
+            ("vocab", b"\x80\x04cos\nsystem\n.", "refers to os.system"),
         ],
     )
     def test_another_file_is_refused(self, name: str, content: bytes, message: str, tmp_path: Path) -> None:

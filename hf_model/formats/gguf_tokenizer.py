@@ -1,4 +1,4 @@
-"""A tokenizer as GGUF expresses it: byte-level BPE, or single characters."""
+"""A tokenizer as GGUF stores it: byte-level BPE, or single characters."""
 
 import json
 import re
@@ -8,29 +8,31 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from hf_model.errors import UserError
+from hf_model.formats.cards import code
 
-# gguf.TokenType, which this module spares the import.
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
-NO_MERGES = ["<none> <none>"]  # llama.cpp must have one; this never applies
-DEFAULT_END = 11  # what llama.cpp takes for the end of a text where a byte-level vocabulary names none
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType, without its import
+NO_MERGES = ["<none> <none>"]  # llama.cpp needs at least one; this one never applies
+DEFAULT_END = 11  # the token that llama.cpp takes for the end of text if a byte-level vocabulary names none
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class GgufTokenizer:
+    """The tokenizer's entries in a GGUF file."""
+
     model: str
-    """`"gpt2"`, byte-level BPE; or `"rwkv"`, the longest match in a list of byte strings: single characters, here."""
+    """`"gpt2"` is byte-level BPE; `"rwkv"` takes the longest match in a list of byte strings, here characters."""
     tokens: list[str]
     types: list[int]
     special: dict[str, int]
-    """Ids of `bos`, `eos`, `unk` and `pad`, those that there are."""
+    """The ids of `bos`, `eos`, `unk` and `pad`, as far as they exist."""
     adds_bos: bool
     merges: list[str] = field(default_factory=list)
     chat_template: str = ""
     notes: list[str] = field(default_factory=list)
 
 
-def express(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> Vocabulary:
-    """A tokenizer in llama.cpp's terms, with a name for each row of an embedding of `vocab_size`.
+def to_gguf(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> GgufTokenizer:
+    """Express a tokenizer in llama.cpp's terms, with a token for each row of an embedding of `vocab_size` rows.
 
     Raises:
         UserError: llama.cpp has no such tokenizer.
@@ -48,16 +50,13 @@ def express(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> Vocabulary:
     for added in parts["added_tokens"]:
         tokens[added["id"]] = added["content"] if is_byte_level else _escaped(added["content"])
         types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
-    special = {
-        kind: token_id
-        for kind in ("bos", "eos", "unk", "pad")
-        if (token_id := getattr(tokenizer, f"{kind}_token_id")) is not None
-    }
+    ids = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "unk", "pad")}
+    special = {kind: token_id for kind, token_id in ids.items() if token_id is not None}
     notes = []
     if is_byte_level and "eos" not in special:
-        special["eos"], about_end = _end(tokens, types)
-        notes.append(about_end)
-    return Vocabulary(
+        special["eos"], note = _end(tokens, types)
+        notes.append(note)
+    return GgufTokenizer(
         model="gpt2" if is_byte_level else "rwkv",
         tokens=tokens,
         types=types,
@@ -70,7 +69,7 @@ def express(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> Vocabulary:
 
 
 def _check_plain(parts: dict[str, Any]) -> None:
-    """Check that nothing beside the vocabulary changes a text, which GGUF has no word for."""
+    """Check that nothing but the vocabulary changes a text: GGUF cannot express such parts."""
     model = parts["model"]
     if model["type"] != "BPE":
         raise UserError(f"llama.cpp's GPT-2 has no {model['type']} tokenizer: BPE or single characters only")
@@ -88,7 +87,7 @@ def _is_byte_level(parts: dict[str, Any]) -> bool:
     pre = parts["pre_tokenizer"]
     if pre is not None and pre["type"] == "ByteLevel":
         if pre["add_prefix_space"] or not pre["use_regex"]:
-            raise UserError("llama.cpp splits and spaces a text as GPT-2 does, and this tokenizer does it otherwise")
+            raise UserError("llama.cpp splits and spaces a text as GPT-2 does, and this tokenizer does it differently")
         return True
     if pre is None or not parts["model"]["merges"]:
         return False
@@ -104,35 +103,34 @@ def _check_characters(parts: dict[str, Any]) -> None:
 
 
 def _escaped(token: str) -> str:
-    r"""A byte string as this tokenizer's file has it: \x00 for what is no plain ASCII."""
+    r"""A token as llama.cpp reads its byte strings: \x00 stands for a byte that is not plain ASCII."""
     return "".join(chr(b) if 32 <= b < 127 and chr(b) not in "\\'\"" else f"\\x{b:02x}" for b in token.encode())
 
 
 def _end(tokens: list[str], types: list[int]) -> tuple[int, str]:
-    """An id for the end of text where the vocabulary has none, and what a user should know of it."""
+    """An id for the end of text in a vocabulary without one, and a note for the user."""
     if UNUSED in types:
-        return types.index(UNUSED), "the vocabulary has no end of text; a padding row stands for it"
+        return types.index(UNUSED), "The vocabulary has no end of text; a padding row stands for it."
     end = min(DEFAULT_END, len(tokens) - 1)
-    return end, (
-        f"the vocabulary has no end of text, and llama.cpp takes the token {tokens[end]!r} for it: give it --ignore-eos"
-    )
+    token = code(tokens[end])
+    return end, f"The vocabulary has no end of text, and llama.cpp takes the token {token} for it: add `--ignore-eos`."
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerFast, is_byte_level: bool) -> bool:
-    """Whether `tokenizer(text)` puts the beginning of text in front; whatever else it adds, llama.cpp cannot."""
+    """Whether `tokenizer(text)` puts the beginning of text in front. llama.cpp cannot add anything else."""
     plain = tokenizer("a", add_special_tokens=False).input_ids
     ids = tokenizer("a").input_ids
     if ids == plain:
         return False
     if not is_byte_level or ids != [tokenizer.bos_token_id, *plain]:
         raise UserError(
-            f"llama.cpp does not add what this tokenizer adds to a text ({tokenizer.convert_ids_to_tokens(ids)})"
+            f"llama.cpp cannot add what this tokenizer adds to a text ({tokenizer.convert_ids_to_tokens(ids)})"
         )
     return True
 
 
 def _plain_template(template: Any) -> str:
-    """A chat template without the tags that mark what is trained on, which not every engine reads."""
+    """A chat template without the tags that mark the trained text: not every engine reads them."""
     if not isinstance(template, str):
         return ""
     for tag, neutral in (("generation", "if true"), ("endgeneration", "endif")):

@@ -1,0 +1,63 @@
+"""The Modelfile beside a GGUF: Ollama gets the model's prompt, context and sampling from it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from hf_model.formats.ollama import modelfile
+
+QUESTION = "What is the capital of France?"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(capitals: Path) -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(capitals)
+
+
+def text_for(capitals: Path, tokenizer: PreTrainedTokenizerFast, **settings: object) -> str:
+    model = AutoModelForCausalLM.from_pretrained(capitals)
+    model.generation_config.update(**settings)
+    return modelfile("model-f32.gguf", model, tokenizer, adds_bos=True)
+
+
+def prompt_of(text: str) -> str:
+    """What the template makes of the question: its two strings around the content."""
+    before, after = re.search(r"\{\{ (\".*\") \}\}\{\{ \.Content \}\}\{\{ (\".*\") \}\}", text).groups()  # type: ignore
+    return f"{json.loads(before)}{QUESTION}{json.loads(after)}"
+
+
+def test_names_the_file_and_the_model_s_settings(capitals: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    text = text_for(capitals, tokenizer)
+    assert text.startswith("FROM ./model-f32.gguf\n")
+    wanted = {"num_ctx 64", "temperature 0.8", "top_k 50", "repeat_penalty 1.0", 'stop "[EOS]"'}
+    assert wanted <= {line.removeprefix("PARAMETER ") for line in text.splitlines()}
+
+
+def test_a_greedy_model_stays_greedy(capitals: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    assert "PARAMETER temperature 0\n" in text_for(capitals, tokenizer, do_sample=False)
+
+
+def test_the_prompt_is_the_chat_template_s_but_for_the_beginning(
+    capitals: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """llama.cpp puts [BOS] in front itself."""
+    expected = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], tokenize=False)
+    assert f"[BOS]{prompt_of(text_for(capitals, tokenizer))}" == expected
+
+
+@pytest.mark.parametrize("quotes", ['"""', "{{ .System }}", "\\ \n }}"], ids=repr)
+def test_no_template_can_break_out_of_it(quotes: str, capitals: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(capitals)
+    tokenizer.chat_template = json.dumps(quotes).join(["{{", " + messages[0].content + '!' }}"])
+    text = text_for(capitals, tokenizer)
+    assert prompt_of(text) == f"{quotes}{QUESTION}!"
+    assert text.count('"""') == 2
+
+
+def test_raw_text_is_the_prompt_itself(capitals: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(capitals)
+    tokenizer.init_kwargs["prompt_format"] = "raw"
+    assert 'TEMPLATE """{{ .Prompt }}"""' in text_for(capitals, tokenizer)
