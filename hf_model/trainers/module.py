@@ -8,12 +8,13 @@ Names order the candidates; they prove nothing.
 Shapes: B rows of L tokens, C = n_embd, H the width of the MLP, V = vocab_size.
 """
 
+import collections
 import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,6 +32,10 @@ APART = 10.0  # how many times further off the second-best form must be
 SAMPLE = 4096  # values of a recorded tensor that are compared first
 EPSILONS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-3, 0.0)
 WRAPPERS = ("_orig_mod", "module")  # torch.compile; DataParallel, DistributedDataParallel
+LLAMA = (
+    "If this is Llama's shape (RMSNorm, rotary positions, a gated MLP), use a converter to LlamaForCausalLM, such as "
+    "llama2.c's export.py or minimind's convert_model.py"
+)
 LENGTH_NAMES = re.compile(
     r"(block|context|ctx|max|seq|pos).*(size|len|length|ctx|positions?|embeddings)|n_ctx|n_positions"
 )
@@ -103,6 +108,30 @@ def untouched(module: nn.Module) -> Iterator[None]:
             for name, buffer in module.named_buffers():
                 if name in buffers and not torch.equal(buffer, buffers[name]):
                     buffer.copy_(buffers[name])
+
+
+@contextmanager
+def moved(module: nn.Module, std: float) -> Iterator[None]:
+    """Exchange a module's weights for random ones in float32, and put its own tensors back.
+
+    Which form a module computes does not depend on its weights. An untrained model's weights hide the form: a bias of
+    zeros, gains of one and attention that is almost even make several forms give the same result.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    own = [(tensor, tensor.data) for tensor in tensors if tensor.is_floating_point()]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for tensor, data in own:
+            if isinstance(tensor, nn.Parameter):
+                values = torch.randn(data.shape, generator=generator)
+                values.mul_(std) if data.ndim > 1 else values.mul_(0.5).add_(0.5)
+                tensor.data = values.to(data.device)
+            else:
+                tensor.data = data.float()
+        yield
+    finally:
+        for tensor, data in own:
+            tensor.data = data
 
 
 # Logits of a module, however it returns them.
@@ -258,20 +287,15 @@ def _forms(value: Tensor, length: int) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class Linear:
-    """Names of a weight and a bias of one layer, and how they stand: as `nn.Linear` has them, or transposed."""
+    """Names of a weight and a bias of one layer, and the order of the weight's axes that makes it (out, in)."""
 
     weight: str
     bias: str | None = None
-    is_transposed: bool = False
+    axes: tuple[int, ...] = (0, 1)
 
     def matrix(self, parameters: Mapping[str, Tensor], n_in: int) -> Tensor:
-        """The weight (out, in). A weight of each head (heads, in, D) or (heads, D, in) becomes one."""
-        weight = parameters[self.weight]
-        if weight.ndim == 3:
-            weight = (weight.transpose(1, 2) if self.is_transposed else weight).reshape(-1, n_in)
-        elif self.is_transposed:
-            weight = weight.t()
-        return weight
+        """The weight (out, in). A weight of three axes, one of them the heads, becomes a matrix."""
+        return parameters[self.weight].permute(self.axes).reshape(-1, n_in)
 
     def vector(self, parameters: Mapping[str, Tensor], n_out: int) -> Tensor | None:
         return None if self.bias is None else parameters[self.bias].reshape(n_out)
@@ -307,6 +331,11 @@ class Layer:
     down: Linear | None = None
     activation: str = ""
 
+    def names(self) -> set[str]:
+        """The parameters that have a role, under their names without the layer's number."""
+        roles = [*self.norms, *self.projections, self.output, self.up, self.down]
+        return {name for role in roles if role is not None for name in (role.weight, role.bias) if name is not None}
+
 
 class _Reader:
     def __init__(self, module: nn.Module, activations: Mapping[str, Activation]):
@@ -318,116 +347,137 @@ class _Reader:
         self.epsilon: float | None = None
 
     def read(self) -> Reading:
-        self._record()
-        self._embeddings()
-        best: NoReadingError | None = None
+        self._find_embedding()
+        with moved(self.module, std=1.5 * self.width**-0.5):
+            self.moved = {name: self.module.get_parameter(name).detach().cpu() for name in self.parameters}
+            self._record()
+            self._find_input()
+            positions = self._find_positions()
+            layers, layer = self._find_layers()
+            final, head = self._head(layers, layer)
+            self._check_all(layers, layer, final, head)
+        del self.moved, self.pool, self.recorder
+        return self._assemble(layers, layer, final, head, self._as_long_as_it_runs(positions))
+
+    def _find_layers(self) -> tuple[list[dict[str, str]], Layer]:
+        first: NoReadingError | None = None
         for layers in _layers(self.parameters):
             try:
-                layer = self._layer(self._cpu(layers[0]))
+                return layers, self._layer({template: self.moved[name] for template, name in layers[0].items()})
             except NoReadingError as error:
-                best = best or error
-                continue
-            head = self._head(layers)
-            return self._assemble(layers, layer, *head)
-        raise best or NoReadingError("no list of like layers was found in it")
+                first = first or error
+        raise first or NoReadingError("no list of like layers was found in it")
 
-    def _cpu(self, names: Mapping[str, str]) -> dict[str, Tensor]:
-        return {template: self.parameters[name].float().cpu() for template, name in names.items()}
+    def _check_all(self, layers: Sequence[Mapping[str, str]], layer: Layer, final: Norm | None, head: Linear) -> None:
+        """Compute every layer in the form of the first one, and the logits."""
+        x, allowed = self.x, CLOSE
+        for i, names in enumerate(layers):
+            x = self._run(layer, x, {template: self.moved[name] for template, name in names.items()})
+            allowed += CLOSE  # rounding adds up
+            if not (error := self.pool.error(x)) < allowed:
+                raise NoReadingError(f"layer {i + 1} of {len(layers)} is not like the first: it is {error:.2g} off")
+        if final is not None:
+            x = normalized(x, final, self.moved, self._epsilons()[0])
+        if not (error := _error(self._linear_of(x, head, self.moved), self.logits)) < allowed:
+            raise NoReadingError(f"its layers fit, but its logits are {error:.2g} off")
+
+    def _run(self, layer: Layer, x: Tensor, own: Mapping[str, Tensor]) -> Tensor:
+        def attention(u: Tensor) -> Tensor:
+            assert layer.attention is not None
+            joined = torch.cat([self._linear_of(u, linear, own) for linear in layer.projections], dim=2)
+            z = attend(joined, layer.attention)
+            return z if layer.output is None else self._linear_of(z, layer.output, own)
+
+        def mlp(u: Tensor) -> Tensor:
+            assert layer.up is not None and layer.down is not None
+            active = self.activations[layer.activation](self._linear_of(u, layer.up, own))
+            return self._linear_of(active, layer.down, own)
+
+        first, second = ((lambda u, n=norm: normalized(u, n, own, self._epsilons()[0])) for norm in layer.norms)
+        if layer.norm_first:
+            x = x + attention(first(x))
+            return x + mlp(second(x))
+        x = first(x + attention(x))
+        return second(x + mlp(x))
+
+    def _find_embedding(self) -> None:
+        """The parameter that the token ids look up."""
+        self.device = next(iter(self.parameters.values())).device
+        ids = torch.zeros((B, 2), dtype=torch.long, device=self.device)
+        recorder = Recorder(ids)
+        with NoFastPath(), recorder:
+            logits_of(self.module, ids)
+        if (found := recorder.embedding) is None:
+            raise NoReadingError("its token embedding was not found: no matrix is looked up by the token ids")
+        same = (n for n, p in self.parameters.items() if p.shape == found.shape and torch.equal(p, found))
+        self.embedding_name = next(same, "")
+        if not self.embedding_name:
+            raise NoReadingError("its token embedding is not one of its parameters")
+        self.vocab_size, self.width = found.shape
 
     def _record(self) -> None:
-        """Run the module on the longest input that it takes, in float32."""
-        device = next(iter(self.parameters.values())).device
-        self.vocab_size = max(p.shape[0] for p in self.parameters.values() if p.ndim == 2)
-        n_ids = self._few_ids(device)
+        """Run the module on the longest input of `LENGTHS` that it takes."""
         for length in LENGTHS:
-            self.ids = torch.randint(n_ids, (B, length), generator=torch.Generator().manual_seed(0)).to(device)
-            recorder = Recorder(self.ids)
+            self.ids = torch.randint(self.vocab_size, (B, length), generator=torch.Generator().manual_seed(0))
+            recorder = Recorder(self.ids.to(self.device))
             try:
                 with NoFastPath(), recorder:
-                    logits = self._in_float32(self.ids)
+                    logits = logits_of(self.module, recorder.ids)
                 break
             except NoReadingError as error:
                 failure = error
         else:
             raise failure
-        again = self._in_float32(self.ids)
-        if not torch.equal(logits, again) and _error(logits.float(), again.float()) > CLOSE:
+        again = logits_of(self.module, recorder.ids)
+        if not torch.equal(logits, again) and _error(logits, again) > CLOSE:
             raise NoReadingError("it gives other logits for the same tokens the second time: dropout left on?")
-        if not logits.isfinite().all():
-            raise NoReadingError("its logits are NaN or infinite")
         self.length, self.recorder = length, recorder
-        self.logits = logits.float().cpu()
+        self.logits = logits.cpu()
         self.pool = Pool(recorder.values, length)
-
-    def _few_ids(self, device: torch.device) -> int:
-        """How many token ids there are: rows of the matrix that the ids look up."""
-        ids = torch.zeros((B, 2), dtype=torch.long, device=device)
-        recorder = Recorder(ids)
-        with NoFastPath(), recorder:
-            self._in_float32(ids)
-        if recorder.embedding is None:
-            raise NoReadingError("its token embedding was not found: no matrix is looked up by the token ids")
-        looked_up = recorder.embedding.float()
-        same = (
-            n for n, p in self.parameters.items() if p.shape == looked_up.shape and torch.equal(p.float(), looked_up)
-        )
-        self.embedding_name = next(same, "")
-        if not self.embedding_name:
-            raise NoReadingError("its token embedding is not one of its parameters")
-        self.vocab_size = recorder.embedding.shape[0]
-        return self.vocab_size
-
-    def _in_float32(self, ids: Tensor) -> Tensor:
-        if all(parameter.dtype == torch.float32 for parameter in self.parameters.values()):
-            return logits_of(self.module, ids)
-        named = itertools.chain(self.module.named_parameters(), self.module.named_buffers())
-        wide = {name: tensor.float() for name, tensor in named if tensor.is_floating_point()}
-        return logits_of(_Functional(self.module, wide), ids)
 
     # Embeddings.
 
-    def _embeddings(self) -> None:
+    def _find_input(self) -> None:
         """Find the first layer's input among the recorded tensors: a multiple of the embedding, plus positions."""
-        embedding = self.parameters[self.embedding_name].float().cpu()
-        C = self.width = embedding.shape[1]
-        rows = embedding[self.ids.cpu()]  # (B, L, C)
+        rows = self.moved[self.embedding_name][self.ids]  # (B, L, C)
         between = rows[0] - rows[1]  # in which positions cancel
         found = None
-        for form in self.pool.forms.get(C, []):
+        for form in self.pool.forms.get(self.width, []):
             difference = form[0] - form[1]
-            scale = float((difference * between).sum() / between.square().sum().clamp(min=1e-30))
+            scale = float((difference * between).sum() / between.square().sum())
             positions = (form - scale * rows).mean(dim=0)  # (L, C)
             if scale > 0 and _error(positions + scale * rows, form) < CLOSE:
-                found = (form, scale, positions)
+                found = (form, scale)
         if found is None:
             raise NoReadingError("the input of its first layer is not token embedding plus position embedding")
-        self.x, self.scale, self.positions = found
-        if abs(self.scale - 1) < 1e-5:
-            self.scale = 1.0
-        elif abs(self.scale / math.sqrt(C) - 1) < 1e-5:
-            self.scale = math.sqrt(C)
+        self.x, self.scale = found
+        for usual in (1.0, math.sqrt(self.width)):
+            if abs(self.scale / usual - 1) < 1e-5:
+                self.scale = usual
         self.positions = (self.x - self.scale * rows).mean(dim=0)
 
-    def position_table(self) -> Tensor:
+    def _find_positions(self) -> Tensor:
         """All learned or computed positions, (block_size, C)."""
-        tensors = {**self.parameters, **dict(self.module.named_buffers())}
-        for tensor in tensors.values():
+        own = {**self.parameters, **dict(self.module.named_buffers())}
+        self.position_name = ""
+        for name, tensor in {**dict(self.module.named_buffers()), **self.moved}.items():
             if tensor.is_floating_point() and tensor.ndim >= 2 and tensor.shape[-1] == self.width:
-                table = tensor.detach().float().cpu().reshape(-1, self.width)
+                table = tensor.float().cpu().reshape(-1, self.width)
                 for start in range(min(4, max(0, len(table) - self.length + 1))):
                     if _error(table[start : start + self.length], self.positions) < CLOSE:
-                        return self._as_long_as_it_runs(table[start:])
+                        self.position_name = name
+                        return own[name].detach().cpu().reshape(-1, self.width)[start:]
         for length in self._stated_lengths():
             if (computed := self._computed_positions(length)) is not None:
                 self.notes.append(f"the {length} computed positions became a table")
-                return self._as_long_as_it_runs(computed)
+                return computed
         raise NoReadingError("its positions are computed, and no attribute such as block_size says how many there are")
 
     def _as_long_as_it_runs(self, table: Tensor) -> Tensor:
         """The table up to the longest input that the module takes; its logits for such an input are kept."""
         for length in (len(table), *(n for n in self._stated_lengths() if n < len(table))):
             generator = torch.Generator().manual_seed(1)
-            self.longest = torch.randint(self.vocab_size, (1, length), generator=generator).to(self.ids.device)
+            self.longest = torch.randint(self.vocab_size, (1, length), generator=generator).to(self.device)
             try:
                 self.longest_logits = logits_of(self.module, self.longest, every_position=False)
                 return table[:length]
@@ -451,14 +501,14 @@ class _Reader:
         return sorted((n for n in stated if n >= self.length), reverse=True)
 
     def _computed_positions(self, length: int) -> Tensor | None:
-        ids = torch.zeros((B, length), dtype=torch.long, device=self.ids.device)
+        ids = torch.zeros((B, length), dtype=torch.long, device=self.device)
         recorder = Recorder(ids)
         try:
             with NoFastPath(), recorder:
-                self._in_float32(ids)
+                logits_of(self.module, ids)
         except NoReadingError:
             return None
-        row = self.scale * self.parameters[self.embedding_name][0].float().cpu()
+        row = self.scale * self.moved[self.embedding_name][0]
         for value in recorder.values:
             if value.shape == (B, length, self.width):
                 positions = value[0] - row
@@ -488,10 +538,10 @@ class _Reader:
                 f"{self._nearest_norm(middle, norms, parameters):.2g} off); parallel blocks, or another kind of norm?"
             )
         layer.norms.append(second[0])
-        if layer.norms[0] == layer.norms[-1] and len(layer.norms) == 2:
+        if layer.norm_first and layer.norms[0] == layer.norms[1] != Norm(None):
             raise NoReadingError("one norm is used in two places of a layer")
         entry = second[1]
-        result = self._mlp(layer, entry, parameters)
+        result = self._mlp(layer, entry, middle if layer.norm_first else entry, parameters)
         if layer.norm_first:
             after = middle + result
             if not self.pool.holds(after):
@@ -501,7 +551,7 @@ class _Reader:
         if third is None:
             raise NoReadingError("no norm at the end of the first layer fits")
         layer.norms.append(third[0])
-        if layer.norms[0] == layer.norms[1]:
+        if layer.norms[0] == layer.norms[1] != Norm(None):
             raise NoReadingError("one norm is used in two places of a layer")
         return layer
 
@@ -533,8 +583,8 @@ class _Reader:
                     found.append((error, norm, epsilon, y))
         if not found:
             return None
-        _, norm, epsilon, y = min(found, key=lambda one: one[0])
-        self.epsilon = epsilon
+        least = min(error for error, _, _, _ in found)
+        _, norm, self.epsilon, y = next(one for one in found if one[0] <= 3 * least)
         return norm, y
 
     def _nearest_norm(self, x: Tensor, norms: Sequence[Norm], parameters: Mapping[str, Tensor]) -> float:
@@ -566,6 +616,8 @@ class _Reader:
         self, layer: Layer, projected: list[tuple[Linear, Tensor]], parameters: Mapping[str, Tensor]
     ) -> Tensor:
         C = self.width
+        if not projected:
+            raise NoReadingError(self._no_norm(parameters))
         rows = sum(y.shape[2] for _, y in projected)
         if rows != 3 * C:
             raise NoReadingError(
@@ -588,7 +640,7 @@ class _Reader:
         if not tried:
             raise NoReadingError(
                 f"the attention of the first layer: the nearest form is {nearest:.2g} off; rotary positions, a bias on "
-                "positions, normalized queries, or no causal mask?"
+                f"positions, normalized queries, or no causal mask? {LLAMA}"
             )
         tried.sort(key=lambda one: one[0])
         best = tried[0]
@@ -598,6 +650,15 @@ class _Reader:
         layer.attention = best[1]
         return best[2]
 
+    def _no_norm(self, parameters: Mapping[str, Tensor]) -> str:
+        """Why nothing reads the first layer's input."""
+        scaled = self.x / self.x.square().mean(dim=-1, keepdim=True).sqrt()
+        gains = [p for p in parameters.values() if p.ndim == 1 and len(p) == self.width]
+        if any(self.pool.error(scaled * gain) < 100 * CLOSE for gain in (1.0, *gains)):
+            return f"the norm of the first layer is RMSNorm. {LLAMA}"
+        nearest = self._nearest_norm(self.x, list(_norms(parameters, self.width)), parameters)
+        return f"the norm of the first layer: the nearest LayerNorm is {nearest:.2g} off; another kind of norm? {LLAMA}"
+
     def _output(self, layer: Layer, attended: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         left = {name: p for name, p in parameters.items() if name not in {one.weight for one in layer.projections}}
         found = self._linears_on(attended, left, self.width)
@@ -605,33 +666,48 @@ class _Reader:
             if self.pool.holds(self.x + attended):
                 return attended  # no output projection
             raise NoReadingError("the projection after the attention of the first layer was not found")
-        layer.output = found[0][0]
-        if not self.pool.holds(self.x + found[0][1]):
+        if (added := self._added(self.x, *found[0], parameters)) is None:
             raise NoReadingError("the residual sum after the attention of the first layer does not fit")
-        return found[0][1]
+        layer.output, written = added
+        return written
 
-    def _mlp(self, layer: Layer, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    def _added(
+        self, x: Tensor, linear: Linear, y: Tensor, parameters: Mapping[str, Tensor]
+    ) -> tuple[Linear, Tensor] | None:
+        """A linear layer and its result, where the sum with `x` was recorded; the bias may be added to the sum."""
+        if linear.bias is None:
+            for name, p in parameters.items():
+                is_large = p.shape == (self.width,) and float(p.norm() / y.norm()) > APART * CLOSE
+                if is_large and self.pool.holds(x + y + p):
+                    return replace(linear, bias=name), y + p
+        return (linear, y) if self.pool.holds(x + y) else None
+
+    def _mlp(self, layer: Layer, x: Tensor, residual: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The MLP's result on `x`, which is added to `residual`."""
         used = {one.weight for one in (*layer.projections, *([layer.output] if layer.output else []))}
         left = {name: p for name, p in parameters.items() if name not in used}
+        nearest = math.inf
         for up, hidden in self._linears_on(x, left):
-            errors = {name: self.pool.error(act(hidden)) for name, act in self.activations.items()}
-            name = min(errors, key=lambda one: errors[one])
-            if errors[name] >= CLOSE:
-                nearest = errors[name]
-                continue
-            name = self._decide(name, errors, hidden)
-            active = self.activations[name](hidden)
-            rest = {key: p for key, p in left.items() if key != up.weight}
-            if down := self._linears_on(active, rest, self.width):
-                layer.up, layer.down, layer.activation = up, down[0][0], name
-                return down[0][1]
-        try:
-            raise NoReadingError(f"the MLP of the first layer: the nearest activation is {nearest:.2g} off; gated?")
-        except UnboundLocalError:
-            raise NoReadingError("the MLP of the first layer was not found: no matrix reads its input") from None
+            rest = {name: p for name, p in left.items() if name != up.weight}
+            fits: dict[str, tuple[float, Linear, Tensor]] = {}
+            for name, act in self.activations.items():
+                active = act(hidden)
+                error = self.pool.error(active)
+                nearest = min(nearest, error)
+                if error < CLOSE and (down := self._linears_on(active, rest, self.width)):
+                    fits[name] = (error, *(self._added(residual, *down[0], parameters) or down[0]))
+            if fits:
+                layer.activation = self._decide({name: error for name, (error, _, _) in fits.items()})
+                _, layer.down, result = fits[layer.activation]
+                layer.up = up
+                return result
+        if nearest == math.inf:
+            raise NoReadingError("the MLP of the first layer was not found: no matrix reads its input")
+        raise NoReadingError(f"the MLP of the first layer: the nearest activation is {nearest:.2g} off; gated? {LLAMA}")
 
-    def _decide(self, best: str, errors: Mapping[str, float], hidden: Tensor) -> str:
+    def _decide(self, errors: Mapping[str, float]) -> str:
         """The activation: the first name whose result is as near as the best one, if all such names agree."""
+        best = min(errors, key=lambda name: errors[name])
         fits = [name for name, error in errors.items() if error < max(CLOSE / APART, APART * errors[best])]
         grid = torch.linspace(-6, 6, 1001)
         different = [n for n in fits if _error(self.activations[n](grid), self.activations[best](grid)) > CLOSE]
@@ -642,10 +718,10 @@ class _Reader:
 
     # The head.
 
-    def _head(self, layers: Sequence[Mapping[str, str]]) -> tuple[Norm | None, Linear, dict[str, Tensor]]:
+    def _head(self, layers: Sequence[Mapping[str, str]], layer: Layer) -> tuple[Norm | None, Linear]:
         """The final norm and the head: the norm whose result, times a matrix of V rows, is the logits."""
-        inside = {name for layer in layers for name in layer.values()} if len(layers) > 1 else set()
-        outside = {name: p.float().cpu() for name, p in self.parameters.items() if name not in inside}
+        inside = {names[template] for names in layers for template in layer.names()}
+        outside = {name: p for name, p in self.moved.items() if name not in inside}
         V = self.logits.shape[2]
         forms = self.pool.forms.get(self.width, [])
         heads = [
@@ -663,14 +739,16 @@ class _Reader:
                 error = _error(y, self.logits)
                 nearest = min(nearest, error)
                 if error < CLOSE:
-                    return self._final_norm(form, outside), head, outside
+                    return self._final_norm(form, outside, layer), head
         raise NoReadingError(
             f"the head: no matrix of {V} rows gives the logits from a recorded tensor (the nearest is {nearest:.2g} "
             "off); a soft cap, or a scale?"
         )
 
-    def _final_norm(self, entry: Tensor, outside: Mapping[str, Tensor]) -> Norm | None:
+    def _final_norm(self, entry: Tensor, outside: Mapping[str, Tensor], layer: Layer) -> Norm | None:
         norms = list(_norms(outside, self.width))
+        if not layer.norm_first:  # a layer ends in a norm of its own
+            norms.remove(Norm(None))
         for form in reversed(self.pool.forms[self.width]):
             for norm in norms:
                 for epsilon in self._epsilons():
@@ -686,95 +764,63 @@ class _Reader:
         layer: Layer,
         final: Norm | None,
         head: Linear,
-        outside: Mapping[str, Tensor],
+        positions: Tensor,
     ) -> Reading:
-        C, attention = self.width, layer.attention
-        assert attention is not None and layer.up is not None and layer.down is not None
-        positions = self.position_table()
-        dtype = next(iter(self.parameters.values())).dtype
-        embedding = self.parameters[self.embedding_name].cpu()
-        embedding = embedding if self.scale == 1 else embedding * self.scale
+        assert layer.attention is not None
+        C, n_head, scale = self.width, layer.attention.n_head, layer.attention.scale
+        own = {name: parameter.cpu() for name, parameter in self.parameters.items()}
+        embedding, matrix = own[self.embedding_name], head.matrix(own, C)
+        if matrix.shape != embedding.shape:
+            raise NoReadingError(f"its head has {len(matrix)} rows, and its embedding {len(embedding)}")
+        tied = self.scale == 1 and torch.equal(matrix, embedding)
         state: dict[str, Tensor | None] = {
-            "transformer.wte.weight": embedding,
-            "transformer.wpe.weight": positions.to(dtype),
+            "transformer.wte.weight": embedding if self.scale == 1 else embedding * self.scale,
+            "transformer.wpe.weight": positions.to(embedding.dtype),
         }
-        H = layer.up.matrix({t: self.parameters[n] for t, n in layers[0].items()}, C).shape[0]
         for i, names in enumerate(layers):
-            own = {template: self.parameters[name].cpu() for template, name in names.items()}
-            to = f"transformer.h.{i}."
-            for place, norm in zip(("ln_1", "ln_2"), layer.norms, strict=True):
-                state |= _norm_tensors(f"{to}{place}", norm, own, C)
-            parts = [(linear.matrix(own, C), linear) for linear in layer.projections]
-            joined = torch.cat([matrix for matrix, _ in parts])
-            biases = [linear.vector(own, len(matrix)) for matrix, linear in parts]
-            bias = None
-            if any(one is not None for one in biases):
-                zeros = [matrix.new_zeros(len(matrix)) for matrix, _ in parts]
-                bias = torch.cat([zero if one is None else one for one, zero in zip(biases, zeros, strict=True)])
-            rows = attention.rows
-            state[f"{to}attn.c_attn.weight"] = joined[rows].contiguous()
-            state[f"{to}attn.c_attn.bias"] = None if bias is None else bias[rows].contiguous()
-            output = torch.eye(C, dtype=dtype) if layer.output is None else layer.output.matrix(own, C)
-            state[f"{to}attn.c_proj.weight"] = output.contiguous()
-            state[f"{to}attn.c_proj.bias"] = None if layer.output is None else layer.output.vector(own, C)
-            for place, linear, n_in, n_out in (("c_fc", layer.up, C, H), ("c_proj", layer.down, H, C)):
-                state[f"{to}mlp.{place}.weight"] = linear.matrix(own, n_in).contiguous()
-                state[f"{to}mlp.{place}.bias"] = linear.vector(own, n_out)
+            in_layer = {template: own[name] for template, name in names.items()}
+            state |= {f"transformer.h.{i}.{name}": p for name, p in layer_tensors(layer, in_layer, C).items()}
         if final is not None:
-            given = {name: self.parameters[name].cpu() for name in outside}
-            state |= _norm_tensors("transformer.ln_f", final, given, C)
-        matrix = head.matrix({name: self.parameters[name].cpu() for name in outside}, C)
-        head_bias = head.vector({name: self.parameters[name].cpu() for name in outside}, matrix.shape[0])
-        tied = self.scale == 1 and matrix.shape == embedding.shape and torch.equal(matrix, embedding)
+            state |= norm_tensors("transformer.ln_f", final, own, C)
+        has_bias = any(value is not None for name, value in state.items() if name.endswith(".bias"))
         if not tied:
             state["lm_head.weight"] = matrix.contiguous()
-        if head_bias is not None:
-            state["lm_head.bias"] = head_bias
-        has_bias = any(
-            value is not None for name, value in state.items() if name.endswith(".bias") and name != "lm_head.bias"
-        )
+        if head.bias is not None:
+            state["lm_head.bias"] = head.vector(own, len(matrix))
+        self._note_unused(layers, layer, final, head)
+        H = state["transformer.h.0.mlp.c_fc.weight"]
+        assert H is not None
         options = {
-            "vocab_size": self.logits.shape[2],
+            "vocab_size": len(embedding),
             "block_size": len(positions),
             "n_layer": len(layers),
-            "n_head": attention.n_head,
+            "n_head": n_head,
             "n_embd": C,
             "bias": has_bias,
             "dropout": self._dropout(),
             "activation_function": layer.activation,
             "layer_norm_epsilon": self.epsilon if self.epsilon is not None else 1e-5,
             "tie_word_embeddings": tied,
-            "n_inner": None if H == 4 * C else H,
+            "n_inner": None if len(H) == 4 * C else len(H),
             "norm_first": layer.norm_first,
             "final_norm": final is not None,
-            "head_bias": head_bias is not None,
-            "attention_scale": None if attention.scale == (C // attention.n_head) ** -0.5 else attention.scale,
+            "head_bias": head.bias is not None,
+            "attention_scale": None if scale == (C // n_head) ** -0.5 else scale,
         }
-        return Reading(
-            options,
-            _filled(state, has_bias),
-            self.longest.cpu(),
-            self.longest_logits.float().cpu(),
-            tuple(self.notes),
-        )
+        logits = self.longest_logits.float().cpu()
+        return Reading(options, filled(state, has_bias), self.longest.cpu(), logits, tuple(self.notes))
+
+    def _note_unused(self, layers: Sequence[Mapping[str, str]], layer: Layer, final: Norm | None, head: Linear) -> None:
+        used = {self.embedding_name, self.position_name, head.weight, head.bias}
+        used |= {names[template] for names in layers for template in layer.names()}
+        used |= set() if final is None else {final.weight, final.bias}
+        if unused := [name for name in self.parameters if name not in used]:
+            more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+            self.notes.append(f"left out, because no logit depends on it: {', '.join(unused[:3])}{more}")
 
     def _dropout(self) -> float:
         rates = {part.p for part in self.module.modules() if isinstance(part, nn.Dropout)}
         return max(rates) if rates and max(rates) < 1 else 0.0
-
-
-class _Functional(nn.Module):
-    """A module run with other tensors in place of its own."""
-
-    inner: nn.Module
-
-    def __init__(self, module: nn.Module, tensors: dict[str, Tensor]):
-        super().__init__()
-        object.__setattr__(self, "inner", module)
-        self.tensors = tensors
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return torch.func.functional_call(self.inner, self.tensors, args, kwargs, tie_weights=True)
 
 
 def normalized(x: Tensor, norm: Norm, parameters: Mapping[str, Tensor], epsilon: float) -> Tensor:
@@ -853,47 +899,98 @@ def _linears(name: str, weight: Tensor, n_in: int, parameters: Mapping[str, Tens
     """Ways in which a parameter may be the weight of a product with `n_in` values."""
     if weight.ndim not in (2, 3) or weight.numel() % n_in:
         return
-    ways = [False] * (weight.shape[-1] == n_in) + [True] * (weight.shape[-2] == n_in)
     n_out = weight.numel() // n_in
-    biases = [other for other, p in parameters.items() if p.numel() == n_out and p is not weight and p.ndim <= 2]
+    biases = [other for other, p in parameters.items() if p.numel() == n_out and p is not weight and p.ndim < 3]
     biases = [other for other in biases if parameters[other].ndim == 1 or weight.ndim == 3]
     last = name.rpartition(".")[2]
     named = name.removesuffix(last) + last.replace("weight", "bias").replace("kernel", "bias").replace("W", "b")
     place = name.rpartition(".")[0]
     biases.sort(key=lambda other: (other != named, other.rpartition(".")[0] != place))
-    for is_transposed in ways:
-        for bias in (*biases[:8], None):
-            yield Linear(name, bias, is_transposed)
+    for axes in itertools.permutations(range(weight.ndim)):
+        shape = [weight.shape[axis] for axis in axes]
+        if n_in in (shape[-1], math.prod(shape[1:])):
+            for bias in (*biases[:8], None):
+                yield Linear(name, bias, axes)
 
 
 def _layers(parameters: Mapping[str, Tensor]) -> Iterator[list[dict[str, str]]]:
     """Ways to see a list of like layers: for each layer, a name without its number to the parameter's name."""
-    templates: dict[str, dict[int, str]] = {}
-    for name in parameters:
-        parts = name.split(".")
-        place = next((i for i, part in enumerate(parts) if re.fullmatch(r"\D*\d+\D*", part)), None)
-        if place is not None:
-            number = int(re.findall(r"\d+", parts[place])[0])
-            template = ".".join([*parts[:place], re.sub(r"\d+", "#", parts[place]), *parts[place + 1 :]])
-            templates.setdefault(template, {})[number] = name
-    counts: dict[tuple[int, ...], int] = {}
-    for numbers in templates.values():
-        if len({parameters[name].shape for name in numbers.values()}) == 1:
-            key = tuple(sorted(numbers))
-            counts[key] = counts.get(key, 0) + sum(parameters[name].numel() for name in numbers.values())
-    for key in sorted(counts, key=lambda key: -counts[key]):
-        chosen = {t: n for t, n in templates.items() if tuple(sorted(n)) == key}
-        yield [{template: numbers[number] for template, numbers in chosen.items()} for number in key]
+    places = {name: list(_numbers(name)) for name in parameters}
+    counts = collections.Counter(template for found in places.values() for template, _ in found)
+    several = {
+        name: next(((template, n) for template, n in found if counts[template] > 1), None)
+        for name, found in places.items()
+    }
+    first = {name: next(iter(found), None) for name, found in places.items()}
+    for chosen in (several, first):  # the first number that differs from name to name, or simply the first one
+        yield from _lists({name: place for name, place in chosen.items() if place is not None}, parameters)
     yield [{name: name for name in parameters}]  # one layer that stands in no list
 
 
-def _norm_tensors(place: str, norm: Norm, parameters: Mapping[str, Tensor], width: int) -> dict[str, Tensor | None]:
+def _numbers(name: str) -> Iterator[tuple[str, int]]:
+    """Each number in a name that may be the layer's, and the name without it: outer modules first."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        for match in reversed(list(re.finditer(r"\d+", part))):
+            yield (
+                ".".join([*parts[:i], f"{part[: match.start()]}#{part[match.end() :]}", *parts[i + 1 :]]),
+                int(match[0]),
+            )
+
+
+def _lists(places: Mapping[str, tuple[str, int]], parameters: Mapping[str, Tensor]) -> Iterator[list[dict[str, str]]]:
+    """Lists of layers whose parameters have the same names and shapes, the largest list first."""
+    templates: dict[str, dict[int, str]] = {}
+    for name, (template, number) in places.items():
+        templates.setdefault(template, {})[number] = name
+    lists: dict[tuple[int, ...], list[str]] = {}
+    for template, names in templates.items():
+        if len({parameters[name].shape for name in names.values()}) == 1:
+            lists.setdefault(tuple(sorted(names)), []).append(template)
+
+    def size(numbers: tuple[int, ...]) -> int:
+        return sum(parameters[name].numel() for t in lists[numbers] for name in templates[t].values())
+
+    for numbers in sorted(lists, key=size, reverse=True):
+        yield [{template: templates[template][number] for template in lists[numbers]} for number in numbers]
+
+
+def layer_tensors(layer: Layer, own: Mapping[str, Tensor], C: int) -> dict[str, Tensor | None]:
+    """One layer's tensors under this project's names; None for a bias that the layer does not have."""
+    assert layer.attention is not None and layer.up is not None and layer.down is not None
+    tensors: dict[str, Tensor | None] = {}
+    for place, norm in zip(("ln_1", "ln_2"), layer.norms, strict=True):
+        tensors |= norm_tensors(place, norm, own, C)
+    parts = [linear.matrix(own, C) for linear in layer.projections]
+    biases = [linear.vector(own, len(matrix)) for linear, matrix in zip(layer.projections, parts, strict=True)]
+    rows = layer.attention.rows
+    tensors["attn.c_attn.weight"] = _rows(torch.cat(parts), rows)
+    tensors["attn.c_attn.bias"] = None
+    if any(bias is not None for bias in biases):
+        joined = [part.new_zeros(len(part)) if bias is None else bias for bias, part in zip(biases, parts, strict=True)]
+        tensors["attn.c_attn.bias"] = _rows(torch.cat(joined), rows)
+    tensors["attn.c_proj.weight"], tensors["attn.c_proj.bias"] = torch.eye(C, dtype=parts[0].dtype), None
+    H = layer.up.matrix(own, C).shape[0]
+    linears = {"attn.c_proj": (layer.output, C, C), "mlp.c_fc": (layer.up, C, H), "mlp.c_proj": (layer.down, H, C)}
+    for place, (linear, n_in, n_out) in linears.items():
+        if linear is not None:
+            tensors[f"{place}.weight"] = linear.matrix(own, n_in).contiguous()
+            tensors[f"{place}.bias"] = linear.vector(own, n_out)
+    return tensors
+
+
+def _rows(joined: Tensor, rows: Tensor) -> Tensor:
+    """The rows in that order; the tensor itself if they stand so already."""
+    return joined if torch.equal(rows, torch.arange(len(rows))) else joined[rows]
+
+
+def norm_tensors(place: str, norm: Norm, parameters: Mapping[str, Tensor], width: int) -> dict[str, Tensor | None]:
     weight = None if norm.weight is None else parameters[norm.weight].reshape(width)
     bias = None if norm.bias is None else parameters[norm.bias].reshape(width)
     return {f"{place}.weight": torch.ones(width) if weight is None else weight, f"{place}.bias": bias}
 
 
-def _filled(state: Mapping[str, Tensor | None], has_bias: bool) -> dict[str, Tensor]:
+def filled(state: Mapping[str, Tensor | None], has_bias: bool) -> dict[str, Tensor]:
     """The tensors, with zeros for a bias that some layers of the model have and others do not."""
     filled = {}
     for name, tensor in state.items():
