@@ -88,7 +88,8 @@ def convert(
     folder, page = _final_path(Path(output_dir)), None if report_page is None else Path(report_page)
     target = find_format(format)
     check_target(folder, overwrite)
-    read = [tokenizer_path, source.characters_of, training_data, *([source.path] if source.module is None else [])]
+    files = [] if isinstance(checkpoint_path, nn.Module) else [checkpoint_path]
+    read = [*files, tokenizer_path, source.characters_of, training_data]
     _check_apart(folder, read, page)
     if page is not None:
         check_page(page)

@@ -32,8 +32,10 @@ from hf_model.tokenizer import FoundTokenizer, ModelInfo, check_fits, find_token
 from hf_model.tokenizer.check import check_tokenizer
 from hf_model.tokenizer.prompt import PROMPT_FORMAT, RAW
 from hf_model.trainers import Checkpoint, read_checkpoint
-from hf_model.trainers.module import Reading, read_module, untouched, unwrap
-from hf_model.trainers.module import logits_of as module_logits
+from hf_model.trainers.module import Reading, read_module
+from hf_model.trainers.module_calls import logits_of as module_logits
+from hf_model.trainers.module_calls import untouched, unwrap
+from hf_model.trainers.own_code import build_module
 from hf_model.trainers.tensors import WEIGHT_DTYPES
 
 AUTO_MAP = {
@@ -68,6 +70,7 @@ class SourceOptions(TypedDict, total=False):
     activation: str
     characters_of: str | Path | None
     raw: bool
+    model: str | None
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Source:
     raw: bool = False
     """Prompts are raw text, even if the tokenizer has `[BOS]` and `[EOS]`."""
     module: nn.Module | None = None
-    """The user's own model, of any class; `path` is then its class's name."""
+    """The user's own model, of any class; `path` is then its class's name, or the file of its weights."""
 
     @classmethod
     def of(
@@ -125,9 +128,11 @@ class Source:
         **options: Unpack[SourceOptions],
     ) -> "Source":
         """The source of the public functions' arguments."""
+        model = options.pop("model", None)
         if isinstance(origin, nn.Module):
             return cls(Path(type(unwrap(origin)).__name__), tokenizer_path, module=origin, **options)
-        return cls(Path(origin), tokenizer_path, **options)
+        module = None if model is None else build_module(model, Path(origin))
+        return cls(Path(origin), tokenizer_path, module=module, **options)
 
     @property
     def is_folder(self) -> bool:
@@ -293,7 +298,8 @@ def load(
         device: where the model goes; by default the best device there is (`pick_device`).
         report: called for each thing that was found or chosen, with its name and a description.
         options: `dtype` (`"auto"` keeps that of the weights), `n_head`, `activation`, `characters_of` (the training
-            text of a character-level model) and `raw` (prompts are raw text), as in `Source`.
+            text of a character-level model) and `raw` (prompts are raw text), as in `Source`;
+            `model` (`"FILE.py:NAME"`, your own code that makes the model of a checkpoint).
 
     Raises:
         UserError: a file is missing, damaged or not of this model family, or the files do not belong together.
@@ -327,8 +333,8 @@ def compare_logits(module: nn.Module, model: CustomGPTForCausalLM, reading: Read
             off = float((got - expected).abs().max()) / spread if spread > 0 else 0.0
             if not off <= LOGITS_CLOSE[model.dtype]:
                 raise UserError(
-                    f"{type(unwrap(module)).__name__}: cannot be read as a GPT: its first layer fits, but the logits "
-                    f"of {length} tokens are off by {off:.2g} of their spread; do its layers differ?"
+                    f"{type(unwrap(module)).__name__}: cannot be read as a GPT: its layers fit, but its logits for "
+                    f"{length} tokens are {off:.2g} of their spread off"
                 )
             largest = max(largest, off)
     return "your model's own logits: " + (

@@ -201,6 +201,7 @@ def run(args: argparse.Namespace) -> None:
         activation=args.activation or "auto",
         characters_of=args.characters_of,
         raw=args.raw,
+        model=args.model,
         overwrite=args.overwrite,
         verify=not args.no_verify,
         training_data=args.training_data,
@@ -259,6 +260,7 @@ def look(args: argparse.Namespace) -> None:
         activation=args.activation or "auto",
         characters_of=args.characters_of,
         raw=args.raw,
+        model=args.model,
         training_data=args.training_data,
     )
     if args.report is not None:

@@ -298,6 +298,7 @@ def run(args: argparse.Namespace) -> None:
         activation=args.activation or "auto",
         characters_of=args.characters_of,
         raw=args.raw,
+        model=args.model,
         report=lambda item, text: choices.append((item, text)),
     )
     answers = Answers(args, model, tokenizer, note)

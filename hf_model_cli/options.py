@@ -36,7 +36,6 @@ SYNONYMS = {
     "n_predict": ("max_new_tokens",),
     "max_tokens": ("max_new_tokens",),
     "max_length": ("max_new_tokens",),
-    "model": ("checkpoint_path",),
     "out_dir": ("output_dir", "checkpoint_path"),
     "out": ("output_dir", "output_file"),
     "outfile": ("output_dir", "output_file"),
@@ -154,6 +153,11 @@ def add_model(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--n_head", metavar="N", type=number(int, 1), help="number of attention heads, if the checkpoint lacks it"
+    )
+    group.add_argument(
+        "--model",
+        metavar="FILE.py:NAME",
+        help="your own class or function that makes the checkpoint's model; this runs your file",
     )
     group.add_argument(
         "--activation",

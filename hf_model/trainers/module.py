@@ -1,37 +1,57 @@
 """Read a GPT from a `torch.nn.Module` of any class.
 
-The model runs on a few random tokens, and each tensor that an operator returns is recorded. Every step of a GPT
-(embeddings, norm, projections, attention, MLP, head) is then computed here from the model's parameters, in each form
-that this project can hold. The form whose result is among the recorded tensors is the one that the model computes.
-Names order the candidates; they prove nothing.
+The module runs on a few random tokens with random weights, and each tensor that an operator returns is recorded. Every
+step of a GPT (embeddings, norm, projections, attention, MLP, head) is then computed here from the same weights, in each
+form that this project can hold. The form whose result is among the recorded tensors is the one that the module
+computes. Names order the candidates; they prove nothing.
 
 Shapes: B rows of L tokens, C = n_embd, H the width of the MLP, V = vocab_size.
 """
 
-import collections
-import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_model.errors import UserError
+from hf_model.trainers.module_calls import (
+    CLOSE,
+    B,
+    NoFastPath,
+    NoReadingError,
+    Pool,
+    Recorder,
+    error_between,
+    logits_of,
+    moved,
+    untouched,
+    unwrap,
+)
+from hf_model.trainers.module_roles import (
+    Layer,
+    Linear,
+    Norm,
+    attend,
+    attentions,
+    by_role,
+    filled,
+    head_counts,
+    layer_lists,
+    layer_tensors,
+    linears_in,
+    norm_tensors,
+    normalized,
+    norms_in,
+    same_attention,
+)
 
-B = 2
 LENGTHS = (23, 13, 7, 5, 3, 2)  # primes, so that a length is taken for no other size; the longest that runs is taken
-CLOSE = 3e-5  # relative error (root mean square) of two float32 results that differ by rounding only
 APART = 10.0  # how many times further off the second-best form must be
-SAMPLE = 4096  # values of a recorded tensor that are compared first
 EPSILONS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-3, 0.0)
-WRAPPERS = ("_orig_mod", "module")  # torch.compile; DataParallel, DistributedDataParallel
 LLAMA = (
     "If this is Llama's shape (RMSNorm, rotary positions, a gated MLP), use a converter to LlamaForCausalLM, such as "
     "llama2.c's export.py or minimind's convert_model.py"
@@ -59,10 +79,6 @@ class Reading:
     """What was folded or filled in, in words."""
 
 
-class NoReadingError(Exception):
-    """No form fits at one step; the message names the step and how far the nearest form is off."""
-
-
 def read_module(module: nn.Module, activations: Mapping[str, Activation]) -> Reading:
     """Find out what a module computes, and its tensors under this project's names.
 
@@ -79,262 +95,6 @@ def read_module(module: nn.Module, activations: Mapping[str, Activation]) -> Rea
             return _Reader(module, activations).read()
         except NoReadingError as error:
             raise UserError(f"{type(module).__name__}: cannot be read as a GPT: {error}") from None
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    """The module that `torch.compile`, `DataParallel` or `DistributedDataParallel` wraps."""
-    while isinstance(inner := next((getattr(module, name, None) for name in WRAPPERS), None), nn.Module) or isinstance(
-        inner := getattr(module, "module", None), nn.Module
-    ):
-        if len(list(module.children())) != 1:
-            break
-        module = inner
-    return module
-
-
-@contextmanager
-def untouched(module: nn.Module) -> Iterator[None]:
-    """Run a block without gradients and in evaluation mode; restore the modes, buffers and random state after it."""
-    modes = {part: part.training for part in module.modules()}
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    devices = {parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        module.eval()
-        try:
-            yield
-        finally:
-            for part, mode in modes.items():
-                part.training = mode
-            for name, buffer in module.named_buffers():
-                if name in buffers and not torch.equal(buffer, buffers[name]):
-                    buffer.copy_(buffers[name])
-
-
-@contextmanager
-def moved(module: nn.Module, std: float) -> Iterator[None]:
-    """Exchange a module's weights for random ones in float32, and put its own tensors back.
-
-    Which form a module computes does not depend on its weights. An untrained model's weights hide the form: a bias of
-    zeros, gains of one and attention that is almost even make several forms give the same result.
-    """
-    tensors = [*module.parameters(), *module.buffers()]
-    own = [(tensor, tensor.data) for tensor in tensors if tensor.is_floating_point()]
-    generator = torch.Generator().manual_seed(0)
-    try:
-        for tensor, data in own:
-            if isinstance(tensor, nn.Parameter):
-                values = torch.randn(data.shape, generator=generator)
-                values.mul_(std) if data.ndim > 1 else values.mul_(0.5).add_(0.5)
-                tensor.data = values.to(data.device)
-            else:
-                tensor.data = data.float()
-        yield
-    finally:
-        for tensor, data in own:
-            tensor.data = data
-
-
-# Logits of a module, however it returns them.
-
-
-def logits_of(module: nn.Module, ids: Tensor, every_position: bool = True) -> Tensor:
-    """Logits (B, T, V) for token ids (B, T).
-
-    Takes a tensor, a tuple or list that begins with one, a dict or an object with `logits`; of shape (B, T, V) or
-    (B T, V). If the module gives the last position only, targets are given too, and at last each prefix is run.
-
-    Args:
-        every_position: False accepts the last position only, (B, 1, V), and saves running each prefix.
-
-    Raises:
-        NoReadingError: the module does not run on token ids, or returns no logits.
-    """
-    rows, length = ids.shape
-    last = _logits(_call(module, ids), rows, length)
-    if last.shape[1] == length:
-        return last
-    for args, kwargs in (((), {"targets": ids}), ((), {"labels": ids}), ((ids,), {})):
-        try:
-            full = _logits(module(ids, *args, **kwargs), rows, length)
-        except Exception:
-            continue
-        if full.shape[1] == length and torch.allclose(full[:, -1:], last, rtol=1e-3, atol=1e-4):
-            return full
-    if not every_position:
-        return last
-    return torch.cat([_logits(_call(module, ids[:, : n + 1]), rows, n + 1)[:, -1:] for n in range(length)], dim=1)
-
-
-def _call(module: nn.Module, ids: Tensor) -> Any:
-    try:
-        return module(ids)
-    except Exception as error:  # the user's code may fail in any way
-        raise NoReadingError(f"it does not run on token ids of shape {tuple(ids.shape)} ({error})") from None
-
-
-def _logits(output: Any, rows: int, length: int) -> Tensor:
-    for name in ("logits", "lm_logits"):
-        if isinstance(output, Mapping) and name in output:
-            output = output[name]
-        elif isinstance(getattr(output, name, None), Tensor):
-            output = getattr(output, name)
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    if isinstance(output, (tuple, list)):
-        output = next((part for part in output if isinstance(part, Tensor) and part.ndim >= 2), None)
-    if not isinstance(output, Tensor) or not output.is_floating_point():
-        raise NoReadingError(f"it returns {type(output).__name__}, not logits")
-    if output.ndim == 2:
-        output = output.view(rows, -1, output.shape[-1])
-    if output.ndim != 3 or output.shape[0] != rows or output.shape[1] not in (1, length):
-        raise NoReadingError(f"it returns shape {tuple(output.shape)} for {rows} rows of {length} tokens")
-    return output
-
-
-# Recorded tensors.
-
-
-class NoFastPath(TorchFunctionMode):
-    """Any function mode keeps PyTorch's Transformer modules from computing a whole layer in one operator."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
-class Recorder(TorchDispatchMode):
-    """Keeps a copy of each floating-point tensor that an operator returns, the norms' epsilons and the embedding."""
-
-    def __init__(self, ids: Tensor):
-        super().__init__()
-        self.ids = ids
-        self.values: list[Tensor] = []
-        self.epsilons: list[float] = []
-        self.embedding: Tensor | None = None
-        """The matrix that the token ids look up."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.native_layer_norm.default:
-            self.epsilons.append(args[4])
-        if func is torch.ops.aten.embedding.default and self.embedding is None:
-            self._look_up(args[0], args[1])
-        if func is torch.ops.aten.index.Tensor and self.embedding is None and args[0].ndim == 2:
-            self._look_up(args[0], args[1][0])
-        for value in output if isinstance(output, (tuple, list)) else (output,):
-            if isinstance(value, Tensor) and value.is_floating_point() and value.numel() % self.ids.numel() == 0:
-                self.values.append(value.detach().float().cpu().clone())
-        return output
-
-    def _look_up(self, matrix: Tensor, index: Tensor | None) -> None:
-        if index is not None and index.shape == self.ids.shape and torch.equal(index, self.ids):
-            self.embedding = matrix
-
-
-class Pool:
-    """The recorded tensors in the form (B, L, D), and the search for the one that is nearest to a computed one."""
-
-    def __init__(self, values: Iterable[Tensor], length: int):
-        self.forms: dict[int, list[Tensor]] = {}
-        for value in values:
-            for form in _forms(value, length):
-                self.forms.setdefault(form.shape[2], []).append(form)
-        generator = torch.Generator().manual_seed(0)
-        self.places = {width: torch.randperm(B * length * width, generator=generator)[:SAMPLE] for width in self.forms}
-        self.samples = {
-            width: torch.stack([form.reshape(-1)[self.places[width]] for form in forms])
-            for width, forms in self.forms.items()
-        }
-
-    def nearest(self, computed: Tensor) -> tuple[float, int]:
-        """The relative error of the recorded tensor nearest to `computed` (B, L, D), and its index."""
-        width = computed.shape[2]
-        if width not in self.forms:
-            return math.inf, -1
-        wanted = computed.reshape(-1)[self.places[width]]
-        errors = (self.samples[width] - wanted).square().mean(dim=1).nan_to_num(math.inf)
-        index = int(errors.argmin())
-        error = _error(self.forms[width][index], computed)
-        return (error, index) if error == error else (math.inf, -1)
-
-    def error(self, computed: Tensor) -> float:
-        return self.nearest(computed)[0]
-
-    def holds(self, computed: Tensor) -> bool:
-        return self.error(computed) < CLOSE
-
-
-def _error(one: Tensor, other: Tensor) -> float:
-    return float((one - other).square().mean().sqrt() / other.std().clamp(min=1e-30))
-
-
-def _forms(value: Tensor, length: int) -> Iterator[Tensor]:
-    """A recorded tensor as (B, L, D): rows and positions in either order or as one, heads apart or not."""
-    shape = value.shape
-    if shape[:2] == (B, length):
-        yield value.reshape(B, length, -1)
-    elif shape[:2] == (length, B):
-        yield value.transpose(0, 1).reshape(B, length, -1)
-    elif value.ndim == 4 and shape[0] == B and shape[2] == length:  # (B, heads, L, D)
-        yield value.transpose(1, 2).reshape(B, length, -1)
-    elif value.ndim == 3 and shape[1] == length and shape[0] % B == 0:  # (B heads, L, D)
-        yield value.view(B, -1, length, shape[2]).transpose(1, 2).reshape(B, length, -1)
-    elif value.ndim == 2 and shape[0] == B * length:
-        yield value.view(B, length, -1)
-
-
-# What a step may be made of.
-
-
-@dataclass(frozen=True)
-class Linear:
-    """Names of a weight and a bias of one layer, and the order of the weight's axes that makes it (out, in)."""
-
-    weight: str
-    bias: str | None = None
-    axes: tuple[int, ...] = (0, 1)
-
-    def matrix(self, parameters: Mapping[str, Tensor], n_in: int) -> Tensor:
-        """The weight (out, in). A weight of three axes, one of them the heads, becomes a matrix."""
-        return parameters[self.weight].permute(self.axes).reshape(-1, n_in)
-
-    def vector(self, parameters: Mapping[str, Tensor], n_out: int) -> Tensor | None:
-        return None if self.bias is None else parameters[self.bias].reshape(n_out)
-
-
-@dataclass(frozen=True)
-class Norm:
-    """Names of a gain and a bias of one layer; a norm without a gain has neither."""
-
-    weight: str | None
-    bias: str | None = None
-
-
-@dataclass(frozen=True)
-class Attention:
-    """Rows of the joined projections that are queries, keys and values, (3 C), and how the heads attend."""
-
-    rows: Tensor
-    n_head: int
-    scale: float
-
-
-@dataclass
-class Layer:
-    """The roles of one layer's parameters."""
-
-    norm_first: bool = True
-    norms: list[Norm] = field(default_factory=list)
-    projections: list[Linear] = field(default_factory=list)
-    attention: Attention | None = None
-    output: Linear | None = None
-    up: Linear | None = None
-    down: Linear | None = None
-    activation: str = ""
-
-    def names(self) -> set[str]:
-        """The parameters that have a role, under their names without the layer's number."""
-        roles = [*self.norms, *self.projections, self.output, self.up, self.down]
-        return {name for role in roles if role is not None for name in (role.weight, role.bias) if name is not None}
 
 
 class _Reader:
@@ -361,7 +121,7 @@ class _Reader:
 
     def _find_layers(self) -> tuple[list[dict[str, str]], Layer]:
         first: NoReadingError | None = None
-        for layers in _layers(self.parameters):
+        for layers in layer_lists(self.parameters):
             try:
                 return layers, self._layer({template: self.moved[name] for template, name in layers[0].items()})
             except NoReadingError as error:
@@ -378,7 +138,7 @@ class _Reader:
                 raise NoReadingError(f"layer {i + 1} of {len(layers)} is not like the first: it is {error:.2g} off")
         if final is not None:
             x = normalized(x, final, self.moved, self._epsilons()[0])
-        if not (error := _error(self._linear_of(x, head, self.moved), self.logits)) < allowed:
+        if not (error := error_between(self._linear_of(x, head, self.moved), self.logits)) < allowed:
             raise NoReadingError(f"its layers fit, but its logits are {error:.2g} off")
 
     def _run(self, layer: Layer, x: Tensor, own: Mapping[str, Tensor]) -> Tensor:
@@ -429,7 +189,7 @@ class _Reader:
         else:
             raise failure
         again = logits_of(self.module, recorder.ids)
-        if not torch.equal(logits, again) and _error(logits, again) > CLOSE:
+        if not torch.equal(logits, again) and error_between(logits, again) > CLOSE:
             raise NoReadingError("it gives other logits for the same tokens the second time: dropout left on?")
         self.length, self.recorder = length, recorder
         self.logits = logits.cpu()
@@ -446,7 +206,7 @@ class _Reader:
             difference = form[0] - form[1]
             scale = float((difference * between).sum() / between.square().sum())
             positions = (form - scale * rows).mean(dim=0)  # (L, C)
-            if scale > 0 and _error(positions + scale * rows, form) < CLOSE:
+            if scale > 0 and error_between(positions + scale * rows, form) < CLOSE:
                 found = (form, scale)
         if found is None:
             raise NoReadingError("the input of its first layer is not token embedding plus position embedding")
@@ -464,7 +224,7 @@ class _Reader:
             if tensor.is_floating_point() and tensor.ndim >= 2 and tensor.shape[-1] == self.width:
                 table = tensor.float().cpu().reshape(-1, self.width)
                 for start in range(min(4, max(0, len(table) - self.length + 1))):
-                    if _error(table[start : start + self.length], self.positions) < CLOSE:
+                    if error_between(table[start : start + self.length], self.positions) < CLOSE:
                         self.position_name = name
                         return own[name].detach().cpu().reshape(-1, self.width)[start:]
         for length in self._stated_lengths():
@@ -512,7 +272,7 @@ class _Reader:
         for value in recorder.values:
             if value.shape == (B, length, self.width):
                 positions = value[0] - row
-                if _error(positions[: self.length], self.positions) < CLOSE:
+                if error_between(positions[: self.length], self.positions) < CLOSE:
                     return positions
         return None
 
@@ -520,7 +280,7 @@ class _Reader:
 
     def _layer(self, parameters: dict[str, Tensor]) -> Layer:
         layer = Layer()
-        norms = list(_norms(parameters, self.width))
+        norms = list(norms_in(parameters, self.width))
         first = self._norm_of(self.x, norms, parameters)
         if first is not None:
             layer.norms.append(first[0])
@@ -602,7 +362,7 @@ class _Reader:
         """Each weight whose product with `x` was recorded, with the bias that fits, and the product."""
         found = []
         for name, weight in parameters.items():
-            for linear in _linears(name, weight, x.shape[2], parameters):
+            for linear in linears_in(name, weight, x.shape[2], parameters):
                 y = self._linear_of(x, linear, parameters)
                 if (n_out is None or y.shape[2] == n_out) and self.pool.holds(y):
                     found.append((linear, y))
@@ -624,14 +384,14 @@ class _Reader:
                 f"the attention of the first layer: its projections have {rows} rows in all, and queries, keys and "
                 f"values of a GPT have {3 * C}; fewer key heads, or parallel blocks?"
             )
-        projected = _by_role(projected)
+        projected = by_role(projected)
         layer.projections = [linear for linear, _ in projected]
         joined = torch.cat([y for _, y in projected], dim=2)  # (B, L, 3 C)
         best, nearest = None, math.inf
         n_parts = len(projected)
-        heads = [n_parts // 3] if n_parts > 3 and n_parts % 3 == 0 else [n_parts] if n_parts > 3 else _divisors(C)
+        heads = [n_parts // 3] if n_parts > 3 and n_parts % 3 == 0 else [n_parts] if n_parts > 3 else head_counts(C)
         tried = []
-        for attention in _attentions(C, heads):
+        for attention in attentions(C, heads):
             z = attend(joined, attention)
             error = self.pool.error(z)
             nearest = min(nearest, error)
@@ -645,7 +405,7 @@ class _Reader:
         tried.sort(key=lambda one: one[0])
         best = tried[0]
         for _, attention, z in tried[1:]:
-            if not same_attention(attention, best[1]) and _error(z, best[2]) > CLOSE:
+            if not same_attention(attention, best[1]) and error_between(z, best[2]) > CLOSE:
                 raise NoReadingError("the attention of the first layer: two forms fit equally well")
         layer.attention = best[1]
         return best[2]
@@ -654,9 +414,9 @@ class _Reader:
         """Why nothing reads the first layer's input."""
         scaled = self.x / self.x.square().mean(dim=-1, keepdim=True).sqrt()
         gains = [p for p in parameters.values() if p.ndim == 1 and len(p) == self.width]
-        if any(self.pool.error(scaled * gain) < 100 * CLOSE for gain in (1.0, *gains)):
+        if any(self.pool.error(scaled * gain) < 100 * CLOSE for gain in (torch.ones(self.width), *gains)):
             return f"the norm of the first layer is RMSNorm. {LLAMA}"
-        nearest = self._nearest_norm(self.x, list(_norms(parameters, self.width)), parameters)
+        nearest = self._nearest_norm(self.x, list(norms_in(parameters, self.width)), parameters)
         return f"the norm of the first layer: the nearest LayerNorm is {nearest:.2g} off; another kind of norm? {LLAMA}"
 
     def _output(self, layer: Layer, attended: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -710,7 +470,7 @@ class _Reader:
         best = min(errors, key=lambda name: errors[name])
         fits = [name for name, error in errors.items() if error < max(CLOSE / APART, APART * errors[best])]
         grid = torch.linspace(-6, 6, 1001)
-        different = [n for n in fits if _error(self.activations[n](grid), self.activations[best](grid)) > CLOSE]
+        different = [n for n in fits if error_between(self.activations[n](grid), self.activations[best](grid)) > CLOSE]
         if different:
             raise NoReadingError(f"the activation may be {best} or {different[0]}: its input is too small to tell")
         exact = [name for name in fits if errors[name] == 0.0]
@@ -728,7 +488,7 @@ class _Reader:
             linear
             for name, weight in outside.items()
             if weight.numel() == V * self.width
-            for linear in _linears(name, weight, self.width, outside)
+            for linear in linears_in(name, weight, self.width, outside)
         ]
         nearest = math.inf
         for form in reversed(forms):
@@ -736,7 +496,7 @@ class _Reader:
                 y = self._linear_of(form, head, outside)
                 if y.shape[2] != V:
                     continue
-                error = _error(y, self.logits)
+                error = error_between(y, self.logits)
                 nearest = min(nearest, error)
                 if error < CLOSE:
                     return self._final_norm(form, outside, layer), head
@@ -746,13 +506,16 @@ class _Reader:
         )
 
     def _final_norm(self, entry: Tensor, outside: Mapping[str, Tensor], layer: Layer) -> Norm | None:
-        norms = list(_norms(outside, self.width))
+        norms = list(norms_in(outside, self.width))
         if not layer.norm_first:  # a layer ends in a norm of its own
             norms.remove(Norm(None))
         for form in reversed(self.pool.forms[self.width]):
             for norm in norms:
                 for epsilon in self._epsilons():
-                    if _error(normalized(form, norm, outside, epsilon), entry) < CLOSE and _error(form, entry) > CLOSE:
+                    if (
+                        error_between(normalized(form, norm, outside, epsilon), entry) < CLOSE
+                        and error_between(form, entry) > CLOSE
+                    ):
                         return norm
         return None
 
@@ -821,183 +584,3 @@ class _Reader:
     def _dropout(self) -> float:
         rates = {part.p for part in self.module.modules() if isinstance(part, nn.Dropout)}
         return max(rates) if rates and max(rates) < 1 else 0.0
-
-
-def normalized(x: Tensor, norm: Norm, parameters: Mapping[str, Tensor], epsilon: float) -> Tensor:
-    weight, bias = (None if name is None else parameters[name] for name in (norm.weight, norm.bias))
-    return F.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
-
-
-def attend(joined: Tensor, attention: Attention) -> Tensor:
-    """Causal attention (B, L, C) of joined projections (B, L, 3 C)."""
-    rows, length, width = joined.shape[0], joined.shape[1], joined.shape[2] // 3
-    q, k, v = (
-        part.reshape(rows, length, attention.n_head, -1).transpose(1, 2)
-        for part in joined[..., attention.rows].split(width, dim=2)
-    )
-    z = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=attention.scale)
-    return z.transpose(1, 2).reshape(rows, length, width)
-
-
-def same_attention(one: Attention, other: Attention) -> bool:
-    return (one.n_head, one.scale) == (other.n_head, other.scale) and torch.equal(one.rows, other.rows)
-
-
-def _attentions(width: int, heads: Iterable[int]) -> Iterator[Attention]:
-    """Ways to read joined projections: the order of queries, keys and values, of heads and of their values."""
-    for n_head in heads:
-        size = width // n_head
-        index = torch.arange(3 * width)
-        orders = {
-            "which, head, value": index.view(3, n_head, size),
-            "head, which, value": index.view(n_head, 3, size).permute(1, 0, 2),
-            "head, value, which": index.view(n_head, size, 3).permute(2, 0, 1),
-            "value, which, head": index.view(size, 3, n_head).permute(1, 2, 0),
-            "which, value, head": index.view(3, size, n_head).permute(0, 2, 1),
-        }
-        seen = set()
-        for order in orders.values():
-            for which in itertools.permutations(range(3)):
-                rows = order[list(which)].reshape(-1)
-                if (key := tuple(rows.tolist())) in seen:
-                    continue
-                seen.add(key)
-                for scale in dict.fromkeys((size**-0.5, width**-0.5, 1.0)):
-                    yield Attention(rows, n_head, scale)
-
-
-def _divisors(n: int) -> list[int]:
-    """Possible numbers of heads, the usual sizes of a head first."""
-    found = [d for d in range(1, n + 1) if n % d == 0]
-    return sorted(found, key=lambda d: (abs(math.log2(n / d / 64)), d))
-
-
-def _by_role(projected: list[tuple[Linear, Tensor]]) -> list[tuple[Linear, Tensor]]:
-    """Projections of separate heads side by side for each role: by name, with the head's number taken out."""
-    if len(projected) <= 3:
-        return projected
-    groups: dict[str, list[tuple[int, tuple[Linear, Tensor]]]] = {}
-    for place, one in enumerate(projected):
-        numbers = re.findall(r"\d+", one[0].weight)
-        groups.setdefault(re.sub(r"\d+", "#", one[0].weight), []).append((int(numbers[-1]) if numbers else place, one))
-    return [one for group in groups.values() for _, one in sorted(group, key=lambda pair: pair[0])]
-
-
-def _norms(parameters: Mapping[str, Tensor], width: int) -> Iterator[Norm]:
-    """Pairs of vectors that may be gain and bias of a norm: of one module, or a gain alone, or nothing at all."""
-    vectors = [name for name, p in parameters.items() if p.numel() == width and p.ndim == 1]
-    for weight in vectors:
-        place = weight.rpartition(".")[0]
-        beside = [name for name in vectors if name != weight and name.rpartition(".")[0] == place]
-        for bias in beside:
-            yield Norm(weight, bias)
-        yield Norm(weight)
-    yield Norm(None)
-
-
-def _linears(name: str, weight: Tensor, n_in: int, parameters: Mapping[str, Tensor]) -> Iterator[Linear]:
-    """Ways in which a parameter may be the weight of a product with `n_in` values."""
-    if weight.ndim not in (2, 3) or weight.numel() % n_in:
-        return
-    n_out = weight.numel() // n_in
-    biases = [other for other, p in parameters.items() if p.numel() == n_out and p is not weight and p.ndim < 3]
-    biases = [other for other in biases if parameters[other].ndim == 1 or weight.ndim == 3]
-    last = name.rpartition(".")[2]
-    named = name.removesuffix(last) + last.replace("weight", "bias").replace("kernel", "bias").replace("W", "b")
-    place = name.rpartition(".")[0]
-    biases.sort(key=lambda other: (other != named, other.rpartition(".")[0] != place))
-    for axes in itertools.permutations(range(weight.ndim)):
-        shape = [weight.shape[axis] for axis in axes]
-        if n_in in (shape[-1], math.prod(shape[1:])):
-            for bias in (*biases[:8], None):
-                yield Linear(name, bias, axes)
-
-
-def _layers(parameters: Mapping[str, Tensor]) -> Iterator[list[dict[str, str]]]:
-    """Ways to see a list of like layers: for each layer, a name without its number to the parameter's name."""
-    places = {name: list(_numbers(name)) for name in parameters}
-    counts = collections.Counter(template for found in places.values() for template, _ in found)
-    several = {
-        name: next(((template, n) for template, n in found if counts[template] > 1), None)
-        for name, found in places.items()
-    }
-    first = {name: next(iter(found), None) for name, found in places.items()}
-    for chosen in (several, first):  # the first number that differs from name to name, or simply the first one
-        yield from _lists({name: place for name, place in chosen.items() if place is not None}, parameters)
-    yield [{name: name for name in parameters}]  # one layer that stands in no list
-
-
-def _numbers(name: str) -> Iterator[tuple[str, int]]:
-    """Each number in a name that may be the layer's, and the name without it: outer modules first."""
-    parts = name.split(".")
-    for i, part in enumerate(parts):
-        for match in reversed(list(re.finditer(r"\d+", part))):
-            yield (
-                ".".join([*parts[:i], f"{part[: match.start()]}#{part[match.end() :]}", *parts[i + 1 :]]),
-                int(match[0]),
-            )
-
-
-def _lists(places: Mapping[str, tuple[str, int]], parameters: Mapping[str, Tensor]) -> Iterator[list[dict[str, str]]]:
-    """Lists of layers whose parameters have the same names and shapes, the largest list first."""
-    templates: dict[str, dict[int, str]] = {}
-    for name, (template, number) in places.items():
-        templates.setdefault(template, {})[number] = name
-    lists: dict[tuple[int, ...], list[str]] = {}
-    for template, names in templates.items():
-        if len({parameters[name].shape for name in names.values()}) == 1:
-            lists.setdefault(tuple(sorted(names)), []).append(template)
-
-    def size(numbers: tuple[int, ...]) -> int:
-        return sum(parameters[name].numel() for t in lists[numbers] for name in templates[t].values())
-
-    for numbers in sorted(lists, key=size, reverse=True):
-        yield [{template: templates[template][number] for template in lists[numbers]} for number in numbers]
-
-
-def layer_tensors(layer: Layer, own: Mapping[str, Tensor], C: int) -> dict[str, Tensor | None]:
-    """One layer's tensors under this project's names; None for a bias that the layer does not have."""
-    assert layer.attention is not None and layer.up is not None and layer.down is not None
-    tensors: dict[str, Tensor | None] = {}
-    for place, norm in zip(("ln_1", "ln_2"), layer.norms, strict=True):
-        tensors |= norm_tensors(place, norm, own, C)
-    parts = [linear.matrix(own, C) for linear in layer.projections]
-    biases = [linear.vector(own, len(matrix)) for linear, matrix in zip(layer.projections, parts, strict=True)]
-    rows = layer.attention.rows
-    tensors["attn.c_attn.weight"] = _rows(torch.cat(parts), rows)
-    tensors["attn.c_attn.bias"] = None
-    if any(bias is not None for bias in biases):
-        joined = [part.new_zeros(len(part)) if bias is None else bias for bias, part in zip(biases, parts, strict=True)]
-        tensors["attn.c_attn.bias"] = _rows(torch.cat(joined), rows)
-    tensors["attn.c_proj.weight"], tensors["attn.c_proj.bias"] = torch.eye(C, dtype=parts[0].dtype), None
-    H = layer.up.matrix(own, C).shape[0]
-    linears = {"attn.c_proj": (layer.output, C, C), "mlp.c_fc": (layer.up, C, H), "mlp.c_proj": (layer.down, H, C)}
-    for place, (linear, n_in, n_out) in linears.items():
-        if linear is not None:
-            tensors[f"{place}.weight"] = linear.matrix(own, n_in).contiguous()
-            tensors[f"{place}.bias"] = linear.vector(own, n_out)
-    return tensors
-
-
-def _rows(joined: Tensor, rows: Tensor) -> Tensor:
-    """The rows in that order; the tensor itself if they stand so already."""
-    return joined if torch.equal(rows, torch.arange(len(rows))) else joined[rows]
-
-
-def norm_tensors(place: str, norm: Norm, parameters: Mapping[str, Tensor], width: int) -> dict[str, Tensor | None]:
-    weight = None if norm.weight is None else parameters[norm.weight].reshape(width)
-    bias = None if norm.bias is None else parameters[norm.bias].reshape(width)
-    return {f"{place}.weight": torch.ones(width) if weight is None else weight, f"{place}.bias": bias}
-
-
-def filled(state: Mapping[str, Tensor | None], has_bias: bool) -> dict[str, Tensor]:
-    """The tensors, with zeros for a bias that some layers of the model have and others do not."""
-    filled = {}
-    for name, tensor in state.items():
-        if tensor is not None:
-            filled[name] = tensor
-        elif has_bias:
-            weight = state[name.removesuffix("bias") + "weight"]
-            assert weight is not None
-            filled[name] = weight.new_zeros(weight.shape[0])
-    return filled
