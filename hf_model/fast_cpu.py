@@ -27,10 +27,11 @@ def fast_on_cpu(model: CustomGPTForCausalLM) -> CustomGPTForCausalLM:
 
     Both share the weights. Half-precision weights are packed as they are now: after a change, call this again. Hooks,
     patched modules, adapters and quantised layers are the plain model's business. The model itself comes back if it is
-    in training or quantised, or if its weights are not all on the CPU in float32, float16 or bfloat16.
+    in training, quantised or post-norm, or if its weights are not all on the CPU in float32, float16 or bfloat16.
     """
     kinds = {(weight.device.type, weight.dtype) for weight in model.parameters()}
-    is_usual = type(model) in (CustomGPTForCausalLM, FastCustomGPT) and not getattr(model.config, "quantization_config", None)
+    is_usual = type(model) in (CustomGPTForCausalLM, FastCustomGPT) and model.config.norm_first  # a step is pre-norm
+    is_usual = is_usual and not getattr(model.config, "quantization_config", None)
     if not is_usual or model.training or kinds not in [{("cpu", dtype)} for dtype in (torch.float32, *HALF)]:
         return model
     fast = same_weights(FastCustomGPT, model)
@@ -67,7 +68,7 @@ def product(layer: nn.Linear, packed: Any) -> Any:
 
     def multiply(x: Tensor) -> Tensor:
         rows, T = x.shape[:2].numel(), x.shape[1]
-        if packed is not None and not (has_bf16 and rows >= 8):
+        if packed is not None and weight.dtype in HALF and not (has_bf16 and rows >= 8):
             y = torch.ops.quantized.linear_dynamic_fp16(x, packed)
         elif rows == 1 and parts is not None and x.dtype == weight.dtype:
             y = torch.bmm(x.expand(n, 1, -1), parts).view(1, 1, -1)
@@ -83,14 +84,14 @@ def product(layer: nn.Linear, packed: Any) -> Any:
 def step_of(model: "FastCustomGPT") -> Any:
     """A forward pass of few calls: adds (B, T) tokens to a cache, gives logits (B, keep, V), in float32 at least."""
     decoder, n_head, dtype = model.transformer, model.config.n_head, torch.promote_types(model.dtype, torch.float32)
-    packed = model.packed if model.dtype in HALF else {}
 
     def fast(layer: nn.Module) -> Any:
         if isinstance(layer, nn.LayerNorm):
             weight, bias = (None if p is None else p.to(dtype) for p in (layer.weight, layer.bias))
             return lambda x: torch.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
-        return product(layer, packed.get(layer)) if isinstance(layer, nn.Linear) else layer
+        return product(layer, model.packed.get(layer)) if isinstance(layer, nn.Linear) else layer
 
+    scale = model.config.attention_scale
     layers = [(h.ln_1, h.attn.c_attn, h.attn.c_proj, h.ln_2, h.mlp.c_fc, h.mlp.act, h.mlp.c_proj) for h in decoder.h]
     blocks, ln_f, head = [list(map(fast, block)) for block in layers], fast(decoder.ln_f), fast(model.lm_head)
 
@@ -103,7 +104,8 @@ def step_of(model: "FastCustomGPT") -> Any:
         x = F.embedding(ids, decoder.wte.weight).to(dtype) + F.embedding(positions, decoder.wpe.weight).to(dtype)
         for layer, (ln_1, c_attn, c_proj, ln_2, c_fc, act, mlp_proj) in zip(cache.layers, blocks, strict=True):
             qkv = c_attn(ln_1(x)).view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)
-            y = F.scaled_dot_product_attention(qkv[0], *layer.add(qkv[1:]), attn_mask=seen, is_causal=is_causal)
+            kv = layer.add(qkv[1:])
+            y = F.scaled_dot_product_attention(qkv[0], *kv, attn_mask=seen, is_causal=is_causal, scale=scale)
             x = x + c_proj(y.transpose(1, 2).reshape(B, T, -1))
             x = x + mlp_proj(act(c_fc(ln_2(x))))
         return head(ln_f(x[:, -keep:]))
