@@ -25,9 +25,10 @@ ASKED = ("input_ids", "attention_mask", "past_key_values", "position_ids", "use_
 def fast_on_cpu(model: CustomGPTForCausalLM) -> CustomGPTForCausalLM:
     """Give the model a form that decodes faster on a CPU, through the stock `generate`: a `FastCustomGPT`.
 
-    Both share the weights. Half-precision weights are packed as they are now: after a change, call this again. Hooks,
-    patched modules, adapters and quantised layers are the plain model's business. The model itself comes back if it is
-    in training, quantised or post-norm, or if its weights are not all on the CPU in float32, float16 or bfloat16.
+    Both share the weights. Half-precision weights are packed as they are now, which takes their memory once more: after
+    a change, call this again. Training drops the packed ones. Hooks, patched modules, adapters and quantised layers are
+    the plain model's business. The model itself comes back if it is in training, quantised or post-norm, or if its
+    weights are not all on the CPU in float32, float16 or bfloat16.
     """
     kinds = {(weight.device.type, weight.dtype) for weight in model.parameters()}
     is_usual = type(model) in (CustomGPTForCausalLM, FastCustomGPT) and model.config.norm_first  # a step is pre-norm
@@ -46,6 +47,7 @@ def same_weights(model_class: type[CustomGPTForCausalLM], model: CustomGPTForCau
     """Make a model of the class around the same tensors."""
     twin = with_weights(copy.deepcopy(model.config), model.state_dict(), model_class)
     twin.generation_config = copy.deepcopy(model.generation_config)
+    twin.loss_type = "ForCausalLM"  # the library takes it from the class's name, and warns of others
     return twin
 
 

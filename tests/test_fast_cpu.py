@@ -177,6 +177,12 @@ class TestWhatTheStepDoesNotCompute:
         assert type(step.past_key_values) is DynamicCache
         assert fast(ids, labels=ids).loss == model(ids, labels=ids).loss
 
+    def test_its_loss_is_the_plain_model_s(self) -> None:
+        model = plain_model()
+        fast = fast_on_cpu(model)
+        assert fast.loss_type == model.loss_type  # with another one the library warns
+        assert torch.equal(*(each(input_ids=prompts(), labels=prompts()).loss for each in (fast, model)))
+
     def test_gradients_flow_through_it_and_its_cache(self) -> None:
         fast = fast_on_cpu(plain_model())
         cache = generated(fast, prompts(), max_new_tokens=3).past_key_values
