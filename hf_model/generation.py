@@ -256,10 +256,12 @@ def generate(
     response_only: bool = False,
     on_text: Callable[[str], None] = lambda piece: None,
 ) -> Generation:
-    """Continue a prompt.
+    """Continue a prompt. The random generator of the process is seeded anew.
 
     Args:
-        input_ids: the prompt, of shape (1, T).
+        model, tokenizer: as `load` gives them.
+        input_ids: the prompt, token ids of shape (1, T), in int64, on any device; `encode` makes them.
+        sampling: how to sample, and how long.
         response_only: leave the prompt and special tokens out of the texts.
         on_text: called with each piece of the text of a single sequence. After an interrupt of several sequences, it is
             called once, with a line for each.

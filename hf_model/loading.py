@@ -339,7 +339,10 @@ def load(
     report: Callable[[str, str], None] = lambda item, text: None,
     **options: Unpack[SourceOptions],
 ) -> tuple[CustomGPTForCausalLM, PreTrainedTokenizerFast]:
-    """Load a trainer's checkpoint or a converted folder. Nothing is written. On a CPU the model is a `FastCustomGPT`.
+    """Load a trainer's checkpoint or a converted folder. Nothing is written.
+
+    On a CPU the model takes the form that `fast_cpu.fast_on_cpu` gives, if it has one. Its `plain()` is the plain model:
+    use that for a `pipeline`, which logs an error about a class that the library does not know, and works all the same.
 
     Args:
         checkpoint_path: a `torch.save` file, which is converted in memory; a converted folder; or your own model, a
@@ -352,6 +355,9 @@ def load(
             text of a character-level model), `raw` or `instructions` (the kind of prompts), and `bos_token`,
             `eos_token`, `pad_token` (names of tokens), `ignore_model_args`, as in `Source`;
             `model` (`"FILE.py:NAME"`, your own code that makes the model of a checkpoint).
+
+    Returns:
+        The model, in evaluation mode, and its tokenizer.
 
     Raises:
         UserError: a file is missing, damaged or not of this model family, or the files do not belong together.

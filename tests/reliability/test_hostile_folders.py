@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -464,6 +465,14 @@ class TestTrial:
         cache.write_text("0" * 2**21)
         read_tokenizer(TOKENIZER)
         assert cache.stat().st_size < 100
+
+    @pytest.mark.parametrize("name, value", [("executable", None), ("executable", ""), ("frozen", True)])
+    def test_starts_nothing_where_there_is_no_python(
+        self, name: str, value: object, no_trial_before: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sys, name, value, raising=False)
+        with pytest.raises(UserError, match="no Python to start"):
+            read_tokenizer(TOKENIZER)
 
     def test_leaves_standard_error_alone(self, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
         path = save_spoilt(tmp_path / "tokenizer.json", HOSTILE["a pattern that backtracks"])
