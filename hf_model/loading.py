@@ -341,8 +341,8 @@ def load(
 ) -> tuple[CustomGPTForCausalLM, PreTrainedTokenizerFast]:
     """Load a trainer's checkpoint or a converted folder. Nothing is written.
 
-    On a CPU the model takes the form that `fast_cpu.fast_on_cpu` gives, if it has one. Its `plain()` is the plain model:
-    use that for a `pipeline`, which logs an error about a class that the library does not know, and works all the same.
+    On a CPU the model takes the form that `fast_cpu.fast_on_cpu` gives, if it has one. Give its `plain()` to a
+    `pipeline`, which works with the fast form but logs an error about a class that the library does not know.
 
     Args:
         checkpoint_path: a `torch.save` file, which is converted in memory; a converted folder; or your own model, a
