@@ -27,7 +27,8 @@ def logits_of(model: FastCustomGPT, texts: list[torch.Tensor]) -> torch.Tensor:
 
     def logits(ids: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(ids.shape[1])[None]
-        return model(input_ids=ids, position_ids=positions, past_key_values=FastCache(model)).logits[0, :-1]
+        inputs = {"input_ids": ids, "position_ids": positions, "past_key_values": FastCache(model)}
+        return model(**inputs, return_dict=True).logits[0, :-1]
 
     return torch.cat([logits(ids) for ids in texts])
 

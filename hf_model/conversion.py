@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import HfApi, constants
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 from typing_extensions import Unpack
@@ -71,7 +70,7 @@ def convert(
         about: what the folder's model card says beside what is known: licence, languages and so on.
         on_tokenizer: called with the model's tokenizer, if the format needs one.
         report: called with each line of the report.
-        options: `dtype`, `n_head`, `activation`, `characters_of` and `raw` as in `load`; `max_shard_size` (such as
+        options: those of `load`; `max_shard_size` (such as
             `"5GB"`); `gguf_type` (`"f32"`, `"f16"` or `"q8_0"`); `quantization` (a name that CTranslate2 knows); `like`
             (whose checkpoint the format `"checkpoint"` writes: `"original"` or `"nanogpt"`).
 
@@ -106,7 +105,8 @@ def convert(
         report(f"report        {page}")
 
     card = card_facts(loaded.checkpoint, inspection, source.path, folder, about or About())
-    choices = replace(choices, card=card, rounded=describe_rounding(loaded.dtype, loaded.model.dtype))
+    rounded = describe_rounding(loaded.dtype, loaded.model.dtype)
+    choices = replace(choices, card=replace(card, rounded=rounded))
     with whole_folder(folder, overwrite, say=report) as new:
         for line in target.write(loaded, new, choices):
             report(line)
@@ -180,6 +180,28 @@ def _file_size(path: Path) -> str:
     return f"{n_bytes} B"
 
 
+def full_repo_name(repo_id: str) -> str:
+    """The full name, `owner/name`, of a repository on the Hub that the user may write to.
+
+    Raises:
+        UserError: the Hub cannot be reached, the user is not logged in, or may not write there.
+    """
+    if constants.HF_HUB_OFFLINE:
+        raise UserError("--push_to_hub: HF_HUB_OFFLINE is set; unset it, or leave the option out")
+    try:
+        user = HfApi().whoami()
+    except Exception as error:  # of whichever HTTP library
+        advice = "check the network, and log in with `hf auth login`"
+        raise UserError(
+            f"--push_to_hub: the Hub does not tell who you are ({one_line(error, 150)}): {advice}"
+        ) from None
+    owner, _, name = repo_id.rpartition("/")
+    owners = [user["name"], *(organization["name"] for organization in user.get("orgs", []))]
+    if owner and owner not in owners:
+        raise UserError(f"--push_to_hub {repo_id}: you may write to repositories of {', '.join(owners)} only")
+    return f"{owner or owners[0]}/{name}"
+
+
 def push(folder: Path, repo_id: str) -> str:
     """Upload a converted folder to a repository of the Hub, which is made private if it is new.
 
@@ -193,6 +215,6 @@ def push(folder: Path, repo_id: str) -> str:
     try:
         url = api.create_repo(repo_id, private=True, exist_ok=True)
         api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Add the converted model")
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise UserError(f"{folder} is complete, but was not pushed to {repo_id}: {error}") from None
+    except Exception as error:  # of whichever HTTP library
+        raise UserError(f"{folder} is complete, but was not pushed to {repo_id}: {one_line(error, 300)}") from None
     return str(url)

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils.generic import can_return_tuple
 
 from hf_model.folder import with_weights
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
@@ -20,15 +19,15 @@ HAS_AVX = torch.backends.cpu.get_cpu_capability().startswith("AVX")
 HAS_ONEDNN = HAS_AVX and torch.backends.mkldnn.is_available()
 PROCESSOR: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # an older PyTorch does not tell
 IS_INTEL = "Intel" in PROCESSOR.get("cpu_name", "")
-ASKED = ("input_ids", "attention_mask", "past_key_values", "position_ids", "use_cache", "logits_to_keep")
+ASKED = ("input_ids", "attention_mask", "past_key_values", "position_ids", "use_cache", "logits_to_keep", "return_dict")
 
 
 def fast_on_cpu(model: CustomGPTForCausalLM) -> CustomGPTForCausalLM:
     """Give the model a form that decodes faster on a CPU, through the stock `generate`: a `FastCustomGPT`.
 
-    The two share their weights. Half-precision weights are also packed, as they are now: after changing them, call this
-    again. Hooks, patched modules, adapters and quantised layers are the plain model's business. Returns `model` itself
-    in training, if it is quantised or post-norm, or if a weight is not on the CPU in float32, float16 or bfloat16.
+    Both share the weights. Half-precision weights are packed as they are now: after a change, call this again. Hooks,
+    patched modules, adapters and quantised layers are the plain model's business. The model itself comes back if it is
+    in training, quantised or post-norm, or if a weight is not on the CPU in float32, float16 or bfloat16.
     """
     kinds = {(weight.device.type, weight.dtype) for weight in model.parameters()}
     is_usual = type(model) is CustomGPTForCausalLM and not getattr(model.config, "quantization_config", None)
@@ -50,8 +49,7 @@ def same_weights(model_class: type[CustomGPTForCausalLM], model: CustomGPTForCau
     return twin
 
 
-def pack(layer: nn.Linear) -> Any:
-    """Copy a weight for FBGEMM, in float16; None if float16 does not hold it."""
+def pack(layer: nn.Linear) -> Any:  # FBGEMM's copy of the weight; None if float16 does not hold it
     wide = layer.weight.detach().float()
     error = (wide - wide.half().float()).abs()
     is_held = all((error.amax(dim) <= wide.abs().amax(dim) * 2**-11).all() for dim in (0, 1))
@@ -84,7 +82,7 @@ def product(layer: nn.Linear, packed: Any) -> Any:
 
 
 def step_of(model: "FastCustomGPT") -> Any:
-    """The forward pass by the weights as they are now, without module calls, in float32 at least."""
+    """A forward pass of few calls: adds (B, T) tokens to a cache, gives logits (B, keep, V), in float32 at least."""
     decoder, n_head, dtype = model.transformer, model.config.n_head, torch.promote_types(model.dtype, torch.float32)
 
     def fast(layer: nn.Module) -> Any:
@@ -94,14 +92,10 @@ def step_of(model: "FastCustomGPT") -> Any:
         return product(layer, model.packed.get(layer)) if isinstance(layer, nn.Linear) else layer
 
     scale = model.config.attention_scale
-    blocks = [
-        [fast(x) for x in (h.ln_1, h.attn.c_attn, h.attn.c_proj, h.ln_2, h.mlp.c_fc, h.mlp.act, h.mlp.c_proj)]
-        for h in decoder.h
-    ]
-    ln_f, head = fast(decoder.ln_f), fast(model.lm_head)
+    layers = [(h.ln_1, h.attn.c_attn, h.attn.c_proj, h.ln_2, h.mlp.c_fc, h.mlp.act, h.mlp.c_proj) for h in decoder.h]
+    blocks, ln_f, head = [list(map(fast, block)) for block in layers], fast(decoder.ln_f), fast(model.lm_head)
 
     def step(ids: Tensor, mask: Tensor | None, positions: Tensor, cache: FastCache, keep: int) -> Tensor:
-        """Logits (B, keep, V) of the given tokens (B, T), whose keys and values are added to the cache."""
         (B, T), past = ids.shape, cache.get_seq_length()
         seen = None if mask is None or mask.all() else mask[:, None, None] != 0  # (B, 1, 1 or T, S), None for all
         is_causal = T > 1 and not past and seen is None  # the kernel's own mask
@@ -172,14 +166,21 @@ class FastCustomGPT(CustomGPTForCausalLM):
         if isinstance(given, FastCache) or (given is None and type(made) is DynamicCache and not made.offloading):
             model_kwargs["past_key_values"] = FastCache(self, None if given is None else given.layers)
 
+    def prepare_inputs_for_generation(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(*args, past_key_values=past_key_values, **kwargs)
+        if isinstance(past_key_values, FastCache) and not inputs.keys() & {"past_key_values", "inputs_embeds"}:
+            past_key_values.reset()  # past the context: the window fills it
+            positions = self.transformer._position_ids(inputs["input_ids"], inputs.get("attention_mask"), None)
+            inputs |= {"past_key_values": past_key_values, "position_ids": positions, "use_cache": True}
+        return inputs
+
     @functools.wraps(CustomGPTForCausalLM.forward)
-    @can_return_tuple
     def forward(self, *args: Any, **inputs: Any) -> Any:
         ids, mask, cache, positions = (inputs.get(name) for name in ASKED[:4])
         keep, more = inputs.get("logits_to_keep", 0), [*args, *(x for name, x in inputs.items() if name not in ASKED)]
         if (
             not (isinstance(cache, FastCache) and cache.model is self and isinstance(ids, Tensor) and ids.is_cpu)
-            or any(x is not None and x is not False for x in more)
+            or (inputs.get("return_dict") is not True or any(x is not None and x is not False for x in more))
             or (not isinstance(keep, int) or positions is None or positions.max() >= self.config.block_size)
             or (mask is not None and mask.shape != (len(ids), cache.get_seq_length() + ids.shape[1]))
             or (self.training or self.config.output_attentions or self.config.output_hidden_states)

@@ -20,6 +20,7 @@ from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.reading import parse_json
+from hf_model.tokenizer.trial import MAX_TOKENIZER_BYTES, check_by_trial
 from hf_model.trainers import widest
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -31,7 +32,7 @@ DTYPES = {
     "F64": torch.float64,
 }  # by safetensors' names
 
-MAX_BYTES = {"tokenizer.json": 2**27, INDEX: 2**25}
+MAX_BYTES = {"tokenizer.json": MAX_TOKENIZER_BYTES, INDEX: 2**25}
 MAX_OTHER_BYTES = 2**21
 MAX_LABELS = 10_000
 MAX_TEMPLATES = 100
@@ -213,10 +214,15 @@ def load_tokenizer(folder: Path, config: CustomGPTConfig) -> PreTrainedTokenizer
     """The folder's tokenizer, by `AutoTokenizer`, from a temporary copy of the files that it needs.
 
     Raises:
-        UserError: a file cannot be read, or a field of tokenizer_config.json has the wrong type.
+        UserError: a file cannot be read, tokenizer.json is not a tokenizer that can be used, or a field of
+            tokenizer_config.json has the wrong type.
     """
+    files = _tokenizer_files(folder)
+    if "tokenizer.json" not in files:
+        raise cannot_load(folder, "no tokenizer.json")
+    check_by_trial(files["tokenizer.json"], folder / "tokenizer.json")
     with tempfile.TemporaryDirectory() as copy:
-        for name, text in _tokenizer_files(folder).items():
+        for name, text in files.items():
             path = Path(copy, name)
             path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")
@@ -230,8 +236,7 @@ def _tokenizer_files(folder: Path) -> dict[str, str]:
     if (folder / TEMPLATES).is_dir():
         names += [f"{TEMPLATES}/{path.name}" for path in sorted((folder / TEMPLATES).glob("*.jinja"))[:MAX_TEMPLATES]]
     files = {name: text for name in names if (text := read_file(folder, name)) is not None}
-    for name in ("tokenizer.json", "added_tokens.json"):
-        read_json(folder, name)  # so that the error names the file
+    read_json(folder, "added_tokens.json")  # so that the error names the file
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (fields := read_json(folder, name)) is not None:
             files[name] = json.dumps(_known_fields(folder, name, fields))

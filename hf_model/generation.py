@@ -20,7 +20,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from hf_model.configuration_custom_gpt import CustomGPTConfig
-from hf_model.errors import UserError, memory_for
+from hf_model.errors import UserError, memory_for, one_line
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.tokenizer import check_characters, is_of_characters, takes_instructions
 
@@ -109,16 +109,18 @@ def encode(
         add_special_tokens: put `[BOS]` in front if the tokenizer has it.
 
     Raises:
-        UserError: a character-level model does not know a character; the message names the character.
+        UserError: the tokenizer does not know a character or a word, and has no token for the unknown.
     """
     # Bytes of a command line that are not UTF-8 arrive as unpaired surrogates. Tokenizers take no surrogates.
     content = content.encode("utf-8", "replace").decode("utf-8")
     if is_of_characters(tokenizer):
         check_characters(tokenizer, content)
     parses = parse_special_tokens or not takes_instructions(tokenizer)
-    return tokenizer(
-        content, return_tensors="pt", split_special_tokens=not parses, add_special_tokens=add_special_tokens
-    ).input_ids
+    how = {"split_special_tokens": not parses, "add_special_tokens": add_special_tokens}
+    try:
+        return tokenizer(content, return_tensors="pt", **how).input_ids
+    except Exception as error:  # `tokenizers` raises nothing narrower
+        raise UserError(f"the tokenizer cannot encode the text ({one_line(error, 200)})") from None
 
 
 @dataclass(frozen=True)
@@ -389,6 +391,8 @@ def _seeded(sampling: Sampling, model: CustomGPTForCausalLM) -> Iterator[None]:
     with DRAWING:
         torch.manual_seed(sampling.seed)
         if sampling.seed_like_original:
+            if model.config.n_inner is not None or not model.config.final_norm or model.config.head_bias:
+                raise UserError("--seed_like_original: the draws of this model's own trainer are not known")
             replay_initialisation(model.config)
         yield
 

@@ -17,19 +17,24 @@ from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError, memory_for, one_line
 from hf_model.fast_cpu import fast_on_cpu
 from hf_model.folder import (
-    cannot_load,
     check_weights,
     load_tokenizer,
     read_config,
     read_generation_config,
-    read_json,
     read_weights,
     weight_files,
     with_weights,
 )
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.tokenizer import FoundTokenizer, ModelInfo, check_fits, find_tokenizer, takes_instructions
-from hf_model.tokenizer.check import check_tokenizer
+from hf_model.tokenizer import (
+    FoundTokenizer,
+    ModelInfo,
+    check_fits,
+    find_tokenizer,
+    switch_off,
+    takes_instructions,
+    unused_ids,
+)
 from hf_model.tokenizer.prompt import PROMPT_FORMAT, RAW
 from hf_model.trainers import Checkpoint, read_checkpoint
 from hf_model.trainers.module import Reading, read_module
@@ -70,6 +75,10 @@ class SourceOptions(TypedDict, total=False):
     activation: str
     characters_of: str | Path | None
     raw: bool
+    instructions: bool
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
     model: str | None
 
 
@@ -117,6 +126,14 @@ class Source:
     """The training text of a character-level model, in place of `tokenizer_path`."""
     raw: bool = False
     """Prompts are raw text, even if the tokenizer has `[BOS]` and `[EOS]`."""
+    instructions: bool = False
+    """Prompts are instructions, whatever the tokenizer's special tokens are called."""
+    bos_token: str | None = None
+    """The token in front of a text; None takes the one that the tokenizer itself tells."""
+    eos_token: str | None = None
+    """The token that ends an answer."""
+    pad_token: str | None = None
+    """The token that fills up the rows of a batch."""
     module: nn.Module | None = None
     """The user's own model, of any class; `path` is then its class's name, or the file of its weights."""
 
@@ -188,7 +205,16 @@ class Source:
         return self.is_folder and self.tokenizer_path is None and self.characters_of is None
 
     def _find_tokenizer(self, info: ModelInfo) -> FoundTokenizer:
-        return find_tokenizer(self.tokenizer_path, info, characters_of=self.characters_of, raw=self.raw)
+        return find_tokenizer(
+            self.tokenizer_path,
+            info,
+            characters_of=self.characters_of,
+            raw=self.raw,
+            instructions=self.instructions,
+            bos_token=self.bos_token,
+            eos_token=self.eos_token,
+            pad_token=self.pad_token,
+        )
 
     def _info(self, checkpoint: Checkpoint) -> ModelInfo:
         architecture = checkpoint.architecture(self.n_head)
@@ -216,7 +242,7 @@ class Source:
         config.dtype, config.auto_map = dtype, AUTO_MAP
         model = with_weights(config, {name: tensor.to(dtype) for name, tensor in checkpoint.state_dict.items()})
         model.generation_config = default_generation(tokenizer, config.vocab_size)
-        choices = tuple(self._choices(checkpoint, tokenizer))
+        choices = tuple(self._choices(checkpoint, found))
         return Loaded(model, found, checkpoint.dtype, checkpoint, choices=choices)
 
     def _load_module(self, module: nn.Module, needs_tokenizer: bool) -> Loaded:
@@ -237,11 +263,11 @@ class Source:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(found.tokenizer, name))
         model.generation_config = default_generation(found.tokenizer, config.vocab_size)
-        choices = [("activation", f"{config.activation_function} (your model's)"), *prompt_choice(found.tokenizer)]
+        choices = [("activation", f"{config.activation_function} (your model's)"), *tokenizer_choices(found)]
         choices += [("note", note) for note in reading.notes]
         return Loaded(model, found, own, evidence=evidence, choices=tuple(choices))
 
-    def _choices(self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[str, str]]:
+    def _choices(self, checkpoint: Checkpoint, found: FoundTokenizer) -> Iterator[tuple[str, str]]:
         if self.n_head is None and (beside := checkpoint.heads_beside()):
             yield "heads", f"{beside[0]} ({beside[1]})"
         trainer = checkpoint.trainer
@@ -250,7 +276,7 @@ class Source:
             yield "activation", f"{trainer.activation} ({unsure})"
         elif self.activation == "auto" and trainer.why:
             yield "activation", f"{trainer.activation} ({trainer.why})"
-        yield from prompt_choice(tokenizer)
+        yield from tokenizer_choices(found)
 
     def _load_folder(self, needs_tokenizer: bool) -> Loaded:
         folder = self.path
@@ -266,6 +292,9 @@ class Source:
             if self._has_own_tokenizer:
                 found = own_tokenizer(folder, config)
                 check_fits(found.tokenizer, config.vocab_size, folder, folder)
+                # Tokens may have been added since the folder was written.
+                unused = unused_ids(found.tokenizer, config.vocab_size)
+                model.generation_config.suppress_tokens = unused or None
             else:
                 found = self._find_tokenizer(ModelInfo(folder, config.vocab_size, config.block_size))
                 model.generation_config = default_generation(found.tokenizer, config.vocab_size)
@@ -276,7 +305,7 @@ class Source:
         if self.raw:
             found.tokenizer.init_kwargs[PROMPT_FORMAT] = RAW
             found.tokenizer.chat_template = None
-        return Loaded(model, found, own, choices=prompt_choice(found.tokenizer))
+        return Loaded(model, found, own, choices=tuple(tokenizer_choices(found)))
 
 
 @memory_for("to load the model")
@@ -298,8 +327,9 @@ def load(
         device: where the model goes; by default the best device there is (`pick_device`).
         report: called for each thing that was found or chosen, with its name and a description.
         options: `dtype` (`"auto"` keeps that of the weights), `n_head`, `activation`, `characters_of` (the training
-            text of a character-level model) and `raw` (prompts are raw text), as in `Source`;
-            `model` (`"FILE.py:NAME"`, your own code that makes the model of a checkpoint).
+            text of a character-level model), `raw` or `instructions` (the kind of prompts), `bos_token`, `eos_token`,
+            `pad_token` (names of tokens), as in `Source`; and `model` (`"FILE.py:NAME"`, your own code that makes the
+            model of a checkpoint).
 
     Raises:
         UserError: a file is missing, damaged or not of this model family, or the files do not belong together.
@@ -348,17 +378,13 @@ def own_tokenizer(folder: Path, config: CustomGPTConfig | None = None) -> FoundT
     Args:
         config: the folder's, if it has been read already.
     """
-    try:
-        check_tokenizer(read_json(folder, "tokenizer.json"))
-    except ValueError as error:
-        raise cannot_load(folder, f"tokenizer.json: {error}") from None
     tokenizer = load_tokenizer(folder, config or read_config(folder))
-    return FoundTokenizer(tokenizer, str(folder), lambda text: tokenizer(text, verbose=False).input_ids)
+    notes = switch_off(tokenizer.backend_tokenizer)
+    return FoundTokenizer(tokenizer, str(folder), lambda text: tokenizer(text, verbose=False).input_ids, notes=notes)
 
 
 def default_generation(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> GenerationConfig:
-    """The defaults of the original script. Ids without a token (padding rows of the embedding) are never sampled."""
-    unused = list(range(len(tokenizer), vocab_size))
+    """The defaults of the original script. Ids without a token are never sampled."""
     return GenerationConfig(
         do_sample=True,
         temperature=0.8,
@@ -368,15 +394,16 @@ def default_generation(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> G
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=unused or None,
+        suppress_tokens=unused_ids(tokenizer, vocab_size) or None,
     )
 
 
-def prompt_choice(tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[str, str], ...]:
-    """What to report about the prompt format: nothing for instructions, which are the default."""
-    if takes_instructions(tokenizer):
-        return ()
-    return (("prompt", f"raw text; a text ends at {tokenizer.eos_token or 'max_new_tokens only'}"),)
+def tokenizer_choices(found: FoundTokenizer) -> Iterator[tuple[str, str]]:
+    """What to report about a tokenizer: its notes, and the prompt format unless it is the default, instructions."""
+    if not takes_instructions(found.tokenizer):
+        yield "prompt", f"raw text; a text ends at {found.tokenizer.eos_token or 'max_new_tokens only'}"
+    for note in found.notes:
+        yield "note", note
 
 
 def is_quantized(config: CustomGPTConfig) -> bool:

@@ -1,1 +1,1 @@
-"""The command lines. They are no part of `hf_model`, which takes seconds to import: a wrong word is answered at once."""
+"""The command lines. A mistyped option is reported at once: `hf_model`, which takes seconds to import, comes later."""

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from hf_model_cli.options import (
     add_model,
     named,
     shard_size,
+    source_options,
     words,
 )
 from hf_model_cli.run import OutputError, discard_output, is_terminal, quick_imports, run_command, show
@@ -28,22 +28,6 @@ if TYPE_CHECKING:
 LANGUAGE = "[a-z]{2,3}|code|multilingual"  # ISO 639, and two words of the Hub
 WRITING = ("output_dir", "overwrite", "push_to_hub", "no_verify", "gguf_type", "quantization", "like")
 CARD = ("model_name", "license", "language", "datasets", "base_model", "tags", "example_prompt")
-# How to try a format. {ask} asks a server for raw text, whose model has no chat template.
-TRY_IT = {
-    "transformers": """\
-  {command} --checkpoint_path {path} --prompt {prompt}
-  pip install "transformers[serving]" && transformers serve {path} --trust-remote-code{ask}""",
-    "gpt2": """\
-  pip install "transformers[serving]" && transformers serve {path}{ask}""",
-    "gguf": """\
-  llama-server --model {path}/model-{type}.gguf --ctx-size 0{ask}""",
-}
-N_TOKENS = 20  # most engines end with the context
-PORTS = {"transformers": 8000, "gpt2": 8000, "gguf": 8080}
-ASK = """
-  curl http://localhost:{port}/v1/completions -H "Content-Type: application/json" -d {body}"""
-
-
 REPO = named(HUB_NAME.pattern, "openai-community/gpt2")
 
 
@@ -176,7 +160,8 @@ def run(args: argparse.Namespace) -> None:
         from huggingface_hub.utils import disable_progress_bars
         from transformers.utils import logging
 
-        from hf_model.conversion import convert, push
+        from hf_model.conversion import convert, full_repo_name, push
+        from hf_model.formats import Options, how_to_try
         from hf_model.formats.cards import About
     logging.set_verbosity_error()
     if not is_terminal(sys.stderr):
@@ -186,22 +171,17 @@ def run(args: argparse.Namespace) -> None:
         look(args)
         return
 
+    repo = full_repo_name(args.push_to_hub) if args.push_to_hub else None  # before the work, since it may fail
     tokenizers: list[PreTrainedTokenizerFast] = []
     folder = convert(
         args.checkpoint_path,
         args.tokenizer_path,
         args.output_dir,
         format=args.format,
-        dtype=args.dtype,
         max_shard_size=args.max_shard_size,
         gguf_type=args.gguf_type or "f32",
         quantization=args.quantization,
         like=args.like or "original",
-        n_head=args.n_head,
-        activation=args.activation or "auto",
-        characters_of=args.characters_of,
-        raw=args.raw,
-        model=args.model,
         overwrite=args.overwrite,
         verify=not args.no_verify,
         training_data=args.training_data,
@@ -214,36 +194,25 @@ def run(args: argparse.Namespace) -> None:
             base_model=args.base_model,
             tags=tuple(args.tags),
             example_prompts=tuple(args.example_prompt),
-            repo=args.push_to_hub,
+            repo=repo,
         ),
         on_tokenizer=tokenizers.append,
         report=say,
+        **source_options(args),
     )
-    if args.format in TRY_IT:
-        say(f"\nTry it:\n{how_to_try(args, folder, *tokenizers)}")
-    if args.push_to_hub:
-        say(f"\npushed        {push(folder, args.push_to_hub)}")
-
-
-def how_to_try(args: argparse.Namespace, folder: Path, tokenizer: "PreTrainedTokenizerFast") -> str:
-    """Commands that try the new folder with a prompt of the model's kind, as a shell reads them."""
-    from hf_model.tokenizer import example_prompt, takes_instructions
-
-    prompt = next(iter(args.example_prompt), example_prompt(tokenizer))
-    # A relative path without a dot in front could be a name on the Hub.
-    path = str(folder) if folder.is_absolute() or folder.parts[:1] == ("..",) else f"./{folder}"
-    if takes_instructions(tokenizer):
-        ask = " --jinja" if args.format == "gguf" else ""
-    else:
-        body = json.dumps({"model": path, "prompt": prompt, "max_tokens": N_TOKENS})
-        ask = ASK.format(port=PORTS[args.format], body=shlex.quote(body))
-    return TRY_IT[args.format].format(
-        command="python generate.py" if Path(sys.argv[0]).suffix == ".py" else "custom-gpt-generate",
-        path=shlex.quote(path),
-        prompt=shlex.quote(prompt),
-        type=args.gguf_type or "f32",
-        ask=ask,
-    )
+    say("\nTry it:")
+    for line in how_to_try(
+        args.format,
+        folder,
+        tokenizers[0] if tokenizers else None,
+        Options(gguf_type=args.gguf_type or "f32"),
+        prompt=next(iter(args.example_prompt), ""),
+        tokenizer_path=args.tokenizer_path,
+        generate="python generate.py" if Path(sys.argv[0]).suffix == ".py" else "custom-gpt-generate",
+    ):
+        say(f"  {line}")
+    if repo:
+        say(f"\npushed        {push(folder, repo)}")
 
 
 def look(args: argparse.Namespace) -> None:
@@ -255,13 +224,8 @@ def look(args: argparse.Namespace) -> None:
     inspection, model, tokenizer = inspect(
         args.checkpoint_path,
         args.tokenizer_path,
-        dtype=args.dtype,
-        n_head=args.n_head,
-        activation=args.activation or "auto",
-        characters_of=args.characters_of,
-        raw=args.raw,
-        model=args.model,
         training_data=args.training_data,
+        **source_options(args),
     )
     if args.report is not None:
         write_page(inspection, model, tokenizer, args.report)

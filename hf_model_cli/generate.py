@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from hf_model_cli.files import FROM_FILE, check_file, check_model, mode_of, read_prompt, read_prompt_file
-from hf_model_cli.options import MOST_ANSWERS, SAMPLING, SEED, Parser, add_model, escaped, number
+from hf_model_cli.options import MOST_ANSWERS, SAMPLING, SEED, Parser, add_model, escaped, number, source_options
 from hf_model_cli.run import is_terminal, one_line, quick_imports, run_command, show
 
 MOST_CANDIDATES = 100
@@ -293,13 +293,8 @@ def run(args: argparse.Namespace) -> None:
         args.checkpoint_path,
         args.tokenizer_path,
         device=device,
-        dtype=args.dtype,
-        n_head=args.n_head,
-        activation=args.activation or "auto",
-        characters_of=args.characters_of,
-        raw=args.raw,
-        model=args.model,
         report=lambda item, text: choices.append((item, text)),
+        **source_options(args),
     )
     answers = Answers(args, model, tokenizer, note)
     if processes.is_main:

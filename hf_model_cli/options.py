@@ -152,6 +152,11 @@ def add_model(group: argparse._ArgumentGroup) -> None:
         "--raw", action="store_true", help="prompts are raw text, although the tokenizer has [BOS] and [EOS]"
     )
     group.add_argument(
+        "--instructions", action="store_true", help="prompts are instructions, whatever the special tokens are called"
+    )
+    for role, what in (("bos", "stands in front of a text"), ("eos", "ends an answer"), ("pad", "fills up a batch")):
+        group.add_argument(f"--{role}_token", metavar="TOKEN", help=f"the token that {what} (default: the tokenizer's)")
+    group.add_argument(
         "--n_head", metavar="N", type=number(int, 1), help="number of attention heads, if the checkpoint lacks it"
     )
     group.add_argument(
@@ -167,6 +172,12 @@ def add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="dtype of the weights (default: that of the file)"
     )
+
+
+def source_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `hf_model.load`, `convert` and `inspect` that say how to read a model."""
+    names = ("dtype", "n_head", "characters_of", "raw", "instructions", "bos_token", "eos_token", "pad_token", "model")
+    return {"activation": args.activation or "auto", **{name: getattr(args, name) for name in names}}
 
 
 # The parser

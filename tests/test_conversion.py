@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from examples.plain_gpt import GPT
 from hf_model import conversion
-from hf_model.conversion import convert, push
+from hf_model.conversion import convert, full_repo_name, push
 from hf_model.errors import UserError
 from hf_model.output_dir import MANIFEST
 from tests.tiny import BOS, CHECKPOINT, PAD, SIZES, TOKENIZER, gpt, load_plain, save_files
@@ -258,3 +258,26 @@ class TestPush:
     def test_that_fails_says_that_the_folder_is_complete(self, repo_id: str, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"{tmp_path} is complete, but was not pushed to {repo_id}: "):
             push(tmp_path, repo_id)
+
+
+class TestRepoName:
+    def test_without_a_network_it_is_one_line_before_any_work(self) -> None:
+        with pytest.raises(UserError, match=r"^--push_to_hub: HF_HUB_OFFLINE is set"):
+            full_repo_name("me/capitals")
+
+    def test_a_name_gets_its_owner_and_another_s_repository_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(conversion.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(conversion.HfApi, "whoami", lambda self: {"name": "me", "orgs": [{"name": "our-lab"}]})
+        assert full_repo_name("capitals") == "me/capitals"
+        assert full_repo_name("our-lab/capitals") == "our-lab/capitals"
+        with pytest.raises(UserError, match=r"somebody/capitals: you may write to repositories of me, our-lab only"):
+            full_repo_name("somebody/capitals")
+
+    def test_not_being_logged_in_is_one_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def whoami(self: object) -> None:
+            raise OSError("Token is required, but no token found.\nSecond line")
+
+        monkeypatch.setattr(conversion.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(conversion.HfApi, "whoami", whoami)
+        with pytest.raises(UserError, match=r"^--push_to_hub: .*no token found.*`hf auth login`$"):
+            full_repo_name("capitals")

@@ -160,7 +160,8 @@ class TestWhatTheStepDoesNotCompute:
         fast = fast_on_cpu(plain_model())
         cache = generated(fast, prompts(), max_new_tokens=3).past_key_values
         position = torch.tensor([[cache.get_seq_length()]])
-        fast(input_ids=prompts()[:, :1], position_ids=position, past_key_values=cache).logits.sum().backward()
+        inputs = {"input_ids": prompts()[:, :1], "position_ids": position, "return_dict": True}
+        fast(**inputs, past_key_values=cache).logits.sum().backward()
         assert all(weight.grad is not None for weight in fast.transformer.h.parameters())
 
     @pytest.mark.parametrize("name", ["attentions", "hidden_states"])
@@ -221,7 +222,7 @@ class TestItsCache:
             for weight in other.transformer.wte.parameters():
                 weight += 1
             cache = generated(one, prompts(), max_new_tokens=1).past_key_values
-            inputs = {"input_ids": prompts()[:, :1], "position_ids": torch.tensor([[9]])}
+            inputs = {"input_ids": prompts()[:, :1], "position_ids": torch.tensor([[9]]), "return_dict": True}
             expected = other(**inputs, past_key_values=copy.deepcopy(cache)).logits
             assert torch.equal(fast_on_cpu(other)(**inputs, past_key_values=cache).logits, expected)
 

@@ -32,7 +32,7 @@ class TestCommands:
         if not command.exists():
             pytest.skip("this project is not installed into this environment")
         files = ("--checkpoint_path", str(CHECKPOINT), "--tokenizer_path", str(TOKENIZER))
-        assert "\n  custom-gpt-generate --checkpoint_path hf " in run(
+        assert "\n  custom-gpt-generate --checkpoint_path ./hf " in run(
             str(command), *files, "--output_dir", "hf", cwd=tmp_path
         )
 

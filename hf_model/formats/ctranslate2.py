@@ -88,7 +88,7 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
     write_card(
         folder,
         loaded,
-        options,
+        options.card,
         what=f"to CTranslate2 ({kind or 'not quantized'})",
         library="ctranslate2",
         use=USE_EXAMPLE,

@@ -128,7 +128,7 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
     write_card(
         folder,
         loaded,
-        options,
+        options.card,
         what=f"to GGUF ({options.gguf_type})",
         library="gguf",
         use=USE,

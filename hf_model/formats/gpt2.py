@@ -65,7 +65,7 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
     write_tokenizer(loaded.tokenizer, folder)
     notes = [PAST_CONTEXT.format(block_size=loaded.model.config.block_size)]
     what = "to stock GPT-2, which needs no custom code,"
-    write_card(folder, loaded, options, what=what, library="transformers", use=USE, notes=notes)
+    write_card(folder, loaded, options.card, what=what, library="transformers", use=USE, notes=notes)
     return []
 
 
@@ -142,4 +142,4 @@ def verify(folder: Path, source: Source, options: Options) -> str:
     ids, logits = reference_logits(model)
     found = compare("the logits", logits, logits_of(stock.float(), ids, len(logits)))
     found.check(found.rounding)
-    return f"{compared_with(source)}{equal_tensors(len(expected), options.rounded)}, {found}, {texts}"
+    return f"{compared_with(source)}{equal_tensors(len(expected), options.card.rounded)}, {found}, {texts}"

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_model.configuration_custom_gpt import CustomGPTConfig
@@ -35,8 +36,6 @@ class Options:
     """
 
     card: CardFacts = field(default_factory=CardFacts)
-    rounded: str = ""
-    """How the weights were rounded, as `describe_rounding` tells; "" if they were not."""
     max_shard_size: str = "5GB"
     gguf_type: str = "f32"
     quantization: str | None = None
@@ -136,8 +135,10 @@ def save_model(model: PreTrainedModel, folder: Path, max_shard_size: str) -> Non
     Raises:
         OSError: the disk is full.
     """
-    with engine_errors("transformers cannot save the model", folder):
+    try:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
+    except SafetensorError as error:  # raised for the errors of the disk
+        raise OSError(str(error)) from None
     for weights in folder.glob("*.safetensors"):  # safetensors lets only the owner read them
         shutil.copymode(folder / "config.json", weights)
 

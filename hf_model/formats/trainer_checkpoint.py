@@ -58,7 +58,7 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
     write_card(
         folder,
         loaded,
-        options,
+        options.card,
         what="to a checkpoint for its trainer",
         library="pytorch",
         use=USE[options.like],
@@ -160,5 +160,5 @@ def verify(folder: Path, source: Source, options: Options) -> str:
         got = written.state_dict[name]
         if got.dtype != tensor.dtype or not same_bits(tensor.contiguous(), got):
             raise UserError(f"{FILE}: {name} differs from {source.path}: the disk or the memory is faulty")
-    equal = equal_tensors(len(expected), options.rounded)
+    equal = equal_tensors(len(expected), options.card.rounded)
     return f"{compared_with(source)}{equal}, {len(sizes)} sizes and settings the same"

@@ -259,10 +259,11 @@ def _record_rows(path: Path, tokenizer: PreTrainedTokenizerFast, block_size: int
     n_all = len(records)
     random.Random(SEED).shuffle(records)
     rows = []
+    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
     for record in records[: MOST_TOKENS // 8]:
         instruction, answer, input_text = record["instruction"], record["output"], record.get("input") or ""
         prompt = format_prompt(instruction, input_text)
-        text = format_example(instruction, answer, input_text)
+        text = format_example(instruction, answer, input_text, bos=bos, eos=eos)
         ids = encode(tokenizer, text, True, add_special_tokens=False)[0, :block_size].tolist()
         start = encode(tokenizer, prompt).shape[1]
         if 0 < start < len(ids):

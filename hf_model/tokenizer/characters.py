@@ -11,10 +11,10 @@ from hf_model.errors import UserError
 from hf_model.reading import read_bytes
 from hf_model.trainers.pickle_reader import find, kind_of, read_pickle
 
-# Named as the unknown token and left out of the vocabulary, so that an unknown character is an error wherever the
-# tokenizer is used. Without one, the library would leave such characters out without a word.
+# The name of the unknown token, which is not in the vocabulary. So the library raises an error on an unknown character;
+# without an unknown token, the library would drop such characters without a word.
 UNKNOWN = "(any character that the model was not trained on)"
-CHARACTERS = "characters"  # what tokenizer_config.json of such a vocabulary says under "vocabulary"
+CHARACTERS = "characters"  # the value of "vocabulary" in the tokenizer_config.json of such a vocabulary
 CHUNK = 2**20
 MAX_META_BYTES = 16 * 2**20  # a hundred thousand characters take three
 MOST_CHARACTERS = 2**30  # of a training text
@@ -76,7 +76,7 @@ def _check_ids(path: Path, stoi: Mapping[str, int]) -> None:
 
 
 def _inverse(itos: Any) -> dict[Any, Any] | None:
-    """Character to id of an `itos`, a dict or a list; None if it is none."""
+    """Character to id, from an `itos` that is a dict or a list; None if it is neither, or holds other values."""
     itos = dict(enumerate(itos)) if isinstance(itos, list | tuple) else itos
     if not isinstance(itos, dict) or not all(isinstance(character, str) for character in itos.values()):
         return None
@@ -88,10 +88,10 @@ def _is_inverse(itos: Any, stoi: Mapping[str, int]) -> bool:
 
 
 def characters_in(path: Path) -> dict[str, int]:
-    """Character to id of a training text: its sorted characters, as the trainers of character models number them.
+    """Character to id of a training text. The trainers of character models number the sorted characters.
 
     Raises:
-        UserError: the file cannot be read, is no UTF-8, is empty, or does not end.
+        UserError: the file cannot be read, is not UTF-8, is empty, or is too long.
     """
     found: set[str] = set()
     length = 0
@@ -112,21 +112,22 @@ def characters_in(path: Path) -> dict[str, int]:
 
 
 def character_backend(stoi: Mapping[str, int]) -> Tokenizer:
-    """A tokenizer that gives each character its id, and an error for any other: BPE of this vocabulary, no merges."""
+    """A tokenizer that gives each character its id, and an error for any other: BPE without merges."""
     backend = Tokenizer(models.BPE(vocab=dict(stoi), merges=[], unk_token=UNKNOWN))
     backend.decoder = decoders.Fuse()
     return backend
 
 
 def is_of_characters(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether `character_backend` made this tokenizer, here or in a folder that was converted."""
     return tokenizer.init_kwargs.get("vocabulary") == CHARACTERS
 
 
 def check_characters(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    """Check that a tokenizer of characters knows all of a text's.
+    """Check that a tokenizer of characters knows each character of a text.
 
     Raises:
-        UserError: it does not; the message names the first ones and where they stand.
+        UserError: it does not; the message names the first unknown characters and their positions.
     """
     known = tokenizer.get_vocab()
     unknown: dict[str, int] = {}  # to its first position

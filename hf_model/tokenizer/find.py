@@ -1,17 +1,16 @@
 """What `--tokenizer_path` names, or where a trainer put its vocabulary if nothing is named: a table of the kinds."""
 
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from hf_model.errors import UserError, one_line
-from hf_model.reading import parse_json, read_text
 from hf_model.tokenizer.characters import (
     CHARACTERS,
     UNKNOWN,
@@ -20,15 +19,26 @@ from hf_model.tokenizer.characters import (
     is_of_characters,
     read_meta,
 )
-from hf_model.tokenizer.check import check_tokenizer
+from hf_model.tokenizer.files import (
+    check_regular,
+    load_auto,
+    read_start,
+    read_tokenizer,
+    read_word_pieces,
+    tokenizer_of,
+)
 from hf_model.tokenizer.gpt2_files import END_OF_TEXT, find_pair, other_half, read_pair, tiktoken_pair
 from hf_model.tokenizer.prompt import BOS, EOS, PAD, UNK, takes_instructions
+from hf_model.tokenizer.ranks import MINBPE, minbpe_json, tiktoken_json
+from hf_model.tokenizer.sentence_pieces import sentence_pieces_json
 from hf_model.tokenizer.wrap import (
-    added_ids,
+    begin_ids,
     check_fits,
-    check_regular,
-    no_panic_on_stderr,
-    read_tokenizer,
+    check_ids,
+    find_roles,
+    role_notes,
+    switch_off,
+    unknown_notes,
     wrap,
 )
 
@@ -38,72 +48,106 @@ GPT2_SIZES = (50257, 50304)  # the encoding's own, and padded, as nanoGPT has it
 GPT2_REPOSITORIES = ("openai-community/gpt2", GPT2)
 ORIGINAL = Path("data/tokenizer/custom_gpt_tokenizer.json")
 HUB_SECONDS = 5
+TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n")
+PICKLED_ENCODING = (
+    "is a pickled encoding of tiktoken, and a pickle can run code: it was not opened. If you trust it, run "
+    "`pip install tiktoken blobfile` and, in its folder, "
+    '`python -c "import pickle; from transformers.integrations.tiktoken import convert_tiktoken_to_fast; '
+    "convert_tiktoken_to_fast(pickle.load(open('tokenizer.pkl', 'rb')), 'tokenizer')\"`; "
+    "then give tokenizer/tokenizer.json"
+)
 SPECIAL_TOKENS = (END_OF_TEXT, BOS, EOS, PAD, UNK)
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What of a model tells where its vocabulary is, and what goes with it."""
+    """The facts of a model that tell where its tokenizer is, and which tokenizer fits."""
 
     path: Path
     vocab_size: int
     block_size: int
     dataset: str | None = None
-    """nanoGPT's name of its data folder, where the checkpoint tells."""
+    """nanoGPT's name of its data folder; None if the checkpoint does not tell."""
 
 
 @dataclass(frozen=True)
 class FoundTokenizer:
-    """A tokenizer, where it was taken from, and what its source itself encodes."""
+    """A tokenizer, where it was taken from, and how its source encodes."""
 
     tokenizer: PreTrainedTokenizerFast
     taken: str
     """The file, files or name."""
     encode: Callable[[str], list[int]]
-    """What `tokenizer(text)` must give, by the source: a written folder is compared with it."""
+    """The ids that `tokenizer(text)` must give. The source computes them; a written folder is compared with them."""
     why: str = ""
-    """How it was found, where it was not named."""
+    """How the tokenizer was found; empty if the user named it."""
+    notes: tuple[str, ...] = ()
+    """Sentences for the user: what was changed or guessed."""
 
     @property
     def unit(self) -> str:
         return "characters" if is_of_characters(self.tokenizer) else "tokens"
 
 
+@dataclass(frozen=True)
+class Choices:
+    """The user's choices: the kind of prompts, and the special token of each role."""
+
+    raw: bool = False
+    instructions: bool = False
+    roles: Mapping[str, str | None] = field(default_factory=dict)
+
+
 def find_tokenizer(
-    tokenizer_path: str | Path | None, model: ModelInfo, *, characters_of: str | Path | None = None, raw: bool = False
+    tokenizer_path: str | Path | None,
+    model: ModelInfo,
+    *,
+    characters_of: str | Path | None = None,
+    raw: bool = False,
+    instructions: bool = False,
+    bos_token: str | None = None,
+    eos_token: str | None = None,
+    pad_token: str | None = None,
 ) -> FoundTokenizer:
-    """The vocabulary that a path or a name stands for.
+    """Find the tokenizer that a path or a name stands for.
 
     Args:
-        tokenizer_path: a `tokenizers` JSON, nanoGPT's meta.pkl, either of GPT-2's two files, a folder of any of them,
-            `"gpt2"`, a folder or Hub name that AutoTokenizer knows; or `"auto"`, to look where the trainer put it.
+        tokenizer_path: a `tokenizers` JSON, nanoGPT's meta.pkl, either of GPT-2's two files, WordPiece's vocab.txt,
+            SentencePiece's or minbpe's .model, tiktoken's ranks, a folder of any of them, `"gpt2"`, a folder or Hub
+            name that AutoTokenizer knows; or `"auto"`, to look where the trainer put it.
         characters_of: the training text of a model of characters, in place of a path.
         raw: the model's prompts are raw text, whatever special tokens there are.
+        instructions: the model's prompts are instructions, whatever the special tokens are called. By default they are
+            if the vocabulary has `[BOS]` and `[EOS]`.
+        bos_token, eos_token, pad_token: the token that is put in front of each text, the one that ends an answer, and
+            the one that fills up the rows of a batch; None takes those that the tokenizer itself tells.
 
     Raises:
-        UserError: there is no such thing, it is not what it should be, or it does not go with the model.
+        UserError: there is no such file or name, it is not a tokenizer that can be used, it lacks a chosen token, or it
+            does not fit the model.
     """
+    choices = Choices(raw, instructions, {"bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token})
     if characters_of is not None:
-        vocabulary = _of_training_text(Path(characters_of), model)
+        found = _of_training_text(Path(characters_of), model, choices)
     elif tokenizer_path is None or str(tokenizer_path) == AUTO:
-        vocabulary = _found(model, raw)
+        found = _found(model, choices)
     else:
-        vocabulary = _named(tokenizer_path, model, raw)
-    check_fits(vocabulary.tokenizer, model.vocab_size, vocabulary.taken, model.path)
-    return vocabulary
+        found = _named(tokenizer_path, model, choices)
+    check_fits(found.tokenizer, model.vocab_size, found.taken, model.path)
+    return found
 
 
-def _found(model: ModelInfo, raw: bool) -> FoundTokenizer:
-    """The vocabulary where the trainers of this family put it, or the one that they take for granted."""
+def _found(model: ModelInfo, choices: Choices) -> FoundTokenizer:
+    """The tokenizer in one of the places where trainers put it, or the one that they take for granted."""
     looked = []
     for path, why in _places(model):
         if path.is_file():
-            return replace(_named(path, model, raw), why=why)
+            return replace(_named(path, model, choices), why=why)
         looked.append(str(path))
     if model.vocab_size in GPT2_SIZES:
-        return replace(_named(GPT2, model, raw), why=f"a vocabulary of {model.vocab_size} is GPT-2's")
+        return replace(_named(GPT2, model, choices), why=f"a vocabulary of {model.vocab_size} is GPT-2's")
     if ORIGINAL.is_file():
-        return _named(ORIGINAL, model, raw)
+        return _named(ORIGINAL, model, choices)
     data = f", nor {looked[-1]}" if model.dataset else ""
     raise UserError(
         f"{model.path}: there is no tokenizer beside it{data}, nor {ORIGINAL}: "
@@ -113,77 +157,87 @@ def _found(model: ModelInfo, raw: bool) -> FoundTokenizer:
 
 
 def _places(model: ModelInfo) -> Iterator[tuple[Path, str]]:
-    """Where to look, and what is said of a vocabulary that is found there."""
+    """The places to look in, each with the reason to report."""
     beside = model.path.parent
-    for name in (ORIGINAL.name, "tokenizer.json", "meta.pkl"):
+    for name in (ORIGINAL.name, "tokenizer.json", "meta.pkl", "tokenizer.model"):
         yield beside / name, "found beside the checkpoint"
     if pair := find_pair(beside):
         yield pair[0], "found beside the checkpoint"
-    # The name comes out of the file: it may lead into data/ only.
+    # The checkpoint tells the name, and nobody vouches for it: it may lead into data/ only.
     if model.dataset and not Path(model.dataset).is_absolute() and ".." not in Path(model.dataset).parts:
         for root in (beside.parent, beside.parent.parent, Path()):
             yield root / "data" / model.dataset / "meta.pkl", "the checkpoint names this data"
 
 
-def _named(source: str | Path, model: ModelInfo, raw: bool) -> FoundTokenizer:
-    """The vocabulary of a file, a folder or a name."""
+def _named(source: str | Path, model: ModelInfo, choices: Choices) -> FoundTokenizer:
+    """The tokenizer of a file, a folder or a name."""
     path = Path(source)
     if path.is_dir():
-        return _of_folder(path, model, raw)
+        return _of_folder(path, model, choices)
     if not path.exists():
-        return _of_name(str(source), model, raw)
+        return _of_name(str(source), model, choices)
     check_regular(path)
     if pair := find_pair(path):
-        return _of_pair(pair, f"{pair[0]} and {pair[1].name}", model, raw)
+        return _of_pair(pair, f"{pair[0]} and {pair[1].name}", model, choices)
     if other := other_half(path):
         raise UserError(f"{path}: is half of a vocabulary: its other file, {other}, is not beside it")
-    if _is_pickle(path):
-        return _of_characters(read_meta(path), str(path), model)
+    start = read_start(path)
+    if path.suffix in (".pkl", ".pickle") or start.startswith(b"\x80"):
+        if b"tiktoken" in start:
+            raise UserError(f"{path}: {PICKLED_ENCODING}")
+        return _of_characters(read_meta(path), str(path), model, choices)
+    backend, known, notes = _read(path, start)
+    return _of_backend(backend, str(path), model, choices, known, notes)
+
+
+def _read(path: Path, start: bytes) -> tuple[Tokenizer, Mapping[str, str | None], tuple[str, ...]]:
+    """What a file holds that begins with `start`: the tokenizer, the special tokens by role, and notes."""
+    if path.name.endswith("vocab.txt"):
+        backend, note = read_word_pieces(path)
+        return backend, {}, (note,)
     if path.suffix == ".txt":
         raise UserError(f"{path}: is no tokenizer; the training text of a model of characters goes to --characters_of")
-    return _of_backend(read_tokenizer(path), str(path), model, raw)
+    if start.startswith(MINBPE.encode()):
+        return tokenizer_of(minbpe_json(path), path), {}, ()
+    if TIKTOKEN_LINE.match(start):
+        content, note = tiktoken_json(path)
+        return tokenizer_of(content, path), {}, (note,)
+    if path.suffix == ".model":
+        content, end, notes = sentence_pieces_json(path)
+        return tokenizer_of(content, path), {"eos_token": end}, notes
+    return read_tokenizer(path), {}, ()
 
 
-def _is_pickle(path: Path) -> bool:
-    if path.suffix in (".pkl", ".pickle"):
-        return True
-    try:
-        with path.open("rb") as file:
-            return file.read(1) == b"\x80"
-    except OSError:
-        return False
-
-
-def _of_folder(folder: Path, model: ModelInfo, raw: bool) -> FoundTokenizer:
+def _of_folder(folder: Path, model: ModelInfo, choices: Choices) -> FoundTokenizer:
     if (folder / "tokenizer_config.json").is_file():
-        return _of_auto_tokenizer(str(folder), str(folder), model, raw)
-    for name in ("tokenizer.json", ORIGINAL.name, "meta.pkl"):
+        return _of_auto_tokenizer(str(folder), str(folder), model, choices)
+    for name in ("tokenizer.json", ORIGINAL.name, "meta.pkl", "tokenizer.model"):
         if (folder / name).is_file():
-            return _named(folder / name, model, raw)
+            return _named(folder / name, model, choices)
     if pair := find_pair(folder):
-        return _named(pair[0], model, raw)
+        return _named(pair[0], model, choices)
     try:
-        return _of_auto_tokenizer(str(folder), str(folder), model, raw)
+        return _of_auto_tokenizer(str(folder), str(folder), model, choices)
     except UserError:
         raise UserError(
             f"{folder}: cannot be read as a tokenizer: AutoTokenizer does not know it, and it holds no tokenizer.json, "
-            "no meta.pkl, and no vocab.json with merges.txt"
+            "no meta.pkl, no tokenizer.model, and no vocab.json with merges.txt"
         ) from None
 
 
-def _of_name(name: str, model: ModelInfo, raw: bool) -> FoundTokenizer:
-    """A vocabulary that transformers or tiktoken has in its cache, or that the Hub has."""
+def _of_name(name: str, model: ModelInfo, choices: Choices) -> FoundTokenizer:
+    """A tokenizer in transformers' or tiktoken's cache, or on the Hub."""
     repositories = GPT2_REPOSITORIES if name in GPT2_REPOSITORIES else (name,)
     for repository in repositories:
         try:
-            return _of_auto_tokenizer(repository, f"{name}, from transformers' cache", model, raw, is_local=True)
+            return _of_auto_tokenizer(repository, f"{name}, from transformers' cache", model, choices, is_local=True)
         except UserError:
             continue
     if name in GPT2_REPOSITORIES and (pair := tiktoken_pair()):
-        return _of_pair(pair, f"{name}, from tiktoken's cache", model, raw)
+        return _of_pair(pair, f"{name}, from tiktoken's cache", model, choices)
     try:
         _check_hub()
-        return _of_auto_tokenizer(repositories[0], f"{name}, from the Hub", model, raw)
+        return _of_auto_tokenizer(repositories[0], f"{name}, from the Hub", model, choices)
     except UserError as error:
         if name not in GPT2_REPOSITORIES:
             raise UserError(
@@ -197,7 +251,7 @@ def _of_name(name: str, model: ModelInfo, raw: bool) -> FoundTokenizer:
 
 
 def _check_hub() -> None:
-    """Find out in seconds whether the Hub answers: the library would try again for a minute."""
+    """Find out in seconds whether the Hub answers: the library itself would retry for a minute."""
     if constants.HF_HUB_OFFLINE:
         raise UserError("the Hub is switched off by HF_HUB_OFFLINE")
     try:
@@ -206,60 +260,62 @@ def _check_hub() -> None:
         raise UserError(f"the Hub cannot be reached: {error}") from None
 
 
-def _of_auto_tokenizer(name: str, taken: str, model: ModelInfo, raw: bool, is_local: bool = False) -> FoundTokenizer:
-    if (path := Path(name, "tokenizer.json")).is_file():
-        try:
-            check_tokenizer(parse_json(read_text(path, 2**27)))
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from None
-    try:
-        # A stranger's folder may name code of its own; the library would ask on the terminal whether to run it.
-        with no_panic_on_stderr():
-            loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=is_local)
-    except Exception as error:  # whatever its files trip in the library
-        raise UserError(f"{name}: AutoTokenizer cannot load it ({one_line(error, 150)})") from None
-    if not isinstance(loaded, PreTrainedTokenizerFast):
-        raise UserError(f"{name}: is a {type(loaded).__name__}, which has no fast form (a tokenizer.json)")
-    try:
-        check_tokenizer(json.loads(loaded.backend_tokenizer.to_str()))
-    except ValueError as error:
-        raise UserError(f"{name}: is not a tokenizer for this model family ({error})") from None
+def _of_auto_tokenizer(
+    name: str, taken: str, model: ModelInfo, choices: Choices, is_local: bool = False
+) -> FoundTokenizer:
+    loaded = load_auto(name, local_files_only=is_local)
     if is_of_characters(loaded):
-        return _of_characters(loaded.get_vocab(), taken, model)
+        return _of_characters(loaded.get_vocab(), taken, model, choices)
+    if takes_instructions(loaded):
+        choices = replace(choices, instructions=True)
+    else:
+        choices = replace(choices, raw=choices.raw or not choices.instructions)
     known = {role: getattr(loaded, role) for role in ("eos_token", "pad_token", "unk_token")}
-    raw = raw or not takes_instructions(loaded)
-    return _of_backend(loaded.backend_tokenizer, taken, model, raw, known)
+    if loaded.add_bos_token:
+        known["bos_token"] = loaded.bos_token
+    return _of_backend(loaded.backend_tokenizer, taken, model, choices, known)
 
 
-def _of_pair(pair: tuple[Path, Path], taken: str, model: ModelInfo, raw: bool) -> FoundTokenizer:
-    return _of_backend(read_pair(*pair, SPECIAL_TOKENS), taken, model, raw)
+def _of_pair(pair: tuple[Path, Path], taken: str, model: ModelInfo, choices: Choices) -> FoundTokenizer:
+    return _of_backend(read_pair(*pair, SPECIAL_TOKENS), taken, model, choices)
 
 
 def _of_backend(
-    backend: Tokenizer, taken: str, model: ModelInfo, raw: bool, known: dict[str, str | None] | None = None
+    backend: Tokenizer,
+    taken: str,
+    model: ModelInfo,
+    choices: Choices,
+    known: Mapping[str, str | None] | None = None,
+    notes: tuple[str, ...] = (),
 ) -> FoundTokenizer:
-    vocabulary = backend.get_vocab()
     if getattr(backend.model, "unk_token", None) == UNKNOWN:  # the tokenizer.json of a converted model of characters
-        return _of_characters(vocabulary, taken, model)
-    is_original = BOS in vocabulary and EOS in vocabulary
-    before = [vocabulary[BOS]] if is_original else added_ids(backend)[0]
+        return _of_characters(backend.get_vocab(), taken, model, choices)
+    check_ids(backend, taken)
+    notes += switch_off(backend)
+    notes += (*role_notes(backend, known, choices.roles), *unknown_notes(backend))
+    roles = find_roles(backend, known, choices.roles)
+    before = begin_ids(backend, roles)
 
     def encode(text: str) -> list[int]:
         return [*before, *backend.encode(text, add_special_tokens=False).ids]
 
-    return FoundTokenizer(wrap(backend, model.block_size, raw=raw, known=known), taken, encode)
+    tokenizer = wrap(backend, model.block_size, raw=choices.raw, instructions=choices.instructions, roles=roles)
+    return FoundTokenizer(tokenizer, taken, encode, notes=notes)
 
 
-def _of_training_text(path: Path, model: ModelInfo) -> FoundTokenizer:
+def _of_training_text(path: Path, model: ModelInfo, choices: Choices) -> FoundTokenizer:
     stoi = characters_in(path)
     if len(stoi) != model.vocab_size:
         raise UserError(
             f"{path}: has {len(stoi)} different characters, but {model.path} has embeddings for {model.vocab_size}: it "
             "is not the text that the model was trained on"
         )
-    return _of_characters(stoi, f"the characters of {path}", model)
+    return _of_characters(stoi, f"the characters of {path}", model, choices)
 
 
-def _of_characters(stoi: dict[str, int], taken: str, model: ModelInfo) -> FoundTokenizer:
-    tokenizer = wrap(character_backend(stoi), model.block_size, raw=True, vocabulary=CHARACTERS)
-    return FoundTokenizer(tokenizer, taken, lambda text: [stoi[character] for character in text])
+def _of_characters(stoi: dict[str, int], taken: str, model: ModelInfo, choices: Choices) -> FoundTokenizer:
+    backend = character_backend(stoi)
+    roles = find_roles(backend, chosen=choices.roles)
+    tokenizer = wrap(backend, model.block_size, raw=True, roles=roles, vocabulary=CHARACTERS)
+    before = begin_ids(backend, roles)
+    return FoundTokenizer(tokenizer, taken, lambda text: [*before, *(stoi[character] for character in text)])

@@ -1,4 +1,4 @@
-"""GPT-2's byte-level BPE: its two files under either pair of names, and where an encoding called `gpt2` is cached."""
+"""GPT-2's byte-level BPE: its two files under either pair of names, and tiktoken's cache of them."""
 
 import hashlib
 import os
@@ -9,13 +9,12 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 from hf_model.errors import UserError
-from hf_model.reading import parse_json
-from hf_model.tokenizer.wrap import no_panic_on_stderr
+from hf_model.reading import parse_json, read_bytes, read_text
 
 END_OF_TEXT = "<|endoftext|>"
-MAX_BYTES = 32 * 2**20  # of one of the two files; GPT-2's have one and a half
+MAX_BYTES = 32 * 2**20  # of one of the two files; GPT-2's own two have 1.5 MB together
 PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
-# The two files in tiktoken's cache: their names there (SHA-1 of their address) and the SHA-256 that it expects of them.
+# The two files in tiktoken's cache: the name there (SHA-1 of the file's address) and the SHA-256 that tiktoken expects.
 TIKTOKEN_FILES = (
     (
         "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
@@ -29,9 +28,9 @@ TIKTOKEN_FILES = (
 
 
 def find_pair(path: Path) -> tuple[Path, Path] | None:
-    """The vocabulary and the merges that a folder holds, or that a file of one of their names stands beside.
+    """The vocabulary and the merges in a folder, or of which `path` is one. None if one of the two is missing.
 
-    `ByteLevelBPETokenizer.save_model(folder, "name")` puts "name-" in front of both.
+    Both names may have the same beginning: `ByteLevelBPETokenizer.save_model(folder, "name")` writes "name-vocab.json".
     """
     for names in PAIRS:
         if path.is_dir():
@@ -47,7 +46,7 @@ def find_pair(path: Path) -> tuple[Path, Path] | None:
 
 
 def other_half(path: Path) -> str | None:
-    """The name of the file that should stand beside one of GPT-2's two."""
+    """The name of the second file, if `path` is one of GPT-2's two."""
     for pair in PAIRS:
         if path.name in pair:
             return pair[1 - pair.index(path.name)]
@@ -55,33 +54,26 @@ def other_half(path: Path) -> str | None:
 
 
 def read_pair(vocabulary: Path, merges: Path, special_tokens: tuple[str, ...]) -> Tokenizer:
-    """The tokenizer of two files; of `special_tokens`, those that the vocabulary has are special.
+    """The tokenizer of two files.
+
+    Args:
+        special_tokens: tokens that are special if the vocabulary has them.
 
     Raises:
-        UserError: one of them cannot be read, they are no such files, an id is left out or given twice, or a byte has
-            no token, so that text would be lost without a word.
+        UserError: one of the files cannot be read or is not what it should be, an id is missing or given twice, or a
+            byte has no token, so that text would be lost without a word.
     """
     try:
-        ids = _ids(_read(vocabulary))
-        with no_panic_on_stderr():
-            backend: Tokenizer = ByteLevelBPETokenizer(ids, _merges(_read(merges)))._tokenizer
-            backend.add_special_tokens([token for token in special_tokens if token in ids])
+        ids = _ids(read_text(vocabulary, MAX_BYTES))
+        backend: Tokenizer = ByteLevelBPETokenizer(ids, _merges(read_text(merges, MAX_BYTES)))._tokenizer
+        backend.add_special_tokens([token for token in special_tokens if token in ids])
     except Exception as error:  # tokenizers raises nothing narrower
         raise UserError(f"{vocabulary} and {merges.name}: are no vocabulary and merges of BPE ({error})") from None
     return backend
 
 
-def _read(path: Path) -> str:
-    """A file's text; editors of Windows put a mark in front of it."""
-    with path.open("rb") as file:
-        raw = file.read(MAX_BYTES + 1)
-    if len(raw) > MAX_BYTES:
-        raise ValueError(f"{path.name} is more than {MAX_BYTES // 2**20} MiB long")
-    return raw.decode("utf-8-sig")
-
-
 def _ids(text: str) -> dict[str, int]:
-    """Token to id, of a vocabulary that has every byte, and every id up to its size once."""
+    """Token to id. The vocabulary must have every byte, and each id below its size once."""
     ids = parse_json(text)
     if not isinstance(ids, dict) or not all(type(number) is int for number in ids.values()):
         raise ValueError("the vocabulary is not a dict of tokens and their ids")
@@ -93,7 +85,7 @@ def _ids(text: str) -> dict[str, int]:
 
 
 def _merges(text: str) -> list[tuple[str, str]]:
-    """The pairs of a file of merges, less its first line and empty ones."""
+    """The pairs in a file of merges; its first line (the version) and empty lines hold none."""
     pairs = []
     for number, line in enumerate(text.split("\n"), start=1):
         parts = line.removesuffix("\r").split(" ")
@@ -106,14 +98,14 @@ def _merges(text: str) -> list[tuple[str, str]]:
 
 
 def tiktoken_pair() -> tuple[Path, Path] | None:
-    """The two files in tiktoken's cache, if they are there and whole."""
+    """The two files in tiktoken's cache; None unless both are there and have the right checksum."""
     folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
     cache = Path(folder if folder is not None else Path(tempfile.gettempdir()) / "data-gym-cache")
     for name, digest in TIKTOKEN_FILES:
         try:
-            if hashlib.sha256((cache / name).read_bytes()).hexdigest() != digest:
+            if hashlib.sha256(read_bytes(cache / name, MAX_BYTES)).hexdigest() != digest:
                 return None
-        except OSError:
+        except UserError:
             return None
     vocabulary, merges = (cache / name for name, _ in TIKTOKEN_FILES)
     return vocabulary, merges

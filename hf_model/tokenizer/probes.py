@@ -7,30 +7,46 @@ from hf_model.tokenizer.prompt import format_example, format_prompt, takes_instr
 
 QUESTION = "What is the capital of France?"
 BEGINNINGS = ("Once upon a time", "The ", "\n")
+RAW_EXAMPLE = " Two  spaces, 12345 and it's 'quotes'.<|endoftext|>"
 UNICODE = "Ünïcödé, 漢字, العربية, 🙂\t\u00a0end "
 
 
 def example_prompt(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A prompt that a newcomer can try: a question, or the beginning of a text in characters that the model knows."""
+    """A prompt that a newcomer can try: a question, or the beginning of a text that the tokenizer knows."""
     if takes_instructions(tokenizer):
         return QUESTION
-    if not is_of_characters(tokenizer):
-        return BEGINNINGS[0]
     known = tokenizer.get_vocab()
-    some = "".join(sorted(char for char in known if char.isalnum())[:3]) or min(known, key=known.__getitem__)
-    return next((text for text in BEGINNINGS if known.keys() >= set(text)), some)
+    if is_of_characters(tokenizer):
+        some = "".join(sorted(char for char in known if char.isalnum())[:3]) or min(known, key=known.__getitem__)
+        return next((text for text in BEGINNINGS if known.keys() >= set(text)), some)
+    words = (token for token in known if token.isalpha())
+    return next((text for text in (*BEGINNINGS, *words) if _is_known(tokenizer, text)), BEGINNINGS[0])
 
 
 def probes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Texts that a written tokenizer must encode as its source does."""
+    """Texts that a written tokenizer must encode as its source does; those that it cannot encode are left out."""
     if is_of_characters(tokenizer):
         known = tokenizer.get_vocab()
         every = "".join(sorted(known, key=known.__getitem__))
         return every, every[::-1], "".join(character * 2 for character in every)
     if takes_instructions(tokenizer):
-        return (
-            format_prompt(QUESTION),
-            format_example("Summarize the text.", "Done.", "Two  spaces,\na new line, 12345 and 'quotes'."),
-            UNICODE,
+        example = format_example(
+            "Summarize the text.",
+            "Done.",
+            "Two  spaces,\na new line, 12345 and 'quotes'.",
+            bos=tokenizer.bos_token or "",
+            eos=tokenizer.eos_token or "",
         )
-    return "Once upon a time, there was\n\na cat.\n", " Two  spaces, 12345 and it's 'quotes'.<|endoftext|>", UNICODE
+        texts: tuple[str, ...] = (format_prompt(QUESTION), example, UNICODE)
+    else:
+        some = " ".join(sorted(tokenizer.get_vocab(), key=len)[:: len(tokenizer) // 100 + 1])
+        texts = "Once upon a time, there was\n\na cat.\n", RAW_EXAMPLE, UNICODE, some
+    return tuple(text for text in texts if _is_known(tokenizer, text))
+
+
+def _is_known(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether a text can be encoded: without an unknown token, some tokenizers refuse what they do not know."""
+    try:
+        return bool(tokenizer(text, add_special_tokens=False).input_ids)
+    except Exception:  # tokenizers raises nothing narrower
+        return False

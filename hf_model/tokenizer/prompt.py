@@ -13,14 +13,14 @@ PROMPT_FORMAT, INSTRUCTION, RAW = "prompt_format", "instruction", "raw"
 def takes_instructions(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether the model's prompts are instructions; otherwise they are raw text.
 
-    The one place that decides: what the folder says; in folders of before, which do not say it, the special tokens.
+    This is the only place that decides. The folder says it; older folders do not, and their special tokens tell.
     """
     by_tokens = INSTRUCTION if (tokenizer.bos_token, tokenizer.eos_token) == (BOS, EOS) else RAW
     return tokenizer.init_kwargs.get(PROMPT_FORMAT, by_tokens) == INSTRUCTION
 
 
 def format_prompt(instruction: str, input_text: str = "") -> str:
-    """The content that is encoded for generation; the tokenizer puts `[BOS]` in front.
+    """The content that is encoded for generation; the tokenizer puts its `bos_token` in front.
 
     >>> format_prompt("Name the capital of the country.", "France")
     'Instruction: Name the capital of the country. Input: France Response:'
@@ -34,13 +34,16 @@ def prompt_text(tokenizer: "PreTrainedTokenizerBase", prompt: str, input_text: s
     return format_prompt(prompt, input_text) if takes_instructions(tokenizer) else prompt
 
 
-def format_example(instruction: str, response: str, input_text: str = "") -> str:
+def format_example(instruction: str, response: str, input_text: str = "", *, bos: str = BOS, eos: str = EOS) -> str:
     """The fine-tuning text, to be encoded without adding special tokens. The loss is masked up to `Response:`.
+
+    Args:
+        bos, eos: what begins and ends a text, where the tokenizer's special tokens have other names.
 
     >>> format_example("What is the capital of France?", "Paris")
     '[BOS]Instruction: What is the capital of France? Response: Paris[EOS]'
     """
-    return f"{BOS}{format_prompt(instruction, input_text)} {response}{EOS}"
+    return f"{bos}{format_prompt(instruction, input_text)} {response}{eos}"
 
 
 # The same in Jinja, for `tokenizer.apply_chat_template`. A user message may carry an "input" field, and its content may

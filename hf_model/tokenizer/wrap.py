@@ -1,36 +1,33 @@
-"""A `tokenizers` JSON file, as a `PreTrainedTokenizerFast` with the special tokens that its vocabulary has."""
+"""A `tokenizers` object as a `PreTrainedTokenizerFast`: its special tokens, its prompt format, how it is saved."""
 
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, processors
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_model.errors import UserError
-from hf_model.reading import parse_json
-from hf_model.tokenizer.characters import UNKNOWN
-from hf_model.tokenizer.check import check_tokenizer
+from hf_model.tokenizer.files import read_tokenizer
 from hf_model.tokenizer.prompt import BOS, CHAT_TEMPLATE, EOS, INSTRUCTION, PAD, PROMPT_FORMAT, RAW, UNK
+from hf_model.tokenizer.trial import remember_ours
 
-# What special tokens that end a text, or fill up a row, are usually called.
-END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|eos|>", "<|end_of_text|>", "<|end|>", EOS)
+# The usual names of special tokens that begin a text, end it, or fill up a row.
+BEGIN_TOKENS = ("<s>", "<bos>", "<|bos|>", "<|begin_of_text|>", "<|startoftext|>", BOS)
+END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|eos|>", "<|end_of_text|>", "<|end|>", "<|im_end|>", EOS)
 PAD_TOKENS = ("<pad>", "<|pad|>", "<|padding|>", PAD)
 
 
 def convert_tokenizer(path: str | Path, model_max_length: int) -> PreTrainedTokenizerFast:
-    """Wrap a `tokenizers` JSON file of byte-level BPE, as `wrap` does.
+    """Wrap a JSON file of the `tokenizers` library, as `wrap` does.
 
     Args:
         path: the JSON file.
         model_max_length: the model's context, in tokens.
 
     Raises:
-        UserError: no such file, or one that is not the JSON of such a tokenizer.
+        UserError: there is no such file, or it is not a tokenizer that can be used.
     """
     return wrap(read_tokenizer(path), model_max_length)
 
@@ -40,202 +37,240 @@ def wrap(
     model_max_length: int,
     *,
     raw: bool = False,
-    known: Mapping[str, str | None] | None = None,
+    instructions: bool = False,
+    roles: Mapping[str, str | None] | None = None,
     **facts: str,
 ) -> PreTrainedTokenizerFast:
-    """A `tokenizers` object as transformers' tokenizer, with the special tokens that its vocabulary has.
+    """A `tokenizers` object as transformers' tokenizer. `backend` changes: it no longer ends, pads or cuts a text.
 
-    With `[BOS]` and `[EOS]` the model is one of the original's: `tokenizer(text)` gives `[BOS]` + text, without the
-    `[EOS]` that the original's template appends (and its sampling loop drops again); `add_eos_token=True` brings it
-    back. Where there is no `[PAD]`, `[EOS]` serves. The chat template makes the prompt of instructions, unless `raw`.
+    A vocabulary with `[BOS]` and `[EOS]` is the original's. Its model takes instructions, and the chat template makes
+    the prompt. `tokenizer(text)` gives `[BOS]` + text. The original's template appends `[EOS]` too, which its sampling
+    loop drops again; `add_eos_token=True` brings it back.
 
-    Any other vocabulary is one of raw text, and so is its prompt.
+    With any other vocabulary the model takes raw text, unless `instructions` is True.
 
     Args:
-        raw: the model knows no instructions, whatever its tokenizer has.
-        known: `eos_token`, `pad_token`, `unk_token`, where it is known which ones they are.
+        raw: the model takes raw text, whatever special tokens its tokenizer has.
+        instructions: the model takes instructions, whatever its special tokens are called.
+        roles: what `find_roles` gives for this backend; None finds it here.
         facts: more entries of tokenizer_config.json.
     """
-    vocabulary = backend.get_vocab()
-    is_original = BOS in vocabulary and EOS in vocabulary
-    how: dict[str, Any] = dict(facts)
-    if is_original:
-        how |= {
-            "bos_token": BOS,
-            "eos_token": EOS,
-            "pad_token": PAD if PAD in vocabulary else EOS,
-            "unk_token": UNK if UNK in vocabulary else None,
-            "add_bos_token": True,
-            "add_eos_token": False,
-        }
+    switch_off(backend)
+    roles = find_roles(backend) if roles is None else roles
+    takes_instructions = (instructions or is_original(backend)) and not raw
+    how: dict[str, Any] = {**facts, **{role: token for role, token in roles.items() if token is not None}}
+    if takes_instructions or is_original(backend):
+        how |= {"add_bos_token": roles.get("bos_token") is not None, "add_eos_token": False}
     else:
-        how |= _roles(backend, known or {})
-        _drop_end(backend)
+        _drop_end(backend, begin_ids(backend, roles))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **how,
-        **{PROMPT_FORMAT: INSTRUCTION if is_original and not raw else RAW},
+        **{PROMPT_FORMAT: INSTRUCTION if takes_instructions else RAW},
         padding_side="left",
         model_max_length=model_max_length,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
-    if is_original and not raw:
+    if takes_instructions:
         tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
-def _roles(backend: Tokenizer, known: Mapping[str, str | None]) -> dict[str, str]:
-    """Which special token has which role: as it is known, by what the post-processor does, or by the usual names."""
-    special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
+def is_original(backend: Tokenizer) -> bool:
+    """Whether a vocabulary has the special tokens of the original trainer."""
+    return backend.token_to_id(BOS) is not None and backend.token_to_id(EOS) is not None
+
+
+def switch_off(backend: Tokenizer) -> tuple[str, ...]:
+    """Switch off what would change prompts: padding, truncation, and the dropout of BPE.
+
+    Returns:
+        A note on each that was switched on.
+    """
+    notes = []
+    for name, is_on, switch in (
+        ("padding", backend.padding is not None, backend.no_padding),
+        ("truncation", backend.truncation is not None, backend.no_truncation),
+    ):
+        if is_on:
+            switch()
+            notes.append(f"{name} is switched on in the tokenizer, for every text: it is switched off here")
+    if isinstance(backend.model, models.BPE) and backend.model.dropout:
+        backend.model.dropout = None
+        notes.append("dropout of merges is switched on in the tokenizer, for training: it is switched off here")
+    return tuple(notes)
+
+
+def find_roles(
+    backend: Tokenizer, known: Mapping[str, str | None] | None = None, chosen: Mapping[str, str | None] | None = None
+) -> dict[str, str | None]:
+    """Which token is the `bos_token`, `eos_token`, `pad_token` and `unk_token`; None where there is none.
+
+    The first that tells decides: what the user has chosen, what a tokenizer_config.json says (`known`), the original's
+    names, what the post-processor puts in front of a text and behind it, the usual names.
+
+    Raises:
+        UserError: the vocabulary lacks a token that the user has chosen.
+    """
+    known = known or {}
+    vocabulary, special = backend.get_vocab(), special_tokens(backend)
+    picked = {role: token for role, token in (chosen or {}).items() if token is not None}
+    for role, token in picked.items():
+        if token not in vocabulary:
+            raise UserError(
+                f"--{role} {token!r}: the tokenizer has no such token; its special tokens are "
+                f"{', '.join(special) or 'none'}"
+            )
+    begin: str | None
+    end: str | None
+    if is_original(backend):
+        begin, end, pad, unknown = BOS, EOS, _first([PAD], vocabulary), _first([UNK], vocabulary)
+    else:
+        before, after = added_ids(backend)
+        begin = backend.id_to_token(before[0]) if before else None
+        end = backend.id_to_token(after[-1]) if after else _first(END_TOKENS, special)
+        pad, unknown = _first(PAD_TOKENS, special), getattr(backend.model, "unk_token", None)
+    roles = {"bos_token": begin, "eos_token": end, "pad_token": pad, "unk_token": unknown}
+    roles |= {role: token for role, token in known.items() if token is not None} | picked
+    # GPT-2's tokenizers in transformers have one token for all roles. A token that is not special stays text.
+    if roles["unk_token"] == roles["eos_token"] or roles["unk_token"] not in special:
+        roles["unk_token"] = None
+    return roles | {"pad_token": roles["pad_token"] or roles["eos_token"]}
+
+
+def role_notes(
+    backend: Tokenizer, known: Mapping[str, str | None] | None, chosen: Mapping[str, str | None]
+) -> Iterator[str]:
+    """Notes on the special tokens that were found and not chosen; none on the original's own."""
+    if is_original(backend):
+        return
+    roles, special = find_roles(backend, known), special_tokens(backend)
     before, after = added_ids(backend)
-    end = known.get("eos_token") or (backend.id_to_token(after[-1]) if after else _first(END_TOKENS, special))
-    unknown = known.get("unk_token") or _first((getattr(backend.model, "unk_token", None),), special)
-    roles = {
-        "bos_token": backend.id_to_token(before[0]) if before else None,
-        "eos_token": end,
-        "pad_token": known.get("pad_token") or _first(PAD_TOKENS, special) or end,
-        "unk_token": unknown if unknown != end else None,  # GPT-2's tokenizers in transformers have one for all roles
-    }
-    return {role: token for role, token in roles.items() if token is not None}
+    if before and not chosen.get("bos_token"):
+        yield f"{roles['bos_token']} begins a text: the tokenizer puts it in front"
+    elif (begin := _first(BEGIN_TOKENS, special)) and not chosen.get("bos_token"):
+        yield f"the tokenizer does not put {begin} in front of a text; --bos_token {begin!r} would"
+    if not chosen.get("eos_token"):
+        others = [token for token in END_TOKENS if token in special and token != roles["eos_token"]]
+        if after:
+            yield f"{roles['eos_token']} ends a text: the tokenizer puts it behind"
+        if others:
+            yield f"{roles['eos_token']} ends a text, not {' or '.join(others)}; --eos_token names another"
 
 
-def _first(names: Iterable[str | None], special: list[str]) -> str | None:
-    return next((name for name in names if name in special), None)
+def unknown_notes(backend: Tokenizer) -> Iterator[str]:
+    """A note on a tokenizer that has no token for unknown words or characters."""
+    try:
+        if not backend.encode("Ж☃", add_special_tokens=False).ids:
+            yield "words and characters that the tokenizer does not know are left out of a text without a word"
+    except Exception:  # tokenizers raises nothing narrower
+        yield "the tokenizer has no token for words and characters that it does not know: a text with one is an error"
+
+
+def special_tokens(backend: Tokenizer) -> list[str]:
+    return [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
+
+
+def _first(names: Iterable[str], tokens: Container[str]) -> str | None:
+    return next((name for name in names if name in tokens), None)
 
 
 def added_ids(backend: Tokenizer) -> tuple[list[int], list[int]]:
-    """The ids that the post-processor puts in front of a text and behind it."""
+    """The ids that the post-processor puts in front of a text, and those that it puts behind."""
     if backend.post_processor is None:
         return [], []
-    ids, bare = (backend.encode("a", add_special_tokens=added).ids for added in (True, False))
-    for start in range(len(ids) - len(bare) + 1):
-        if ids[start : start + len(bare)] == bare:
-            return ids[:start], ids[start + len(bare) :]
+    bare = backend.encode(_known_text(backend), add_special_tokens=False)
+    ids = backend.post_process(bare).ids
+    for start in range(len(ids) - len(bare.ids) + 1):
+        if bare.ids and ids[start : start + len(bare.ids)] == bare.ids:
+            return ids[:start], ids[start + len(bare.ids) :]
     return [], []
 
 
-def _drop_end(backend: Tokenizer) -> None:
-    """Keep the post-processor from ending a text that a model is to go on with."""
-    before, after = added_ids(backend)
-    if after:
-        tokens = [(backend.id_to_token(number), number) for number in before]
-        backend.post_processor = TemplateProcessing(
-            single=[*(token for token, _ in tokens), "$A"], special_tokens=tokens
-        )
+def _known_text(backend: Tokenizer) -> str:
+    """A short text that gives at least one token; "" if there is none."""
+    for text in ("a", *sorted(backend.get_vocab(), key=len)[:1000]):
+        try:
+            if backend.encode(text, add_special_tokens=False).ids:
+                return text
+        except Exception:  # a character that the vocabulary lacks; tokenizers raises nothing narrower
+            continue
+    return ""
+
+
+def begin_ids(backend: Tokenizer, roles: Mapping[str, str | None]) -> list[int]:
+    """The ids in front of each text: the post-processor's, or the `bos_token` if it is not among them."""
+    before = added_ids(backend)[0]
+    begin = roles.get("bos_token")
+    first = None if begin is None else backend.token_to_id(begin)
+    return before if first is None or first in before else [first]
+
+
+def _drop_end(backend: Tokenizer, before: list[int]) -> None:
+    """Let the post-processor put these ids in front of a text and nothing behind it: a model continues the text."""
+    if added_ids(backend) == (before, []):
+        return
+    tokens = [(backend.id_to_token(number), number) for number in before]
+    names = [token for token, _ in tokens]
+    template = processors.TemplateProcessing(
+        single=[*names, "$A"], pair=[*names, "$A", *names, "$B"], special_tokens=tokens
+    )
+    trim = _trimming(backend)
+    backend.post_processor = processors.Sequence([trim, template]) if trim else template
+
+
+def _trimming(backend: Tokenizer) -> processors.ByteLevel | None:
+    """The part of the post-processor that leaves the spaces out of the offsets of tokens."""
+    if backend.post_processor is None:
+        return None
+    state = json.loads(backend.post_processor.__getstate__())
+    for part in state.get("processors", [state]):
+        if part.get("trim_offsets"):
+            return processors.ByteLevel(add_prefix_space=part["add_prefix_space"], trim_offsets=True)
+    return None
 
 
 def check_fits(
-    tokenizer: PreTrainedTokenizerFast, vocab_size: int, tokenizer_path: str | Path, model_path: str | Path
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, tokenizer_path: str | Path, model_path: str | Path
 ) -> None:
     """Check that every id has an embedding.
 
     Raises:
-        UserError: the tokenizer has more tokens than the model has embeddings.
+        UserError: the tokenizer has an id for which the model has no embedding.
     """
-    if len(tokenizer) > vocab_size:
+    ids = set(tokenizer.get_vocab().values())
+    if max(ids, default=0) >= vocab_size:
+        has = f"{len(ids)} tokens" if len(ids) > vocab_size else f"a token with the id {max(ids)}"
         raise UserError(
-            f"{tokenizer_path}: has {len(tokenizer)} tokens, but {model_path} has embeddings for {vocab_size}: "
+            f"{tokenizer_path}: has {has}, but {model_path} has embeddings for {vocab_size}: "
             "they do not belong together"
         )
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the files that `AutoTokenizer.from_pretrained(folder)` reads; `add_eos_token=True` works on them too.
+def check_ids(backend: Tokenizer, tokenizer_path: str) -> None:
+    """Check that no two tokens have the same id: the library would lose one of them when it copies the tokenizer.
 
-    The library reads from the template in tokenizer.json that `[BOS]` comes first, but forgets `add_bos_token` itself,
-    and so would lose `[BOS]` where `add_eos_token=True` makes the template anew. This file is merged in after that.
+    Raises:
+        UserError: two of them have.
     """
+    by_id: dict[int, str] = {}
+    for token, number in backend.get_vocab().items():
+        if (other := by_id.setdefault(number, token)) != token:
+            raise UserError(f"{tokenizer_path}: has two tokens with the id {number}, {other!r} and {token!r}")
+
+
+def unused_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[int]:
+    """The ids below `vocab_size` that no token has: rows that pad the embedding, and holes in the vocabulary."""
+    used = set(tokenizer.get_vocab().values())
+    return [number for number in range(vocab_size) if number not in used]
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write the files that `AutoTokenizer.from_pretrained(folder)` reads; `add_eos_token=True` works on them too."""
     tokenizer.save_pretrained(folder)
     if tokenizer.add_bos_token:
+        # The library does not save `add_bos_token`. With `add_eos_token=True` it makes a new template, and would drop
+        # `[BOS]`. It reads this file last.
         (folder / "special_tokens_map.json").write_text(json.dumps({"add_bos_token": True}) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def no_panic_on_stderr() -> Iterator[None]:
-    """For a block that calls into Rust: a panic there prints dozens of lines, and becomes no `Exception` here.
-
-    Raises:
-        RuntimeError: in place of the panic, so that nobody need catch a `BaseException`: a signal can be one too.
-    """
-    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
-        stderr = os.dup(2)
-        os.dup2(nowhere.fileno(), 2)
-        try:
-            yield
-        except BaseException as error:
-            if type(error).__name__ == "PanicException":  # of pyo3_runtime, a module that cannot be imported
-                raise RuntimeError(str(error)) from None
-            raise
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-
-
-def check_regular(path: Path) -> None:
-    """Refuse what is there but is no file: it is opened more than once, and a pipe would be waited for.
-
-    Raises:
-        UserError: it is not a regular file.
-    """
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path}: is not a regular file")
-
-
-def read_tokenizer(path: str | Path) -> Tokenizer:
-    """The `tokenizers` object in a JSON file, after a check that it is one of this family's kind.
-
-    Raises:
-        UserError: no such file, not a tokenizer, another kind of tokenizer, one of `[BOS]` and `[EOS]` missing, padding
-            or truncation switched on, or ids that are left out.
-    """
-    path = Path(path)
-    check_regular(path)
-    try:
-        with path.open("rb") as file:
-            # A glance first, so that a checkpoint under this name is not read whole.
-            raw = file.read(64)
-            raw += file.read() if raw.lstrip().startswith(b"{") else b""
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    try:
-        text = raw.decode("utf-8")
-        content = parse_json(text)
-        kind = content["model"]["type"]
-    except (ValueError, TypeError, KeyError):
-        raise UserError(f"{path}: is not the JSON of a `tokenizers` tokenizer (Tokenizer.save writes one)") from None
-    if kind != "BPE":
-        raise UserError(
-            f"{path}: is a {kind} tokenizer; this model family uses byte-level BPE (if your model was trained with it, "
-            "give the folder that it is in, for AutoTokenizer)"
-        )
-    try:
-        check_tokenizer(content)
-        with no_panic_on_stderr():
-            backend = Tokenizer.from_str(text)
-            if getattr(backend.model, "unk_token", None) != UNKNOWN:  # which would refuse these characters
-                backend.decode(backend.encode("Response: a").ids)  # some damage shows only in use
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise UserError(f"{path}: is a damaged tokenizer ({error})") from None
-
-    vocabulary = backend.get_vocab(with_added_tokens=True)
-    if len(missing := [token for token in (BOS, EOS) if token not in vocabulary]) == 1:  # without both: of raw text
-        special = [token.content for token in backend.get_added_tokens_decoder().values()]
-        raise UserError(f"{path}: lacks {missing[0]}; its special tokens are {', '.join(special) or 'none'}")
-    is_of_characters = getattr(backend.model, "unk_token", None) == UNKNOWN
-    if len(missing) == 2 and not is_of_characters and not backend.encode("Ж☃", add_special_tokens=False).ids:
-        raise UserError(
-            f"{path}: lacks [BOS] and [EOS], and leaves out what it does not know without a word: it is not byte-level "
-            "and has no unknown token"
-        )
-    if backend.padding or backend.truncation:
-        setting = "padding" if backend.padding else "truncation"
-        raise UserError(
-            f"{path}: has {setting} switched on, which would change every prompt: "
-            f"call tokenizer.no_{setting}() and save it again"
-        )
-    if gaps := set(range(len(vocabulary))) - set(vocabulary.values()):
-        raise UserError(f"{path}: has a hole in its vocabulary: no token has the id {min(gaps)}")
-    return backend
+    remember_ours(folder / "tokenizer.json")

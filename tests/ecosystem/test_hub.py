@@ -53,7 +53,10 @@ class Request(BaseHTTPRequestHandler):
             self.reply(404, {"error": self.path})
 
     def do_GET(self) -> None:
-        self.reply(404, {"error": "there is nothing yet"})
+        if self.path == "/api/whoami-v2":
+            self.reply(200, {"name": "me", "orgs": [{"name": "our-lab"}]})
+        else:
+            self.reply(404, {"error": "there is nothing yet"})
 
     def chunks(self) -> bytes:
         """The body of a request of unknown length, which comes in pieces."""

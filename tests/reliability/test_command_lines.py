@@ -135,16 +135,13 @@ def test_a_record_that_is_no_json_for_others(line: str, tmp_path: Path, capsys: 
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_a_panic_of_the_tokenizer_s_library_is_one_line(
-    tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def panic(text: str) -> None:
-        os.write(2, b"thread panicked at src/lib.rs\n" * 89)
-        raise type("PanicException", (BaseException,), {})("called `Option::unwrap()` on a `None` value")
-
-    monkeypatch.setattr("hf_model.tokenizer.wrap.Tokenizer.from_str", panic, raising=False)
-    assert converts(*FILES, "--output_dir", tmp_path / "hf") == 2
-    assert "is a damaged tokenizer (called" in the_line(capfd)
+def test_a_panic_of_the_tokenizer_s_library_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    content = json.loads(TOKENIZER.read_text(encoding="utf-8"))
+    content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    arguments = [*FILES, "--tokenizer_path", tmp_path / "tokenizer.json", "--output_dir", tmp_path / "hf"]
+    assert converts(*arguments) == 2
+    assert "loading it crashes the library (Precompiled: " in the_line(capfd)
 
 
 class TestSignals:

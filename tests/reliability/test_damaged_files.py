@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, trainers
 
 from hf_model import loading
 from hf_model.conversion import convert
@@ -194,20 +193,6 @@ def edited(path: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
     return path
 
 
-def trained(path: Path, model: models.Model, trainer: trainers.Trainer) -> Path:
-    tokenizer = Tokenizer(model)
-    tokenizer.train_from_iterator(["the cat sat on the mat"], trainer)
-    tokenizer.save(str(path))
-    return path
-
-
-def with_setting(path: Path, switch_on: Callable[[Tokenizer], None]) -> Path:
-    tokenizer = Tokenizer.from_file(str(TOKENIZER))
-    switch_on(tokenizer)
-    tokenizer.save(str(path))
-    return path
-
-
 TOKENIZERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut short": (
         lambda path: path.write_bytes(TOKENIZER.read_bytes()[:20_000]),
@@ -224,25 +209,13 @@ TOKENIZERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "the checkpoint": (lambda path: shutil.copy(CHECKPOINT, path), "is not the JSON of a `tokenizers` tokenizer"),
     "a folder": (lambda path: path.mkdir(), "cannot be read"),
-    "WordPiece": (
-        lambda path: trained(path, models.WordPiece(), trainers.WordPieceTrainer()),
-        "is a WordPiece tokeniz",
-    ),
-    "Unigram": (lambda path: trained(path, models.Unigram(), trainers.UnigramTrainer()), "is a Unigram tokenizer"),
-    "WordLevel": (
-        lambda path: trained(path, models.WordLevel(), trainers.WordLevelTrainer()),
-        "is a WordLevel tokeniz",
-    ),
-    "another BPE": (lambda path: trained(path, models.BPE(), trainers.BpeTrainer()), r"lacks \[BOS\] and \[EOS\]"),
-    "padding": (lambda path: with_setting(path, lambda t: t.enable_padding()), "has padding switched on"),
-    "truncation": (lambda path: with_setting(path, lambda t: t.enable_truncation(8)), "has truncation switched on"),
     "a hole": (
         lambda path: edited(path, lambda content: content["model"]["vocab"].update({"!": 5000})),
-        "has a hole in its vocabulary",
+        "has a token with the id 5000, but .* has embeddings for 1024",
     ),
     "two tokens of one id": (
         lambda path: edited(path, lambda content: content["model"]["vocab"].update({"!": 5})),
-        "has a hole in its vocabulary",
+        "has two tokens with the id 5",
     ),
     "ids past the embedding": (
         lambda path: edited(path, lambda content: content["model"]["vocab"].update(more=1024, yet_more=1025)),
@@ -250,11 +223,11 @@ TOKENIZERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a merge of no token": (
         lambda path: edited(path, lambda content: content["model"]["merges"].append(["xyzzy", "plugh"])),
-        "is a damaged tokenizer",
+        "is not the JSON of a `tokenizers` tokenizer",
     ),
     "an unknown part": (
         lambda path: edited(path, lambda content: content.update(pre_tokenizer={"type": "Telepathy"})),
-        "is a damaged tokenizer",
+        "is not the JSON of a `tokenizers` tokenizer",
     ),
 }
 
@@ -338,7 +311,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         "tokenizer_config.json says tokenizer_class=.Evil., which is not supported",
     ),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "holds no tokenizer"),
-    "tokenizer.json cut short": (cut("tokenizer.json", 20_000), "cannot be loaded"),
+    "tokenizer.json cut short": (cut("tokenizer.json", 20_000), "is not the JSON of a `tokenizers` tokenizer"),
     "a tokenizer of another model": (
         lambda folder: edited(folder / "tokenizer.json", lambda c: c["model"]["vocab"].update(more=1024)),
         "has 1025 tokens, but .* has embeddings for 1024",
@@ -351,7 +324,7 @@ def test_a_damaged_folder_is_refused(damage: Callable, message: str, capitals: P
     folder = shutil.copytree(capitals, tmp_path / "hf")
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
     damage(folder)
-    with pytest.raises(UserError, match=f"{folder}: {message}") as raised:
+    with pytest.raises(UserError, match=f"{folder}(/tokenizer.json)?: {message}") as raised:
         loading.load(folder, None, device=CPU)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "marker").exists()

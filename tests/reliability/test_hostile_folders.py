@@ -1,22 +1,26 @@
 """A folder or a tokenizer from a stranger asks for nothing but its own model, and leads nowhere else."""
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models
 
 from hf_model import loading
+from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError
-from hf_model.tokenizer import read_tokenizer
-from hf_model.tokenizer.check import GROWTH, KNOWN_PATTERNS, check_tokenizer
+from hf_model.folder import load_tokenizer
+from hf_model.tokenizer import ModelInfo, find_tokenizer, read_tokenizer
+from hf_model.tokenizer import save_tokenizer as write_tokenizer
 from tests.reliability.files import bounded
-from tests.tiny import TOKENIZER, save_tokenizer
+from tests.tiny import TOKENIZER
 
 CPU = torch.device("cpu")
 
@@ -86,7 +90,7 @@ class TestConfiguration:
     )
     def test_what_is_no_object_is_refused(self, name: str, content: str, folder: Path) -> None:
         (folder / name).write_text(content, encoding="latin-1")
-        with pytest.raises(UserError, match=rf"cannot be loaded \({name} "):
+        with pytest.raises(UserError, match=rf"cannot be loaded \({name} |/{name}: is not the JSON"):
             load(folder)
 
 
@@ -274,69 +278,6 @@ class TestPlaces:
 
 
 MILLION = "a" * 10**6
-TOKENIZERS: dict[str, Callable[[dict], object]] = {
-    "a normalizer that multiplies": lambda t: t.update(normalizer=replace("a", MILLION)),
-    "a chain that doubles": lambda t: t.update(
-        normalizer={"type": "Sequence", "normalizers": [replace("a", "aa")] * 12}
-    ),
-    "a long chain": lambda t: t.update(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}] * 1000}),
-    "chains in chains": lambda t: t.update(normalizer=chain(50)),
-    "a normalizer that puts a text in front": lambda t: t.update(normalizer={"type": "Prepend", "prepend": MILLION}),
-    "a pattern that backtracks": lambda t: t.update(pre_tokenizer=split("(a+)+$")),
-    "a pattern that backtracks, in a normalizer": lambda t: t.update(normalizer=replace_regex(r"(\w*)*x", "")),
-    "a pattern of repetitions": lambda t: t.update(pre_tokenizer=split("a{1,1000}{1,1000}")),
-    "a chain of pre-tokenizers that backtrack": lambda t: t.update(
-        pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "ByteLevel"}, split("(.*)*")]}
-    ),
-    "an empty pattern": lambda t: t.update(normalizer=replace("", "x")),
-    "a template that repeats the text": lambda t: t["post_processor"].update(
-        single=[{"Sequence": {"id": "A", "type_id": 0}}] * 10**5
-    ),
-    "a template of many tokens": lambda t: t["post_processor"]["special_tokens"]["[BOS]"].update(ids=[2] * 10**6),
-    "a decoder that multiplies": lambda t: t.update(decoder=replace("a", MILLION)),
-    "padding to a billion": lambda t: t.update(
-        padding={"strategy": {"Fixed": 10**9}, "direction": "Left", "pad_id": 1, "pad_type_id": 0, "pad_token": "x"}
-    ),
-    "a token of a megabyte": lambda t: t["added_tokens"][0].update(content=MILLION),
-    "an id of billions": lambda t: t["added_tokens"][0].update(id=2**32 - 1),
-    "byte-level again and again": lambda t: t.update(normalizer=sequence([{"type": "ByteLevel"}] * 15)),
-    "byte-level again and again, before the model": lambda t: t.update(
-        pre_tokenizer=sequence([BYTES] * 15, "pretokenizers")
-    ),
-    "both, each too little": lambda t: t.update(
-        normalizer=sequence([{"type": "ByteLevel"}] * 2), pre_tokenizer=sequence([BYTES] * 2, "pretokenizers")
-    ),
-    **{
-        f"a letter wherever {pattern} matches": lambda t, pattern=pattern: t.update(
-            normalizer=sequence([replace_regex(pattern, "a")] * 15)
-        )
-        for pattern in (r"\B", r"\b", "^", "$", r"\G", "(?s:.)", r"\K")
-    },
-    "a long text in the place of none": lambda t: t.update(normalizer=replace_regex(r"\B", "a" * 200)),
-    "texts in front": lambda t: t.update(normalizer=sequence([{"type": "Prepend", "prepend": "▁" * 8}] * 15)),
-    "bytes, not characters": lambda t: t.update(normalizer=sequence([replace("a", "🙂"), replace("🙂", "a" * 8)] * 7)),
-    "a chain of decoders": lambda t: t.update(decoder=sequence([{"type": "ByteLevel"}] * 15, "decoders")),
-    "decoders of no suffix": lambda t: t.update(
-        decoder=sequence([{"type": "BPEDecoder", "suffix": ""}] * 15, "decoders")
-    ),
-    "pieces that repeat each other": lambda t: t.update(
-        truncation={"direction": "Right", "max_length": 10**4, "strategy": "LongestFirst", "stride": 10**4 - 1}
-    ),
-    "words that take the cube of their length": lambda t: t["model"].update(max_input_chars_per_word=1000),
-    "added tokens that a normalizer multiplies": lambda t: t.update(
-        normalizer=replace("a", "a" * 199),
-        added_tokens=t["added_tokens"]
-        + [{**t["added_tokens"][0], "id": 10**5, "content": "a" * 990, "normalized": True}] * 99,
-    ),
-    "a type that is none": lambda t: t.update(normalizer={"type": ["NFC"]}),
-    "a template of numbers": lambda t: t["post_processor"].update(single=[{"Sequence": 7}]),
-    "ids that are none": lambda t: t["post_processor"]["special_tokens"]["[BOS]"].update(ids=7),
-    "a part of SentencePiece": lambda t: t.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
-    "no part": lambda t: t.update(normalizer=[1]),
-    "a model that is none": lambda t: t.update(model={"type": "BPE"}),
-}
-
-
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
 
@@ -356,104 +297,180 @@ def split(expression: str) -> dict:
     return {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
 
 
-def chain(depth: int) -> dict:
-    return {"type": "Sequence", "normalizers": [chain(depth - 1)]} if depth else {"type": "NFC"}
+def word_pieces(letter: str, max_input_chars_per_word: int) -> dict:
+    """A model whose time for a word of this letter grows with the cube of its length."""
+    vocabulary = {"[UNK]": 0, letter: 1, f"##{letter}": 2}
+    return json.loads(
+        Tokenizer(
+            models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=max_input_chars_per_word)
+        ).to_str()
+    )["model"]
 
 
-@pytest.mark.parametrize("spoil", TOKENIZERS.values(), ids=TOKENIZERS)
-@pytest.mark.parametrize("is_folder", [False, True], ids=["file", "folder"])
-def test_a_tokenizer_that_would_take_time_or_memory_is_refused(
-    spoil: Callable, is_folder: bool, folder: Path, tmp_path: Path
-) -> None:
-    content = json.loads(TOKENIZER.read_text(encoding="utf-8"))
-    spoil(content)
-    path = (folder if is_folder else tmp_path) / "tokenizer.json"
-    path.write_text(json.dumps(content), encoding="utf-8")
-    with bounded(seconds=10), pytest.raises(UserError, match="tokenizer"):
-        load(folder) if is_folder else read_tokenizer(path)
-
-
-@pytest.mark.parametrize(
-    "parts",
-    [
-        {"normalizer": normalizers.NFC()},
-        {"normalizer": normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip()])},
-        {"normalizer": normalizers.Replace(" ", "▁")},
-        {  # Llama 2's, and Mistral's
-            "normalizer": normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
-            "pre_tokenizer": None,
-            "decoder": decoders.Sequence(
-                [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-            ),
-        },
-        {  # the same, of a SentencePiece with its usual normalizer
-            "normalizer": normalizers.Sequence(
-                [normalizers.NFKC(), normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-            ),
-            "pre_tokenizer": None,
-        },
-        {  # BERT's
-            "normalizer": normalizers.BertNormalizer(),
-            "pre_tokenizer": pre_tokenizers.BertPreTokenizer(),
-            "decoder": decoders.WordPiece(),
-        },
-        {"pre_tokenizer": pre_tokenizers.Metaspace(), "decoder": decoders.Metaspace()},  # T5's, less its own part
-        {  # ALBERT's, likewise
-            "normalizer": normalizers.Sequence(
-                [
-                    normalizers.Replace("``", '"'),
-                    normalizers.Replace("''", '"'),
-                    *(normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()),
-                ]
-            ),
-            "pre_tokenizer": pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]),
-        },
-        {  # Llama 3's and Qwen's
-            "normalizer": normalizers.NFC(),
-            "pre_tokenizer": pre_tokenizers.Sequence(
-                [
-                    pre_tokenizers.Split(Regex(next(p for p in KNOWN_PATTERNS if "{1,3}|" in p)), "isolated"),
-                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-                ]
-            ),
-            "decoder": decoders.ByteLevel(),
-        },
-        {"pre_tokenizer": None, "decoder": decoders.Fuse()},
-        {"pre_tokenizer": pre_tokenizers.Split(Regex("."), "isolated")},
-        {"pre_tokenizer": pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), "isolated")},
-        {
-            "pre_tokenizer": pre_tokenizers.Sequence(
-                [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-            )
-        },
-    ],
-    ids=str,
-)
-def test_tokenizers_in_use_are_read(parts: dict, tmp_path: Path) -> None:
-    tokenizer = Tokenizer.from_file(str(save_tokenizer(tmp_path / "tokenizer.json")))
-    for name, part in parts.items():
-        setattr(tokenizer, name, part)
-    check_tokenizer(json.loads(tokenizer.to_str()))
-
-
-WORST: dict[str, Callable[[], normalizers.Normalizer]] = {
-    **{name: getattr(normalizers, name) for name in ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "Nmt")},
-    "BertNormalizer": normalizers.BertNormalizer,
-    "StripAccents": normalizers.StripAccents,
-    "ByteLevel": normalizers.ByteLevel,
+HOSTILE: dict[str, Callable[[dict], object]] = {
+    "a normalizer that multiplies": lambda t: t.update(normalizer=replace("a", MILLION)),
+    "a normalizer that multiplies a rare letter": lambda t: t.update(normalizer=replace("ж", "ж" * 999)),
+    "a chain that doubles": lambda t: t.update(normalizer=sequence([replace("a", "aa")] * 12)),
+    "a chain that doubles a rare letter": lambda t: t.update(normalizer=sequence([replace("ж", "жж")] * 12)),
+    "a normalizer that puts a text in front": lambda t: t.update(normalizer={"type": "Prepend", "prepend": MILLION}),
+    "a pattern that backtracks": lambda t: t.update(pre_tokenizer=split("(a+)+$")),
+    "a pattern that backtracks, of rare letters": lambda t: t.update(pre_tokenizer=split("((жф)+)+$")),
+    "a pattern that backtracks, in a normalizer": lambda t: t.update(normalizer=replace_regex(r"(\w*)*x", "")),
+    "a chain of pre-tokenizers that backtrack": lambda t: t.update(
+        pre_tokenizer=sequence([BYTES, split(r"(\w+)+$")], "pretokenizers")
+    ),
+    "an empty pattern": lambda t: t.update(normalizer=replace("", "x")),
+    "a template that repeats the text": lambda t: t["post_processor"].update(
+        single=[{"Sequence": {"id": "A", "type_id": 0}}] * 10**5
+    ),
+    "a template of many tokens": lambda t: t["post_processor"]["special_tokens"]["[BOS]"].update(ids=[2] * 10**6),
+    "a decoder that multiplies": lambda t: t.update(decoder=replace("a", MILLION)),
+    "padding to a billion": lambda t: t.update(
+        padding={
+            "strategy": {"Fixed": 10**9},
+            "direction": "Left",
+            "pad_to_multiple_of": None,
+            **{"pad_id": 1, "pad_type_id": 0, "pad_token": "x"},
+        }
+    ),
+    "a token of a megabyte": lambda t: t["added_tokens"][0].update(content=MILLION),
+    "an id of billions": lambda t: t["model"]["vocab"].update({"жжж": 2**32 - 1}),
+    "byte-level again and again": lambda t: t.update(normalizer=sequence([{"type": "ByteLevel"}] * 15)),
+    "byte-level again and again, before the model": lambda t: t.update(
+        pre_tokenizer=sequence([BYTES] * 15, "pretokenizers")
+    ),
+    **{
+        f"a letter wherever {pattern} matches": lambda t, pattern=pattern: t.update(
+            normalizer=sequence([replace_regex(pattern, "a")] * 15)
+        )
+        for pattern in (r"\B", r"\b", "^", r"\G", r"\K")
+    },
+    "a long text in the place of none": lambda t: t.update(normalizer=replace_regex(r"\B", "a" * 200)),
+    "texts in front": lambda t: t.update(normalizer=sequence([{"type": "Prepend", "prepend": "▁" * 8}] * 15)),
+    "bytes, not characters": lambda t: t.update(normalizer=sequence([replace("a", "🙂"), replace("🙂", "a" * 8)] * 7)),
+    "decoders of no suffix": lambda t: t.update(
+        decoder=sequence([{"type": "BPEDecoder", "suffix": ""}] * 15, "decoders")
+    ),
+    "words that take the cube of their length": lambda t: t.update(model=word_pieces("a", 10**5), normalizer=None),
+    "added tokens that a normalizer multiplies": lambda t: t.update(
+        normalizer=replace("a", "a" * 199),
+        added_tokens=t["added_tokens"]
+        + [{**t["added_tokens"][0], "id": 10**5, "content": "a" * 990, "normalized": True}] * 99,
+    ),
+    "a type that is none": lambda t: t.update(normalizer={"type": ["NFC"]}),
+    "a template of numbers": lambda t: t["post_processor"].update(single=[{"Sequence": 7}]),
+    "ids that are none": lambda t: t["post_processor"]["special_tokens"]["[BOS]"].update(ids=7),
+    "a damaged part of SentencePiece": lambda t: t.update(
+        normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    ),
+    "no part": lambda t: t.update(normalizer=[1]),
+    "a model that is none": lambda t: t.update(model={"type": "BPE"}),
+}
+# What looks alarming, but does little to any text.
+HARMLESS: dict[str, Callable[[dict], object]] = {
+    "a long chain": lambda t: t.update(normalizer=sequence([{"type": "NFC"}] * 30)),
+    "chains in chains": lambda t: t.update(normalizer=chain(50)),
+    "a pattern of repetitions": lambda t: t.update(pre_tokenizer=split("a{1,1000}{1,1000}")),
+    "a letter at the end of a text": lambda t: t.update(normalizer=sequence([replace_regex("$", "a")] * 15)),
+    "byte-level four times": lambda t: t.update(
+        normalizer=sequence([{"type": "ByteLevel"}] * 2), pre_tokenizer=sequence([BYTES] * 2, "pretokenizers")
+    ),
+    "a chain of decoders": lambda t: t.update(decoder=sequence([BYTES] * 15, "decoders")),
+    "pieces that repeat each other": lambda t: t.update(
+        truncation={"direction": "Right", "max_length": 10**4, "strategy": "LongestFirst", "stride": 10**4 - 1}
+    ),
 }
 
 
-@pytest.mark.parametrize("name", WORST)
-def test_no_character_grows_more_than_is_reckoned(name: str) -> None:
-    normalize: Callable[[str], str] = WORST[name]().normalize_str
-    for number in (*range(1, 0xD800), *range(0xE000, 0x30000)):
-        assert len(normalize(chr(number)).encode()) <= GROWTH[name] * len(chr(number).encode())
+def chain(depth: int) -> dict:
+    return sequence([chain(depth - 1)]) if depth else {"type": "NFC"}
 
 
-@pytest.mark.parametrize("model", [models.Unigram([("a", 0.0)], 0), models.WordPiece({"a": 0}, unk_token="a")], ids=str)
-def test_other_models_are_looked_through_too(model: models.Model) -> None:
-    check_tokenizer(json.loads(Tokenizer(model).to_str()))
+def save_spoilt(path: Path, spoil: Callable[[dict], object]) -> Path:
+    content = json.loads(TOKENIZER.read_text(encoding="utf-8"))
+    spoil(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def no_trial_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's cache, in which no tokenizer has passed its trial."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("spoil", HOSTILE.values(), ids=HOSTILE)
+def test_a_tokenizer_that_would_take_time_or_memory_is_refused(spoil: Callable, tmp_path: Path) -> None:
+    path = save_spoilt(tmp_path / "tokenizer.json", spoil)
+    with bounded(seconds=60), pytest.raises(UserError, match=r"tokenizer\.json: (cannot be used|is not the JSON)"):
+        read_tokenizer(path)
+
+
+@pytest.mark.parametrize("name", ["a decoder that multiplies", "a pattern that backtracks", "a model that is none"])
+def test_nor_is_one_read_in_a_folder(name: str, folder: Path) -> None:
+    save_spoilt(folder / "tokenizer.json", HOSTILE[name])
+    with bounded(seconds=60), pytest.raises(UserError, match=r"tokenizer\.json: (cannot be used|is not the JSON)"):
+        load(folder)
+
+
+def test_what_was_seen_is_said(tmp_path: Path) -> None:
+    path = save_spoilt(tmp_path / "tokenizer.json", HOSTILE["a pattern that backtracks"])
+    with pytest.raises(UserError, match=r"encoding 20,002 bytes of one letter crashes the library .*retry-limit"):
+        read_tokenizer(path)
+
+
+@pytest.mark.parametrize("spoil", HARMLESS.values(), ids=HARMLESS)
+def test_a_tokenizer_is_not_refused_for_its_looks(spoil: Callable, tmp_path: Path, no_trial_before: Path) -> None:
+    tokenizer = read_tokenizer(save_spoilt(tmp_path / "tokenizer.json", spoil))
+    tokenizer.no_truncation()
+    assert len(tokenizer.encode("é" * 1000).ids) < 10**5
+
+
+class TestTrial:
+    def test_is_not_held_twice(self, no_trial_before: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = folder / "tokenizer.json"
+        read_tokenizer(path)
+        monkeypatch.setattr("subprocess.run", None)
+        read_tokenizer(path)
+
+    def test_is_not_held_for_a_folder_that_this_project_wrote(
+        self, no_trial_before: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tokenizer = find_tokenizer(TOKENIZER, ModelInfo(tmp_path / "ckpt.pt", 1024, 16)).tokenizer
+        monkeypatch.setattr("subprocess.run", None)
+        write_tokenizer(tokenizer, tmp_path / "hf")
+        assert load_tokenizer(tmp_path / "hf", CustomGPTConfig())("the").input_ids == tokenizer("the").input_ids
+
+    def test_is_held_for_a_folder_that_says_that_it_is_ours(self, no_trial_before: Path, folder: Path) -> None:
+        path = save_spoilt(folder / "tokenizer.json", HOSTILE["a decoder that multiplies"])
+        manifest = json.loads((folder / ".manifest.json").read_text(encoding="utf-8"))
+        assert "tokenizer.json" in str(manifest)
+        old = hashlib.sha256((TOKENIZER.parent / "tokenizer.json").read_bytes()).hexdigest()
+        text = json.dumps(manifest).replace(old, hashlib.sha256(path.read_bytes()).hexdigest())
+        (folder / ".manifest.json").write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match="cannot be used"):
+            load(folder)
+
+    def test_needs_no_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "cache").write_text("")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        assert read_tokenizer(TOKENIZER).encode("the").ids
+
+    def test_starts_anew_when_the_cache_is_full(self, no_trial_before: Path) -> None:
+        cache = no_trial_before / "custom-gpt-hf" / "tokenizers"
+        cache.parent.mkdir(parents=True)
+        cache.write_text("0" * 2**21)
+        read_tokenizer(TOKENIZER)
+        assert cache.stat().st_size < 100
+
+    def test_leaves_standard_error_alone(self, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+        path = save_spoilt(tmp_path / "tokenizer.json", HOSTILE["a pattern that backtracks"])
+        with ThreadPoolExecutor(4) as pool:
+            refusals = [pool.submit(read_tokenizer, path) for _ in range(4)]
+        assert all(isinstance(refusal.exception(), UserError) for refusal in refusals)
+        os.write(2, b"still there")
+        assert capfd.readouterr().err == "still there"
 
 
 def test_a_folder_of_this_project_says_nothing_new(capitals: Path, recwarn: pytest.WarningsRecorder) -> None:

@@ -1,0 +1,126 @@
+"""Tokenizers out of files: a `tokenizers` JSON, a WordPiece vocab.txt, and whatever AutoTokenizer reads in a folder."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tokenizers import BertWordPieceTokenizer, Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from hf_model.errors import UserError, one_line
+from hf_model.reading import read_text
+from hf_model.tokenizer.trial import MAX_TOKENIZER_BYTES, check_by_trial
+
+MAX_VOCABULARY_BYTES = 2**25
+
+
+def read_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a JSON file of the `tokenizers` library, which is tried out first.
+
+    Raises:
+        UserError: there is no such file, the library cannot read it, or using it takes too much time or memory.
+    """
+    path = Path(path)
+    # A glance first, so that a checkpoint under this name is not read whole.
+    text = read_text(path, MAX_TOKENIZER_BYTES) if read_start(path).lstrip().startswith(b"{") else ""
+    check_by_trial(text, path)
+    return Tokenizer.from_str(text)
+
+
+def tokenizer_of(content: dict[str, Any], path: Path) -> Tokenizer:
+    """The tokenizer of a JSON that was made of another file; it is tried out as a file of its own would be.
+
+    Raises:
+        UserError: using it takes too much time or memory.
+    """
+    text = json.dumps(content, ensure_ascii=False)
+    check_by_trial(text, path)
+    return Tokenizer.from_str(text)
+
+
+def read_start(path: Path) -> bytes:
+    """The first bytes of a file.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read.
+    """
+    check_regular(path)
+    try:
+        with path.open("rb") as file:
+            return file.read(64).removeprefix(b"\xef\xbb\xbf")
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def check_regular(path: Path) -> None:
+    """Refuse what is there but is no file: opening a pipe would wait for its other end.
+
+    Raises:
+        UserError: it is not a regular file.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is not a regular file")
+
+
+def read_word_pieces(path: Path) -> tuple[Tokenizer, str]:
+    """The tokenizer of a vocab.txt, as BERT's is, and a note on what the file does not tell.
+
+    Raises:
+        UserError: the file cannot be read, or lacks a token that such a tokenizer needs.
+    """
+    tokens = read_text(path, MAX_VOCABULARY_BYTES).split("\n")
+    tokens = [token.removesuffix("\r") for token in (tokens[:-1] if tokens[-1] == "" else tokens)]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    if missing := [token for token in ("[UNK]", "[SEP]", "[CLS]") if token not in vocabulary]:
+        raise UserError(
+            f"{path}: has no {missing[0]}, which a WordPiece vocab.txt has; give the tokenizer's JSON (Tokenizer.save "
+            "writes one), or, if this is the training text of a model of characters, give it with --characters_of"
+        )
+    has_capitals = any(token != token.lower() for token in tokens if not (token[:1] == "[" and token[-1:] == "]"))
+    backend: Tokenizer = BertWordPieceTokenizer(vocabulary, lowercase=not has_capitals)._tokenizer
+    case = "capitals are kept, since the vocabulary has some" if has_capitals else "a text is put in lower case"
+    return backend, f"a vocab.txt does not tell how a text is prepared; as in BERT, {case}"
+
+
+def load_auto(name: str, **how: Any) -> PreTrainedTokenizerFast:
+    """What `AutoTokenizer.from_pretrained(name, **how)` gives for a folder or a name; no code of a folder's is run.
+
+    A folder's tokenizer.json is tried out before the library reads it. A tokenizer that the library makes of other
+    files, or that it has in its cache, is tried out afterwards.
+
+    Raises:
+        UserError: the library cannot load it, it has no fast form, or using it takes too much time or memory.
+    """
+    path = Path(name, "tokenizer.json")
+    if has_json := path.exists():
+        check_by_trial(read_text(path, MAX_TOKENIZER_BYTES), path)
+    try:
+        # A stranger's folder may name code of its own; the library would ask on the terminal whether to run it.
+        with panics_as_errors():
+            loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **how)
+    except Exception as error:  # whatever its files trip in the library
+        raise UserError(f"{name}: AutoTokenizer cannot load it ({one_line(error, 150)})") from None
+    if not isinstance(loaded, PreTrainedTokenizerFast):
+        raise UserError(f"{name}: is a {type(loaded).__name__}, which has no fast form (a tokenizer.json)")
+    if not has_json:
+        check_by_trial(loaded.backend_tokenizer.to_str(), name)
+    return loaded
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """For a block that calls into Rust with files that were not tried out: a panic there is no `Exception`.
+
+    Raises:
+        RuntimeError: in place of the panic, so that nobody need catch a `BaseException`: a signal can be one too.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ == "PanicException":  # of pyo3_runtime, a module that cannot be imported
+            raise RuntimeError(str(error)) from None
+        raise
