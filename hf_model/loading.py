@@ -301,6 +301,11 @@ class Source:
 
     def _load_folder(self, needs_tokenizer: bool) -> Loaded:
         folder = self.path
+        if self._has_own_tokenizer and (self.instructions or self.bos_token or self.eos_token or self.pad_token):
+            raise UserError(
+                f"{folder}: has its own kind of prompts and special tokens; to choose others, give its tokenizer too, "
+                f"with --tokenizer_path {folder}"
+            )
         try:
             config = read_config(folder)
             has_tokenizer = not self._has_own_tokenizer or (folder / "tokenizer.json").is_file()

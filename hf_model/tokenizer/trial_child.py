@@ -14,9 +14,14 @@ import time
 from contextlib import suppress
 
 if __name__ == "__main__":
-    sys.path.append(sys.argv[1])  # Python runs isolated from the user's own paths, where the package may be
+    # Python runs isolated from the user's own paths, where the package may be. In front, so that the version is the
+    # same as in the process that asks; for this one import.
+    sys.path.insert(0, sys.argv[1])
 
 from tokenizers import Tokenizer
+
+if __name__ == "__main__":
+    del sys.path[0]
 
 try:
     import resource
