@@ -47,7 +47,7 @@ AUTO_MAP = {
     "AutoModelForDecision": "modeling_custom_gpt.CustomGPTForCausalLM",
 }
 ACTIVATIONS = ("auto", "gelu", "gelu_new", "gelu_pytorch_tanh")
-# `from_pretrained` sets torch's default dtype for the whole process while it builds a model.
+# One thread at a time: while `from_pretrained` builds a model, it sets torch's default dtype for the whole process.
 FROM_PRETRAINED = threading.Lock()
 
 
@@ -108,7 +108,7 @@ class Source:
     instructions: bool = False
     """Prompts are instructions, whatever the tokenizer's special tokens are called."""
     bos_token: str | None = None
-    """The token in front of a text; None takes the one that the tokenizer itself tells."""
+    """The token in front of a text; None keeps the tokenizer's own."""
     eos_token: str | None = None
     """The token that ends an answer."""
     pad_token: str | None = None
@@ -250,11 +250,11 @@ def load(
         checkpoint_path: a `torch.save` file, which is converted in memory, or a converted folder.
         tokenizer_path: a tokenizer's file, folder or Hub name, or `"auto"` to look where the trainer put it. A folder
             has its own.
-        device: where the model goes; by default the best device there is (`pick_device`).
-        report: called for each thing that was found or chosen, with its name and a description.
-        options: `dtype` (`"auto"` keeps that of the weights), `n_head`, `activation`, `characters_of` (the training
-            text of a character-level model), `raw` or `instructions` (the kind of prompts), and `bos_token`,
-            `eos_token`, `pad_token` (names of tokens), as in `Source`.
+        device: where the model goes; by default the best device (see `pick_device`).
+        report: called with a name and a description for each thing that was found or chosen.
+        options: `dtype` (`"auto"` keeps the weights' dtype), `n_head`, `activation`, `characters_of` (the training text
+            of a character-level model), `raw` or `instructions` (the kind of prompts), and `bos_token`, `eos_token`,
+            `pad_token` (names of tokens), as in `Source`.
 
     Raises:
         UserError: a file is missing, damaged or not of this model family, or the files do not belong together.
@@ -316,7 +316,7 @@ def _folder_model(folder: Path, config: CustomGPTConfig, dtype: torch.dtype | st
         own_dtype = check_weights(folder, config)
         weights = read_weights(folder)
         config.dtype = pick_dtype(dtype, own_dtype)
-        config.auto_map = AUTO_MAP  # a trainer may have saved a part of it
+        config.auto_map = AUTO_MAP  # a trainer may have saved only some of the entries
         model = with_weights(config, {name: tensor.to(config.dtype) for name, tensor in weights.items()})
     model.generation_config = read_generation_config(folder, config)
     return model
@@ -333,7 +333,7 @@ DTYPES = {dtype_name(dtype): dtype for dtype in WEIGHT_DTYPES}
 
 
 def pick_dtype(dtype: torch.dtype | str, own: torch.dtype) -> torch.dtype:
-    """The dtype of that name; `"auto"` is `own`, the dtype of the weights.
+    """The dtype with this name; `"auto"` gives `own`, the dtype of the weights.
 
     Raises:
         UserError: weights of that dtype are not supported.
@@ -345,7 +345,7 @@ def pick_dtype(dtype: torch.dtype | str, own: torch.dtype) -> torch.dtype:
 
 
 def pick_device(name: torch.device | str | None = None) -> torch.device:
-    """The device of that name, or the best one there is: cuda, then mps, then the CPU.
+    """The device with this name. Without a name, the best device: cuda, then mps, then the CPU.
 
     Raises:
         UserError: there is no such device.
@@ -361,7 +361,7 @@ def pick_device(name: torch.device | str | None = None) -> torch.device:
         if device.type == "meta":
             raise RuntimeError("the meta device holds no values")
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):  # each backend has its own way of not being there
+    except (RuntimeError, AssertionError, NotImplementedError):  # each backend raises its own error if it is missing
         raise UserError(
             f"--device {name}: there is no such device here; there is {', '.join([*accelerators, 'cpu'])}"
         ) from None
