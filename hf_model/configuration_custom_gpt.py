@@ -13,7 +13,7 @@ class CustomGPTConfig(PreTrainedConfig):
         block_size: context length in tokens: the number of learned positions (`max_position_embeddings`).
         n_layer: number of blocks (`num_hidden_layers`).
         n_head: number of attention heads (`num_attention_heads`). Must divide `n_embd`.
-        n_embd: width of the residual stream (`hidden_size`). The MLP is four times as wide.
+        n_embd: width of the residual stream (`hidden_size`).
         bias: whether every LayerNorm and every Linear except `lm_head` has a bias.
         dropout: probability for the embedding sum, the attention weights and both output projections; in [0, 1).
         activation_function: activation of the MLP, a key of `transformers.activations.ACT2FN`: `"gelu"` is the exact
@@ -23,6 +23,11 @@ class CustomGPTConfig(PreTrainedConfig):
         use_cache: whether the model returns its keys and values for the next step.
         bos_token_id, eos_token_id, pad_token_id: ids of `[BOS]`, `[EOS]` and `[PAD]`.
         tie_word_embeddings: whether `lm_head.weight` is `transformer.wte.weight`.
+        n_inner: width of the MLP; None is four times `n_embd`.
+        norm_first: whether LayerNorm comes before attention and MLP (pre-norm), or after each sum (post-norm).
+        final_norm: whether there is a LayerNorm before the head.
+        head_bias: whether `lm_head` has a bias.
+        attention_scale: factor of queries times keys; None is 1 / sqrt(n_embd / n_head).
 
     Raises:
         huggingface_hub.errors.StrictDataclassError: a value of the wrong type, a size below 1, `n_embd` not divisible
@@ -75,14 +80,19 @@ class CustomGPTConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 3
     pad_token_id: int | None = 1
     tie_word_embeddings: bool = False
+    n_inner: int | None = None
+    norm_first: bool = True
+    final_norm: bool = True
+    head_bias: bool = False
+    attention_scale: float | None = None
 
     def validate_architecture(self) -> None:
         """Called by `@strict` when a configuration is made."""
         from transformers.activations import ACT2FN  # imports torch, which reading a configuration does not need
 
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_inner"):
+            if (size := getattr(self, name)) is not None and size < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {size}.")
         if self.n_embd % self.n_head:
             raise ValueError(f"`n_embd` ({self.n_embd}) must be divisible by `n_head` ({self.n_head}).")
         if not 0 <= self.dropout < 1:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import HfApi, constants
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 from typing_extensions import Unpack
 
 from hf_model.errors import UserError, memory_for, one_line
-from hf_model.folder import check_weights
 from hf_model.formats import Format, Options, find_format
 from hf_model.formats.cards import About, card_facts
 from hf_model.formats.target import MissingEngineError
@@ -41,7 +41,7 @@ class ConvertOptions(SourceOptions, total=False):
 
 @memory_for("to convert the model")
 def convert(
-    checkpoint_path: str | Path,
+    checkpoint_path: str | Path | nn.Module,
     tokenizer_path: str | Path | None,
     output_dir: str | Path,
     *,
@@ -60,7 +60,7 @@ def convert(
     The folder appears only when it is complete.
 
     Args:
-        checkpoint_path, tokenizer_path: as in `load`.
+        checkpoint_path, tokenizer_path: as in `load`: a file, a folder or your own `torch.nn.Module`.
         output_dir: the folder to make.
         format: `"transformers"`, `"gpt2"`, `"gguf"`, `"ctranslate2"`, `"onnx"` or `"checkpoint"`.
         overwrite: replace a folder that an earlier conversion wrote, or move another one aside.
@@ -83,11 +83,13 @@ def convert(
     """
     named = cast(dict[str, Any], options)
     how = {name: named.pop(name) for name in SourceOptions.__annotations__ if name in named}
-    source, choices = Source(Path(checkpoint_path), tokenizer_path, **how), Options(**named)
+    source, choices = Source.of(checkpoint_path, tokenizer_path, **how), Options(**named)
     folder, page = _final_path(Path(output_dir)), None if report_page is None else Path(report_page)
     target = find_format(format)
     check_target(folder, overwrite)
-    _check_apart(folder, [source.path, tokenizer_path, source.characters_of, training_data], page)
+    files = [] if isinstance(checkpoint_path, nn.Module) else [checkpoint_path]
+    read = [*files, tokenizer_path, source.characters_of, training_data]
+    _check_apart(folder, read, page)
     if page is not None:
         check_page(page)
 
@@ -103,15 +105,19 @@ def convert(
         report(f"report        {page}")
 
     card = card_facts(loaded.checkpoint, inspection, source.path, folder, about or About())
-    choices = replace(choices, card=card, rounded=_rounding(source, loaded))
+    rounded = describe_rounding(loaded.dtype, loaded.model.dtype)
+    choices = replace(choices, card=replace(card, rounded=rounded))
     with whole_folder(folder, overwrite, say=report) as new:
         for line in target.write(loaded, new, choices):
             report(line)
+        evidence = loaded.evidence
         # Free the mapped weights before the folder is read back, so that memory does not hold them twice.
         del loaded
         gc.collect()
         lines = [f"written       {folder}"]
         lines += [f"              {path.name:<32} {_file_size(path):>10}" for path in sorted(new.iterdir())]
+        if evidence:
+            lines.append(f"verified      {evidence}")
         if verify:
             lines.append(_verify(target, new, source, choices, folder))
     for line in lines:  # the folder is in its place now
@@ -156,16 +162,10 @@ def _check_apart(folder: Path, sources: Iterable[str | Path | None], page: Path 
             raise UserError(f"{page}: is in the way of {folder}; choose another name for --report")
 
 
-def _rounding(source: Source, loaded: Loaded) -> str:
-    config, checkpoint = loaded.model.config, loaded.checkpoint
-    own = check_weights(source.path, config) if checkpoint is None else checkpoint.dtype
-    return describe_rounding(own, loaded.model.dtype)
-
-
 def _head(source: Source, loaded: Loaded) -> list[str]:
     """The first lines of the report for a folder without a tokenizer, whose model cannot be asked anything."""
     return [
-        f"source        {describe_source(source.path, loaded.checkpoint)}",
+        f"source        {describe_source(source, loaded.checkpoint)}",
         f"architecture  {describe_architecture(loaded.model.config)}",
         f"parameters    {describe_parameters(loaded.model)}",
         "tokenizer     none, and none is needed",

@@ -26,11 +26,13 @@ def fast_on_cpu(model: CustomGPTForCausalLM) -> CustomGPTForCausalLM:
     """Give the model a form that decodes faster on a CPU, through the stock `generate`: a `FastCustomGPT`.
 
     Both models share the weights. Half-precision weights are also packed into a copy: if you change them, call this
-    again. The fast form runs no hooks, patched modules or adapters: put those on the plain model. The model itself
-    is returned if it is in training or quantised, or has weights not on the CPU or not in float32, float16 or bfloat16.
+    again. The fast form runs no hooks, patched modules or adapters: put those on the plain model. The model itself is
+    returned if it is in training, quantised or post-norm, or has weights not on the CPU or of another dtype than
+    float32, float16 and bfloat16.
     """
     kinds = {(weight.device.type, weight.dtype) for weight in model.parameters()}
     is_usual = type(model) is CustomGPTForCausalLM and not getattr(model.config, "quantization_config", None)
+    is_usual = is_usual and model.config.norm_first  # a step computes pre-norm blocks
     if not is_usual or model.training or kinds not in [{("cpu", dtype)} for dtype in (torch.float32, *HALF)]:
         return model
     fast = same_weights(FastCustomGPT, model)
@@ -90,6 +92,7 @@ def step_of(model: "FastCustomGPT") -> Any:
             return lambda x: torch.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
         return product(layer, model.packed.get(layer)) if isinstance(layer, nn.Linear) else layer
 
+    scale = model.config.attention_scale
     layers = [(h.ln_1, h.attn.c_attn, h.attn.c_proj, h.ln_2, h.mlp.c_fc, h.mlp.act, h.mlp.c_proj) for h in decoder.h]
     blocks, ln_f, head = [list(map(fast, block)) for block in layers], fast(decoder.ln_f), fast(model.lm_head)
 
@@ -102,7 +105,8 @@ def step_of(model: "FastCustomGPT") -> Any:
         x = F.embedding(ids, decoder.wte.weight).to(dtype) + F.embedding(positions, decoder.wpe.weight).to(dtype)
         for layer, (ln_1, c_attn, c_proj, ln_2, c_fc, act, mlp_proj) in zip(cache.layers, blocks, strict=True):
             qkv = c_attn(ln_1(x)).view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)
-            y = F.scaled_dot_product_attention(qkv[0], *layer.add(qkv[1:]), attn_mask=seen, is_causal=is_causal)
+            kv = layer.add(qkv[1:])
+            y = F.scaled_dot_product_attention(qkv[0], *kv, attn_mask=seen, is_causal=is_causal, scale=scale)
             x = x + c_proj(y.transpose(1, 2).reshape(B, T, -1))
             x = x + mlp_proj(act(c_fc(ln_2(x))))
         return head(ln_f(x[:, -keep:]))

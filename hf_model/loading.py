@@ -1,14 +1,16 @@
-"""Load a trainer's files or a converted folder: `Source` says where a model comes from, `Loaded` is what was loaded."""
+"""Load a model: `Source` says where the model comes from, `Loaded` is what was loaded."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers.activations import ACT2FN
 from typing_extensions import Unpack
 
 from hf_model.configuration_custom_gpt import CustomGPTConfig
@@ -35,6 +37,12 @@ from hf_model.tokenizer import (
 )
 from hf_model.tokenizer.prompt import PROMPT_FORMAT, RAW
 from hf_model.trainers import Checkpoint, read_checkpoint
+from hf_model.trainers.architecture import is_copied
+from hf_model.trainers.module import Reading, read_module
+from hf_model.trainers.module_calls import logits_of as module_logits
+from hf_model.trainers.module_calls import untouched, unwrap
+from hf_model.trainers.own_code import build_module
+from hf_model.trainers.pickle_reader import kind_of
 from hf_model.trainers.tensors import WEIGHT_DTYPES
 
 AUTO_MAP = {
@@ -46,6 +54,16 @@ AUTO_MAP = {
     # `transformers serve` looks for a folder's own code under this name only.
     "AutoModelForDecision": "modeling_custom_gpt.CustomGPTForCausalLM",
 }
+# The activations that a user's own model may have; of two names for one function, the first is taken.
+MODULE_ACTIVATIONS = {
+    name: ACT2FN[name]
+    for name in (
+        *("gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "silu", "quick_gelu", "relu2", "leaky_relu", "mish"),
+        *("tanh", "sigmoid", "relu6", "laplace"),
+    )
+}
+# The largest difference of two logits, over their standard deviation, that is taken for rounding.
+LOGITS_CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
 ACTIVATIONS = ("auto", "gelu", "gelu_new", "gelu_pytorch_tanh")
 # One thread at a time: while `from_pretrained` builds a model, it sets torch's default dtype for the whole process.
 FROM_PRETRAINED = threading.Lock()
@@ -63,6 +81,8 @@ class SourceOptions(TypedDict, total=False):
     bos_token: str | None
     eos_token: str | None
     pad_token: str | None
+    ignore_model_args: Sequence[str]
+    model: str | None
 
 
 @dataclass(frozen=True)
@@ -72,8 +92,12 @@ class Loaded:
     model: CustomGPTForCausalLM
     found: FoundTokenizer | None
     """The tokenizer and where it was found; None for a folder without one."""
+    dtype: torch.dtype
+    """The dtype of the weights in the source."""
     checkpoint: Checkpoint | None = None
-    """What the trainer's file held; None for a converted folder."""
+    """What the trainer's file held, if there is one."""
+    evidence: str = ""
+    """How near the logits are to those of the user's own model, if there is one."""
     choices: tuple[tuple[str, str], ...] = ()
     """What the user left open: the option, and what was chosen and why."""
 
@@ -85,7 +109,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: a trainer's checkpoint with its tokenizer, or a converted folder.
+    """Where a model comes from: a trainer's checkpoint with its tokenizer, a converted folder, or a module in memory.
 
     A source keeps nothing in memory. A format's `write` loads it, and `verify` loads it again, so that a change that
     the writer made to its model cannot hide an error.
@@ -113,10 +137,32 @@ class Source:
     """The token that ends an answer."""
     pad_token: str | None = None
     """The token that fills up the rows of a batch."""
+    ignore_model_args: Sequence[str] = ()
+    """Names of unknown options in the checkpoint's `model_args` that a conversion may leave out."""
+    module: nn.Module | None = None
+    """The user's own model, of any class; `path` is then its class's name, or the file of its weights."""
+
+    @classmethod
+    def of(
+        cls,
+        origin: str | Path | nn.Module,
+        tokenizer_path: str | Path | None = None,
+        **options: Unpack[SourceOptions],
+    ) -> "Source":
+        """The source of the public functions' arguments."""
+        model = options.pop("model", None)
+        if isinstance(origin, nn.Module):
+            return cls(Path(type(unwrap(origin)).__name__), tokenizer_path, module=origin, **options)
+        module = None if model is None else build_module(model, Path(origin))
+        return cls(Path(origin), tokenizer_path, module=module, **options)
 
     @property
     def is_folder(self) -> bool:
-        return self.path.is_dir()
+        return self.module is None and self.path.is_dir()
+
+    @property
+    def is_checkpoint(self) -> bool:
+        return self.module is None and not self.path.is_dir()
 
     def load(self, needs_tokenizer: bool = True, may_be_quantized: bool = False) -> Loaded:
         """Load model and tokenizer, on the CPU. The weights stay mapped from their file until they are used.
@@ -128,7 +174,10 @@ class Source:
         Raises:
             UserError: a file is missing, damaged or not of this model family, or the files do not belong together.
         """
-        loaded = self._load_folder(needs_tokenizer) if self.is_folder else self._load_checkpoint()
+        if self.module is not None:
+            loaded = self._load_module(self.module, needs_tokenizer)
+        else:
+            loaded = self._load_folder(needs_tokenizer) if self.is_folder else self._load_checkpoint()
         if is_quantized(loaded.model.config) and not may_be_quantized:
             raise UserError(f"{self.path}: is quantized, so its weights are not the trained ones: give the full model")
         return loaded
@@ -137,6 +186,9 @@ class Source:
         """The tokenizer, read again from the source."""
         if self._has_own_tokenizer:
             return own_tokenizer(self.path)
+        if self.module is not None:
+            options = read_module(self.module, MODULE_ACTIVATIONS).options
+            return self._find_tokenizer(ModelInfo(self.path, options["vocab_size"], options["block_size"]))
         if self.is_folder:
             config = read_config(self.path)
             return self._find_tokenizer(ModelInfo(self.path, config.vocab_size, config.block_size))
@@ -144,7 +196,9 @@ class Source:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """All tensors as they are in the source, mapped again, a tied head included."""
-        if self.is_folder:
+        if self.module is not None:
+            weights = read_module(self.module, MODULE_ACTIVATIONS).state_dict
+        elif self.is_folder:
             weights = read_weights(self.path)
         else:
             weights = dict(read_checkpoint(self.path, check_bytes=False).state_dict)
@@ -177,6 +231,12 @@ class Source:
         if self.activation not in ACTIVATIONS:
             raise UserError(f"activation={self.activation!r} is none of {', '.join(ACTIVATIONS)}")
         checkpoint = read_checkpoint(self.path)
+        if unknown := [name for name in checkpoint.unknown_args if name not in self.ignore_model_args]:
+            told = ", ".join(f"{name}={_shown(checkpoint.unknown_args[name])}" for name in unknown)
+            raise UserError(
+                f"{self.path}: its model_args say {told}, which may change what the model computes, in a way not "
+                f"known here: --ignore_model_args {' '.join(unknown)} converts without it"
+            )
         dtype = pick_dtype(self.dtype, checkpoint.dtype)
         found = self._find_tokenizer(self._info(checkpoint))
         tokenizer, chosen = found.tokenizer, checkpoint.trainer.activation
@@ -193,11 +253,40 @@ class Source:
         config.dtype, config.auto_map = dtype, AUTO_MAP
         model = with_weights(config, {name: tensor.to(dtype) for name, tensor in checkpoint.state_dict.items()})
         model.generation_config = default_generation(tokenizer, config.vocab_size)
-        return Loaded(model, found, checkpoint, tuple(self._choices(checkpoint, found)))
+        return Loaded(model, found, checkpoint.dtype, checkpoint, choices=tuple(self._choices(checkpoint, found)))
+
+    def _load_module(self, module: nn.Module, needs_tokenizer: bool) -> Loaded:
+        if self.tokenizer_path is None and self.characters_of is None and needs_tokenizer:
+            raise UserError(f"{self.path}: needs a tokenizer: give tokenizer_path, or characters_of=TEXT")
+        reading = read_module(module, MODULE_ACTIVATIONS)
+        own = reading.state_dict["transformer.wte.weight"].dtype
+        config = CustomGPTConfig(**reading.options, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+        config.dtype, config.auto_map = own, AUTO_MAP
+        model = with_weights(config, reading.state_dict)
+        evidence = compare_logits(module, model, reading)
+        if (dtype := pick_dtype(self.dtype, own)) != own:
+            model = model.to(dtype)
+            config.dtype = dtype
+        if self.tokenizer_path is None and self.characters_of is None:
+            return Loaded(model, None, own, evidence=evidence)
+        found = self._find_tokenizer(ModelInfo(self.path, config.vocab_size, config.block_size))
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, getattr(found.tokenizer, name))
+        model.generation_config = default_generation(found.tokenizer, config.vocab_size)
+        choices = [("activation", f"{config.activation_function} (your model's)"), *tokenizer_choices(found)]
+        choices += [("note", note) for note in reading.notes]
+        return Loaded(model, found, own, evidence=evidence, choices=tuple(choices))
 
     def _choices(self, checkpoint: Checkpoint, found: FoundTokenizer) -> Iterator[tuple[str, str]]:
         if self.n_head is None and (beside := checkpoint.heads_beside()):
             yield "heads", f"{beside[0]} ({beside[1]})"
+        for name, value in checkpoint.unknown_args.items():
+            ignored = f"{name}={_shown(value)} in model_args was ignored"
+            yield "warning", f"{ignored}: the model may not compute what its trainer computes"
+        head, embedding = (checkpoint.state_dict.get(f"{name}.weight") for name in ("lm_head", "transformer.wte"))
+        is_other = head is not None and embedding is not None and head.data_ptr() != embedding.data_ptr()
+        if is_other and is_copied(head, embedding):
+            yield "head", "tied: the file has an equal copy of the embedding"
         trainer = checkpoint.trainer
         if self.activation == "auto" and not trainer.is_known:
             unsure = "nothing in the file tells; models of older trainers need --activation gelu_new"
@@ -214,8 +303,9 @@ class Source:
             model = _folder_model(folder, config, self.dtype)
             if needs_tokenizer and not has_tokenizer:
                 raise UserError(f"{folder}: holds no tokenizer (no tokenizer.json); give one with --tokenizer_path")
+            own = model.dtype if is_quantized(config) else check_weights(folder, config)
             if not has_tokenizer:
-                return Loaded(model, None)
+                return Loaded(model, None, own)
             if self._has_own_tokenizer:
                 found = own_tokenizer(folder, config)
                 check_fits(found.tokenizer, config.vocab_size, folder, folder)
@@ -232,12 +322,12 @@ class Source:
         if self.raw:
             found.tokenizer.init_kwargs[PROMPT_FORMAT] = RAW
             found.tokenizer.chat_template = None
-        return Loaded(model, found, choices=tuple(tokenizer_choices(found)))
+        return Loaded(model, found, own, choices=tuple(tokenizer_choices(found)))
 
 
 @memory_for("to load the model")
 def load(
-    checkpoint_path: str | Path,
+    checkpoint_path: str | Path | nn.Module,
     tokenizer_path: str | Path | None = None,
     *,
     device: torch.device | str | None = None,
@@ -247,24 +337,56 @@ def load(
     """Load a trainer's checkpoint or a converted folder. Nothing is written. On a CPU the model is a `FastCustomGPT`.
 
     Args:
-        checkpoint_path: a `torch.save` file, which is converted in memory, or a converted folder.
+        checkpoint_path: a `torch.save` file, which is converted in memory; a converted folder; or your own model, a
+            `torch.nn.Module` of any class.
         tokenizer_path: a tokenizer's file, folder or Hub name, or `"auto"` to look where the trainer put it. A folder
             has its own.
         device: where the model goes; by default the best device (see `pick_device`).
         report: called with a name and a description for each thing that was found or chosen.
         options: `dtype` (`"auto"` keeps the weights' dtype), `n_head`, `activation`, `characters_of` (the training text
-            of a character-level model), `raw` or `instructions` (the kind of prompts), and `bos_token`, `eos_token`,
-            `pad_token` (names of tokens), as in `Source`.
+            of a character-level model), `raw` or `instructions` (the kind of prompts), `bos_token`, `eos_token`,
+            `pad_token` (names of tokens) and `ignore_model_args`, as in `Source`; `model` (`"FILE.py:NAME"`, your own
+            code that makes the model of a checkpoint).
 
     Raises:
         UserError: a file is missing, damaged or not of this model family, or the files do not belong together.
     """
-    loaded = Source(Path(checkpoint_path), tokenizer_path, **options).load(may_be_quantized=True)
+    loaded = Source.of(checkpoint_path, tokenizer_path, **options).load(may_be_quantized=True)
     assert loaded.found is not None
     report("tokenizer", loaded.found.taken + (f" ({loaded.found.why})" if loaded.found.why else ""))
     for item, text in loaded.choices:
         report(item, text)
     return fast_on_cpu(loaded.model.to(pick_device(device))), loaded.tokenizer
+
+
+@torch.no_grad()
+def compare_logits(module: nn.Module, model: CustomGPTForCausalLM, reading: Reading) -> str:
+    """Compare a converted model's logits with those of the user's own model, for 1 and 5 tokens and the whole context.
+
+    Returns:
+        What was found, in words.
+
+    Raises:
+        UserError: they differ by more than rounding.
+    """
+    largest = 0.0
+    with untouched(module):
+        for length in dict.fromkeys((1, min(5, reading.ids.shape[1]), reading.ids.shape[1])):
+            ids = reading.ids[:, :length]
+            is_whole = length == reading.ids.shape[1]
+            expected = reading.logits if is_whole else module_logits(module, ids).float().cpu()
+            got = model(ids, use_cache=False, logits_to_keep=expected.shape[1]).logits.float()
+            spread = float(expected.std())
+            off = float((got - expected).abs().max()) / spread if spread > 0 else 0.0
+            if not off <= LOGITS_CLOSE[model.dtype]:
+                raise UserError(
+                    f"{type(unwrap(module)).__name__}: cannot be read as a GPT: its layers fit, but its logits for "
+                    f"{length} tokens are {off:.2g} of their spread off"
+                )
+            largest = max(largest, off)
+    return "your model's own logits: " + (
+        "equal bit for bit" if largest == 0 else f"within {largest:.1e} of their spread"
+    )
 
 
 def own_tokenizer(folder: Path, config: CustomGPTConfig | None = None) -> FoundTokenizer:
@@ -299,6 +421,10 @@ def tokenizer_choices(found: FoundTokenizer) -> Iterator[tuple[str, str]]:
         yield "prompt", f"raw text; a text ends at {found.tokenizer.eos_token or 'max_new_tokens only'}"
     for note in found.notes:
         yield "note", note
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, (bool, int, float, str)) else f"a {kind_of(value)}"
 
 
 def is_quantized(config: CustomGPTConfig) -> bool:
@@ -383,9 +509,11 @@ def describe_parameters(model: CustomGPTForCausalLM) -> str:
     return f"{model.num_parameters():,} in {dtype_name(model.dtype)}"
 
 
-def describe_source(path: Path, checkpoint: Checkpoint | None) -> str:
+def describe_source(source: Source, checkpoint: Checkpoint | None) -> str:
+    if source.module is not None:
+        return f"{source.path} (a model of your own class)"
     if checkpoint is None:
-        return f"{path} (a folder)"
+        return f"{source.path} (a folder)"
     place = f"weights under {checkpoint.weights_key!r}" if checkpoint.weights_key else "a bare state dict"
     progress = "".join(f", {name} {number:.6g}" for name, number in checkpoint.progress.items())
     return f"{checkpoint.path} ({place}{progress})"

@@ -54,7 +54,7 @@ class CustomGPTAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.n_embd // config.n_head
-        self.scaling = self.head_dim**-0.5
+        self.scaling = self.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         self.is_causal = True
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
@@ -95,9 +95,10 @@ class CustomGPTAttention(nn.Module):
 class CustomGPTMLP(nn.Module):
     def __init__(self, config: CustomGPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        width = 4 * config.n_embd if config.n_inner is None else config.n_inner
+        self.c_fc = nn.Linear(config.n_embd, width, bias=config.bias)
         self.act = ACT2FN[config.activation_function]
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
         self.c_proj.writes_to_residual = True
         self.dropout = nn.Dropout(config.dropout)
 
@@ -112,8 +113,13 @@ class CustomGPTBlock(GradientCheckpointingLayer):
         self.attn = CustomGPTAttention(config, layer_idx)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.bias)
         self.mlp = CustomGPTMLP(config)
+        self.norm_first = config.norm_first
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        if not self.norm_first:  # as in the first Transformer: the norm of each sum
+            attention_output, _ = self.attn(hidden_states, **kwargs)
+            hidden_states = self.ln_1(hidden_states + attention_output)
+            return self.ln_2(hidden_states + self.mlp(hidden_states))
         attention_output, _ = self.attn(self.ln_1(hidden_states), **kwargs)
         hidden_states = hidden_states + attention_output
         return hidden_states + self.mlp(self.ln_2(hidden_states))
@@ -158,7 +164,9 @@ class CustomGPTModel(CustomGPTPreTrainedModel):
         self.wpe = CustomGPTPositionEmbedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList([CustomGPTBlock(config, layer_idx) for layer_idx in range(config.n_layer)])
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.bias)
+        self.ln_f: nn.Module = nn.Identity()
+        if config.final_norm:
+            self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.bias)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -245,7 +253,7 @@ class CustomGPTModel(CustomGPTPreTrainedModel):
 
 
 class CustomGPTForCausalLM(CustomGPTPreTrainedModel, GenerationMixin):
-    """The decoder with its language modelling head, `lm_head`: a Linear without a bias, tied or not."""
+    """The decoder with its language modelling head, `lm_head`: a Linear, tied or not."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -255,7 +263,7 @@ class CustomGPTForCausalLM(CustomGPTPreTrainedModel, GenerationMixin):
     def __init__(self, config: CustomGPTConfig):
         super().__init__(config)
         self.transformer = CustomGPTModel(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=config.head_bias)
         self.post_init()
 
     @can_return_tuple

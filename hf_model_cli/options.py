@@ -36,7 +36,6 @@ SYNONYMS = {
     "n_predict": ("max_new_tokens",),
     "max_tokens": ("max_new_tokens",),
     "max_length": ("max_new_tokens",),
-    "model": ("checkpoint_path",),
     "out_dir": ("output_dir", "checkpoint_path"),
     "out": ("output_dir", "output_file"),
     "outfile": ("output_dir", "output_file"),
@@ -162,9 +161,21 @@ def add_model(group: argparse._ArgumentGroup) -> None:
         "--n_head", metavar="N", type=number(int, 1), help="number of attention heads, if the checkpoint lacks it"
     )
     group.add_argument(
+        "--model",
+        metavar="FILE.py:NAME",
+        help="your own class or function that makes the checkpoint's model; this runs your file",
+    )
+    group.add_argument(
         "--activation",
         choices=ACTIVATIONS,
         help="gelu is exact, the others are the tanh form (default: what the checkpoint tells)",
+    )
+    group.add_argument(
+        "--ignore_model_args",
+        metavar="NAME",
+        nargs="+",
+        default=[],
+        help="options in the checkpoint's model_args that are not known here, to convert without them",
     )
     group.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="dtype of the weights (default: that of the file)"
@@ -173,7 +184,8 @@ def add_model(group: argparse._ArgumentGroup) -> None:
 
 def source_options(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `hf_model.load`, `convert` and `inspect` that say how to read a model."""
-    names = ("dtype", "n_head", "characters_of", "raw", "instructions", "bos_token", "eos_token", "pad_token")
+    roles = ("bos_token", "eos_token", "pad_token")
+    names = ("dtype", "n_head", "characters_of", "raw", "instructions", *roles, "ignore_model_args", "model")
     return {"activation": args.activation or "auto", **{name: getattr(args, name) for name in names}}
 
 

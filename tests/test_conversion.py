@@ -235,6 +235,22 @@ def test_a_page_in_the_folder_s_way_is_found_before_the_work_begins(page: str, f
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_an_unknown_option_stops_the_conversion_until_it_is_ignored_by_name(tmp_path: Path) -> None:
+    checkpoint_path, tokenizer_path = save_files(tmp_path, gpt())
+    content = torch.load(checkpoint_path, weights_only=True)
+    content["model_args"] |= {"mup_enabled": True, "mup_width": 64}
+    torch.save(content, checkpoint_path)
+    with pytest.raises(UserError, match=r"mup_enabled=True, mup_width=64.*--ignore_model_args mup_enabled mup_width"):
+        convert(checkpoint_path, tokenizer_path, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+    lines: list[str] = []
+    names = ("mup_enabled", "mup_width")
+    convert(checkpoint_path, tokenizer_path, tmp_path / "hf", ignore_model_args=names, report=lines.append)
+    assert all(any(line.startswith("warning") and name in line for line in lines) for name in names)
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert all(name in card for name in names)
+
+
 class TestPush:
     def test_uploads_the_folder_to_a_private_repository(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         calls = []

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import ModelCardData
@@ -24,9 +24,6 @@ from hf_model.tokenizer import (
     takes_instructions,
 )
 from hf_model.trainers import Checkpoint
-
-if TYPE_CHECKING:
-    from hf_model.formats.target import Options
 
 MISSING = "[More Information Needed]"  # the Hub's own mark for what the author has still to write
 STAGES = ("finetune", "pretrain", "sft")  # folder names that tell a stage of training; the folder above names the model
@@ -147,7 +144,7 @@ class About:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the cards of all formats have in common. The last three are Markdown."""
+    """What the cards of all formats have in common. `data`, `evaluation` and `learnt` are Markdown."""
 
     title: str = NAMELESS
     place: str = f"./{NAMELESS}"
@@ -157,6 +154,8 @@ class CardFacts:
     learnt: tuple[str, ...] = ()
     data: str = MISSING
     evaluation: str = MISSING
+    rounded: str = ""
+    """How the weights were rounded, as `describe_rounding` tells; "" if they were not."""
 
     @property
     def name(self) -> str:
@@ -194,14 +193,14 @@ def card_facts(
 
 
 def _learnt(inspection: Inspection) -> list[str]:
-    """The diagnosis and the measurement, without the place of the training data on the user's disk."""
+    """Warnings, diagnosis and measurement, without the place of the training data on the user's disk."""
     if inspection.measurement is not None:
         name = Path(inspection.measurement.path).name
         inspection = replace(inspection, measurement=replace(inspection.measurement, path=name))
     lines = [str(finding) for finding in inspection.findings()]
     if inspection.diagnosis is not None and not inspection.diagnosis.is_harm:
         lines.insert(0, str(inspection.diagnosis))
-    return lines
+    return [*(text for item, text in inspection.choices if item == "warning"), *lines]
 
 
 def _evidence(inspection: Inspection | None, is_file: bool) -> str:
@@ -248,7 +247,7 @@ def _is_place(name: str) -> bool:
 def write_card(
     folder: Path,
     loaded: Loaded,
-    options: "Options",
+    facts: CardFacts,
     *,
     what: str,
     library: str,
@@ -267,7 +266,7 @@ def write_card(
         notes: what a user must know, as Markdown.
         quantized: how the format rounds the weights further, such as "rounded to q8_0".
     """
-    facts, config = options.card, loaded.model.config
+    config = loaded.model.config
     tokenizer = None if loaded.found is None else loaded.tokenizer
     examples = () if tokenizer is None else facts.about.examples(tokenizer)
     is_instructed = tokenizer is not None and takes_instructions(tokenizer)
@@ -286,7 +285,7 @@ def write_card(
         datasets=list(facts.about.datasets) or None,
         widget=_widget(examples, is_instructed) if library == "transformers" else None,
     )
-    changes = [change for change in (options.rounded, quantized) if change]
+    changes = [change for change in (facts.rounded, quantized) if change]
     text = Template(CARD).render(
         metadata=metadata.to_yaml(),
         facts=facts,

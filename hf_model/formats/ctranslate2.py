@@ -13,7 +13,14 @@ from hf_model.formats import gpt2
 from hf_model.formats.cards import write_card
 from hf_model.formats.comparison import Difference, check_tokenizer_files, compare, compared_with, reference_logits
 from hf_model.formats.example import TRY_EXAMPLE, USE_EXAMPLE, write_example
-from hf_model.formats.target import MissingEngineError, Options, engine_errors, require, write_tokenizer
+from hf_model.formats.target import (
+    MissingEngineError,
+    Options,
+    check_plain_gpt2,
+    engine_errors,
+    require,
+    write_tokenizer,
+)
 from hf_model.loading import Loaded, Source, dtype_name
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 
@@ -81,7 +88,7 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
     write_card(
         folder,
         loaded,
-        options,
+        options.card,
         what=f"to CTranslate2 ({kind or 'not quantized'})",
         library="ctranslate2",
         use=USE_EXAMPLE,
@@ -98,6 +105,7 @@ def check_supported(model: CustomGPTForCausalLM) -> None:
     Raises:
         UserError: CTranslate2 does not know the model's activation or epsilon.
     """
+    check_plain_gpt2(model.config, "CTranslate2's GPT-2")
     if model.config.activation_function not in ACTIVATIONS:
         raise UserError(f"CTranslate2 does not know this model's activation, {model.config.activation_function}")
     if model.config.layer_norm_epsilon != 1e-5:

@@ -18,7 +18,15 @@ from hf_model.formats import ollama
 from hf_model.formats.cards import code, write_card
 from hf_model.formats.comparison import check_ids, compare, compared_with, reference_logits
 from hf_model.formats.gguf_tokenizer import GgufTokenizer, to_gguf
-from hf_model.formats.target import TANH_GELU, MissingEngineError, Options, engine_errors, require
+from hf_model.formats.target import (
+    TANH_GELU,
+    MissingEngineError,
+    Options,
+    check_plain_gpt2,
+    engine_errors,
+    require,
+    with_usual_scale,
+)
 from hf_model.loading import Loaded, Source
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.tokenizer import is_of_characters, probes
@@ -120,7 +128,7 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
     write_card(
         folder,
         loaded,
-        options,
+        options.card,
         what=f"to GGUF ({options.gguf_type})",
         library="gguf",
         use=USE,
@@ -146,10 +154,12 @@ def check_supported(model: CustomGPTForCausalLM, gguf_type: str) -> None:
         UserError: it does not know the activation, cannot pack the width, or the type cannot hold the values.
     """
     config = model.config
+    check_plain_gpt2(config, "llama.cpp's GPT-2")
     if config.activation_function not in GELU:
         raise UserError(f"llama.cpp's GPT-2 has GELU only, and this model's activation is {config.activation_function}")
-    if gguf_type == "q8_0" and config.n_embd % 32:
-        raise UserError(f"q8_0 packs 32 values, and this model is {config.n_embd} wide: use --gguf_type f16")
+    widths = (config.n_embd, config.n_inner or 4 * config.n_embd)
+    if gguf_type == "q8_0" and (odd := [width for width in widths if width % 32]):
+        raise UserError(f"q8_0 packs 32 values, and this model is {odd[0]} wide: use --gguf_type f16")
     if gguf_type == "f16":
         limit = torch.finfo(torch.float16).max
         for name, tensor in model.state_dict().items():
@@ -218,7 +228,7 @@ def _add_sizes(writer: "GGUFWriter", config: CustomGPTConfig, gguf_type: str, na
     writer.add_file_type(file_types[gguf_type])
     writer.add_context_length(config.block_size)
     writer.add_embedding_length(config.n_embd)
-    writer.add_feed_forward_length(4 * config.n_embd)
+    writer.add_feed_forward_length(config.n_inner or 4 * config.n_embd)
     writer.add_block_count(config.n_layer)
     writer.add_head_count(config.n_head)
     writer.add_layer_norm_eps(config.layer_norm_epsilon)
@@ -241,7 +251,7 @@ def _add_tokenizer(writer: "GGUFWriter", tokenizer: GgufTokenizer) -> None:
 
 def _tensors(model: CustomGPTForCausalLM) -> dict[str, torch.Tensor]:
     """The state dict with a bias for each weight of the blocks. A tied head is left out: llama.cpp ties it itself."""
-    tensors = dict(model.state_dict())
+    tensors = dict(with_usual_scale(model).state_dict())
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     for name, tensor in list(tensors.items()):

@@ -18,7 +18,14 @@ from hf_model.formats.comparison import (
     reference_logits,
     same_bits,
 )
-from hf_model.formats.target import Options, engine_errors, save_model, write_tokenizer
+from hf_model.formats.target import (
+    Options,
+    check_plain_gpt2,
+    engine_errors,
+    save_model,
+    with_usual_scale,
+    write_tokenizer,
+)
 from hf_model.loading import FROM_PRETRAINED, Loaded, Source, default_generation
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 
@@ -48,15 +55,17 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
     """Write configuration, weights, generation settings, tokenizer and card.
 
     Raises:
+        UserError: GPT-2 cannot hold the model.
         OSError: the disk is full.
     """
+    check_plain_gpt2(loaded.model.config, "stock GPT-2")
     stock = stock_model(loaded.model)
     stock.generation_config = stock_generation(loaded)
     save_model(stock, folder, options.max_shard_size)
     write_tokenizer(loaded.tokenizer, folder)
     notes = [PAST_CONTEXT.format(block_size=loaded.model.config.block_size)]
     what = "to stock GPT-2, which needs no custom code,"
-    write_card(folder, loaded, options, what=what, library="transformers", use=USE, notes=notes)
+    write_card(folder, loaded, options.card, what=what, library="transformers", use=USE, notes=notes)
     return []
 
 
@@ -68,6 +77,7 @@ def stock_config(config: CustomGPTConfig) -> GPT2Config:
         n_embd=config.n_embd,
         n_layer=config.n_layer,
         n_head=config.n_head,
+        n_inner=config.n_inner,
         activation_function=config.activation_function,
         embd_pdrop=config.dropout,
         attn_pdrop=config.dropout,
@@ -86,7 +96,7 @@ def stock_config(config: CustomGPTConfig) -> GPT2Config:
 def stock_weights(model: CustomGPTForCausalLM) -> dict[str, torch.Tensor]:
     """The state dict of `GPT2LMHeadModel`: projections transposed, and biases of zero where the model has none."""
     weights: dict[str, torch.Tensor] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in with_usual_scale(model).state_dict().items():
         weights[name] = tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
         is_in_block = name.startswith(("transformer.h.", "transformer.ln_f."))
         if is_in_block and name.endswith(".weight") and not model.config.bias:
@@ -132,4 +142,4 @@ def verify(folder: Path, source: Source, options: Options) -> str:
     ids, logits = reference_logits(model)
     found = compare("the logits", logits, logits_of(stock.float(), ids, len(logits)))
     found.check(found.rounding)
-    return f"{compared_with(source)}{equal_tensors(len(expected), options.rounded)}, {found}, {texts}"
+    return f"{compared_with(source)}{equal_tensors(len(expected), options.card.rounded)}, {found}, {texts}"

@@ -93,7 +93,9 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
     write_tokenizer(loaded.tokenizer, folder)
     script = write_example(EXAMPLE, loaded, folder, options)
     notes = [PAST_CONTEXT.format(block_size=config.block_size), NAMES]
-    write_card(folder, loaded, options, what="to ONNX", library="onnx", use=USE_EXAMPLE, script=script, notes=notes)
+    write_card(
+        folder, loaded, options.card, what="to ONNX", library="onnx", use=USE_EXAMPLE, script=script, notes=notes
+    )
     return []
 
 

@@ -1,5 +1,6 @@
 """What the formats share: the options of a conversion, the engines' packages, and how files are written."""
 
+import copy
 import importlib.util
 import json
 import re
@@ -13,8 +14,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError, memory_for, one_line
+from hf_model.folder import with_weights
 from hf_model.formats.cards import CardFacts
+from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.tokenizer import save_tokenizer
 
 TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate")
@@ -32,8 +36,6 @@ class Options:
     """
 
     card: CardFacts = field(default_factory=CardFacts)
-    rounded: str = ""
-    """How the weights were rounded, as `describe_rounding` tells; "" if they were not."""
     max_shard_size: str = "5GB"
     gguf_type: str = "f32"
     quantization: str | None = None
@@ -45,6 +47,41 @@ class Options:
                 raise UserError(f"{name}={getattr(self, name)!r} is none of {', '.join(known)}")
         if not re.fullmatch(SHARD_SIZE, self.max_shard_size, re.ASCII | re.IGNORECASE):
             raise UserError(f"max_shard_size={self.max_shard_size!r} is not a size such as 500MB or 5GB")
+
+
+def check_plain_gpt2(config: CustomGPTConfig, what: str) -> None:
+    """Check that a model is a GPT-2 but for sizes, activation and attention scale.
+
+    Args:
+        what: the format's model, such as `"llama.cpp's GPT-2"`.
+
+    Raises:
+        UserError: it is not.
+    """
+    differs = {
+        "post-norm blocks": not config.norm_first,
+        "no final LayerNorm": not config.final_norm,
+        "a bias at its head": config.head_bias,
+    }
+    if found := [name for name, is_so in differs.items() if is_so]:
+        raise UserError(f"{what} cannot have {' and '.join(found)}, as this model does: use --format transformers")
+
+
+def with_usual_scale(model: CustomGPTForCausalLM) -> CustomGPTForCausalLM:
+    """The model with its attention scale folded into the rows of the queries; the model itself if it has none."""
+    config = model.config
+    if config.attention_scale is None:
+        return model
+    factor = config.attention_scale * (config.n_embd // config.n_head) ** 0.5
+    usual, weights = copy.deepcopy(config), dict(model.state_dict())
+    usual.attention_scale = None
+    for name, tensor in weights.items():
+        if ".c_attn." in name:
+            weights[name] = tensor.clone()
+            weights[name][: config.n_embd] *= factor
+    folded = with_weights(usual, weights)
+    folded.generation_config = model.generation_config
+    return folded
 
 
 class MissingEngineError(Exception):

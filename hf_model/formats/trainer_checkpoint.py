@@ -9,7 +9,7 @@ import torch
 from hf_model.errors import UserError
 from hf_model.formats.cards import write_card
 from hf_model.formats.comparison import compared_with, equal_tensors, same_bits
-from hf_model.formats.target import TANH_GELU, Options, engine_errors
+from hf_model.formats.target import TANH_GELU, Options, check_plain_gpt2, engine_errors
 from hf_model.loading import Loaded, Source
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.trainers import read_checkpoint
@@ -58,7 +58,7 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
     write_card(
         folder,
         loaded,
-        options,
+        options.card,
         what="to a checkpoint for its trainer",
         library="pytorch",
         use=USE[options.like],
@@ -85,6 +85,9 @@ def check_supported(model: CustomGPTForCausalLM, like: str) -> list[str]:
     """
     config = model.config
     notes = []
+    check_plain_gpt2(config, "the trainer's model")
+    if config.n_inner not in (None, 4 * config.n_embd) or config.attention_scale is not None:
+        raise UserError("its MLP has another width than the trainer's, or its attention another scale")
     if config.layer_norm_epsilon != 1e-5:
         raise UserError(f"its LayerNorms have an epsilon of {config.layer_norm_epsilon}; the trainer's have 1e-5")
     if like == "nanogpt" and not config.tie_word_embeddings:
@@ -157,5 +160,5 @@ def verify(folder: Path, source: Source, options: Options) -> str:
         got = written.state_dict[name]
         if got.dtype != tensor.dtype or not same_bits(tensor.contiguous(), got):
             raise UserError(f"{FILE}: {name} differs from {source.path}: the disk or the memory is faulty")
-    equal = equal_tensors(len(expected), options.rounded)
+    equal = equal_tensors(len(expected), options.card.rounded)
     return f"{compared_with(source)}{equal}, {len(sizes)} sizes and settings the same"

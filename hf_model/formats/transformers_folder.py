@@ -45,7 +45,7 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
     write_tokenizer(loaded.tokenizer, folder)
     notes = [note.format(block_size=loaded.model.config.block_size) for note in NOTES]
     what = "for Hugging Face transformers"
-    write_card(folder, loaded, options, what=what, library="transformers", use=USE, notes=notes)
+    write_card(folder, loaded, options.card, what=what, library="transformers", use=USE, notes=notes)
     return []
 
 

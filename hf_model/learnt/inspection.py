@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 from typing_extensions import Unpack
 
@@ -159,7 +160,7 @@ def plain(value: Any) -> Any:
 
 @memory_for("to look at the model")
 def inspect(
-    checkpoint_path: str | Path,
+    checkpoint_path: str | Path | nn.Module,
     tokenizer_path: str | Path | None = None,
     *,
     training_data: str | Path | None = None,
@@ -177,7 +178,7 @@ def inspect(
     Raises:
         UserError: a file or the folder is invalid.
     """
-    source = Source(Path(checkpoint_path), tokenizer_path, **options)
+    source = Source.of(checkpoint_path, tokenizer_path, **options)
     loaded = source.load()
     return examine(source, loaded, training_data), loaded.model, loaded.tokenizer
 
@@ -193,7 +194,7 @@ def examine(source: Source, loaded: Loaded, training_data: str | Path | None = N
     bad = tuple(non_finite(dict(model.named_parameters())))
     return Inspection(
         path=str(source.path),
-        source=describe_source(source.path, checkpoint),
+        source=describe_source(source, checkpoint),
         weights_key=None if checkpoint is None else checkpoint.weights_key,
         progress={} if checkpoint is None else checkpoint.progress,
         other_keys=() if checkpoint is None else tuple(key for key in checkpoint.other_keys if key not in READ_KEYS),
@@ -217,7 +218,8 @@ def _architecture(source: Source, loaded: Loaded) -> dict[str, Found]:
     """Each size and option, and what told it."""
     config, checkpoint = loaded.model.config, loaded.checkpoint
     if checkpoint is None:
-        return {name: Found(getattr(config, name), "its config.json") for name in (*SIZES, "activation_function")}
+        place = "its config.json" if source.module is None else "your model"
+        return {name: Found(getattr(config, name), place) for name in (*SIZES, "activation_function")}
     default = "the trainer's default (the file does not tell)"
     activation = checkpoint.trainer.why or default
     heads = "config.json beside the file" if "heads" in dict(loaded.choices) else "model_args"

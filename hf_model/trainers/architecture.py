@@ -84,6 +84,8 @@ def clean_names(state_dict: Mapping[Any, Any]) -> dict[str, Any]:
         if stripped in clean:
             raise UserError(f"the weights {source[stripped]!r} and {name!r} are both {stripped!r}")
         clean[stripped], source[stripped] = tensor, name
+    if "lm_head.weight" in clean and "transformer.wte.weight" not in clean:  # all that some savers keep of a tied pair
+        clean["transformer.wte.weight"] = clean.pop("lm_head.weight")
     return clean
 
 
@@ -127,12 +129,16 @@ def infer_architecture(
 
 
 def is_tied(state_dict: Mapping[str, "torch.Tensor"]) -> bool:
-    """Whether the head is the token embedding: it is missing, or in the same memory."""
+    """Whether the head is the token embedding: it is missing, in the same memory, or an equal copy."""
     head, embedding = state_dict.get("lm_head.weight"), state_dict["transformer.wte.weight"]
-    return head is None or (
-        head.data_ptr() == embedding.data_ptr()
-        and (head.shape, head.stride(), head.dtype) == (embedding.shape, embedding.stride(), embedding.dtype)
-    )
+    return head is None or is_copied(head, embedding)
+
+
+def is_copied(head: "torch.Tensor", embedding: "torch.Tensor") -> bool:
+    """Whether two tensors have the same values. Two matrices that were trained apart never do."""
+    if (head.shape, head.dtype) != (embedding.shape, embedding.dtype):
+        return False
+    return head.data_ptr() == embedding.data_ptr() or bool((head == embedding).all())
 
 
 def _matrix(state_dict: Mapping[str, "torch.Tensor"], name: str) -> "torch.Tensor":

@@ -1,5 +1,6 @@
 """Reads what a checkpoint file holds of the model: weights under clean names, sizes, progress."""
 
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,13 @@ from hf_model.trainers.pickle_reader import StandIn, StoredTensor, dict_of, kind
 from hf_model.trainers.table import Trainer, find_trainer, heads_beside
 from hf_model.trainers.tensors import find_weights, number_of, weights_of, widest
 
+# Options that change no forward pass in evaluation, by their names.
+HARMLESS_ARGS = re.compile(
+    r"drop|flash|sdpa|device|dtype|compile|seed|batch|(^|_)lr($|_)|learning_rate|decay|betas?($|_)|grad|warmup|(^|_)iters?($|_)"
+    r"|max_steps|optim|path|(^|_)dir|(^|_)log(_|$|ging)|wandb|data|name|checkpoint|init_|tie_|tying|use_cache"
+)
+KNOWN_DEFAULTS: dict[str, Any] = {"layer_norm_epsilon": 1e-5, "layer_norm_eps": 1e-5, "norm_eps": 1e-5, "causal": True}
+OFF = (None, False, 0, "", "none", "None")
 MODEL_ARGS_KEYS = ("model_args", "config")
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout")
 PROGRESS = ("iter_num", "step", "loss", "best_val_loss", "val_loss")
@@ -44,6 +52,8 @@ class Checkpoint:
     """nanoGPT's name of the GPT-2 model that training started from, such as `gpt2-xl`."""
     is_pretrained: bool = False
     """Whether the original's pre-training wrote the file, so that the model knows no instructions."""
+    unknown_args: dict[str, Any] = field(default_factory=dict)
+    """Options in `model_args` that are switched on and may change what the model computes, in a way not known here."""
     other_keys: tuple[str, ...] = ()
     """The keys of what else the file holds. None of it is kept."""
 
@@ -94,7 +104,9 @@ def read_checkpoint(path: str | Path, check_bytes: bool = True) -> Checkpoint:
         weights_key, weights = find_weights(content)
         state_dict = weights_of(file, clean_names(weights), check_bytes)
     beside = {} if weights_key is None else {key: value for key, value in content.items() if isinstance(key, str)}
-    model_args = _find_model_args(beside, file)
+    stated = _stated(beside)
+    told = {name: value for name in SIZES if (value := stated.get(name)) is not None}
+    model_args = {name: _number(value, file, f"a {kind_of(value)}") for name, value in told.items()}
     config = beside.get("config")
     dataset, start = (config.get(key) if isinstance(config, dict) else None for key in ("dataset", "init_from"))
     return Checkpoint(
@@ -115,6 +127,7 @@ def read_checkpoint(path: str | Path, check_bytes: bool = True) -> Checkpoint:
         dataset=dataset if isinstance(dataset, str) and len(dataset) <= MAX_NAME else None,
         started_from=start if isinstance(start, str) and start in GPT2_NAMES else None,
         is_pretrained=weights_key == "model_state_dict" and "loss" in beside and "config" not in beside,
+        unknown_args=_unknown_args(beside),
         other_keys=tuple(
             one_line(key, MAX_NAME)
             for key, value in beside.items()
@@ -132,15 +145,33 @@ def _naming(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: {error}") from None
 
 
-def _find_model_args(content: Mapping[str, Any], file: archive.Archive) -> dict[str, Any]:
-    """The stated sizes, from a dict, or from the items or the attributes of a configuration object."""
+def _stated(content: Mapping[str, Any]) -> dict[Any, Any]:
+    """`model_args`, or else `config`: a dict, or the items or the attributes of an object."""
     for key in MODEL_ARGS_KEYS:
         stated = dict_of(content.get(key))
         stated = stated.state if isinstance(stated, StandIn) else stated
         if isinstance(stated, dict):
-            told = {name: value for name in SIZES if (value := stated.get(name)) is not None}
-            return {name: _number(value, file, f"a {kind_of(value)}") for name, value in told.items()}
+            return stated
     return {}
+
+
+def _unknown_args(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the model that this project does not know, and that are switched on.
+
+    They are looked for in `model_args` and in a configuration object. A `config` that is a dict holds the training's
+    options too.
+    """
+    if not isinstance(content.get("model_args"), (dict, StandIn)) and not isinstance(content.get("config"), StandIn):
+        return {}
+    return {
+        name: value
+        for name, value in _stated(content).items()
+        if isinstance(name, str)
+        and name not in SIZES
+        and not HARMLESS_ARGS.search(name)
+        and not (isinstance(value, (bool, int, float, str, type(None))) and value in OFF)
+        and KNOWN_DEFAULTS.get(name, OFF) != value
+    }
 
 
 NUMPY_FORMATS = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "u8": "Q", "u4": "I", "b1": "?"}

@@ -33,7 +33,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 
 def examined(model, tokenizer, name: str = "ckpt.pt", training_data: Path | None = None) -> Inspection:
     vocabulary = FoundTokenizer(tokenizer, "tokenizer.json", lambda text: tokenizer(text).input_ids)
-    return examine(Source(Path(name)), Loaded(model, vocabulary), training_data)
+    return examine(Source(Path(name)), Loaded(model, vocabulary, model.dtype), training_data)
 
 
 def page_of(model, tokenizer, path: Path, name: str = "ckpt.pt", training_data: Path | None = None) -> str:

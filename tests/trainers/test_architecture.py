@@ -70,12 +70,14 @@ class TestInferArchitecture:
         assert infer_architecture(weights(bias=False), MODEL_ARGS | {"bias": True}).bias is False
         assert infer_architecture(weights(bias=True), MODEL_ARGS | {"bias": False}).bias is True
 
-    def test_a_head_is_tied_by_memory_or_absence_and_not_by_equal_values(self) -> None:
+    def test_a_head_is_tied_by_memory_by_absence_or_by_equal_values(self) -> None:
         tied = weights(tied=True)
         equal = tied | {"lm_head.weight": tied["lm_head.weight"].clone()}
         headless = {name: weight for name, weight in tied.items() if name != "lm_head.weight"}
         assert infer_architecture(tied, MODEL_ARGS).tie_word_embeddings
         assert infer_architecture(headless, MODEL_ARGS).tie_word_embeddings
+        assert infer_architecture(equal, MODEL_ARGS).tie_word_embeddings
+        equal["lm_head.weight"][3, 1] += 1e-6
         assert not infer_architecture(equal, MODEL_ARGS).tie_word_embeddings
 
     @pytest.mark.parametrize("bias, tied", [(True, False), (False, True)])

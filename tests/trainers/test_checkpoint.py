@@ -109,9 +109,36 @@ class TestTiedHeads:
         del weights["lm_head.weight"]
         assert read_checkpoint(saved({"model": weights})).architecture(n_head=4).tie_word_embeddings
 
-    def test_equal_values_in_two_places_are_not_tied(self, weights: State, saved: Callable) -> None:
+    def test_an_equal_copy_is_tied(self, weights: State, saved: Callable) -> None:
         weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()
-        assert not read_checkpoint(saved({"model": weights})).architecture(n_head=4).tie_word_embeddings
+        assert read_checkpoint(saved({"model": weights})).architecture(n_head=4).tie_word_embeddings
+
+    def test_the_head_alone_is_the_embedding_too(self, weights: State, saved: Callable) -> None:
+        weights["lm_head.weight"] = weights.pop("transformer.wte.weight")
+        checkpoint = read_checkpoint(saved({"model": weights}))
+        assert checkpoint.architecture(n_head=4).tie_word_embeddings
+        assert torch.equal(checkpoint.state_dict["transformer.wte.weight"], weights["lm_head.weight"])
+
+
+class TestUnknownOptions:
+    @pytest.mark.parametrize(
+        "option",
+        [{"mup_enabled": True}, {"use_softmax1": True}, {"logit_cap": 30.0}, {"rotary": "half"}, {"experts": 4}],
+    )
+    def test_one_that_is_switched_on_is_named(self, option: dict, weights: State, saved: Callable) -> None:
+        args = {"n_head": 4, **option}
+        assert read_checkpoint(saved({"model": weights, "model_args": args})).unknown_args == option
+
+    def test_those_that_change_no_forward_pass_are_not(self, weights: State, saved: Callable) -> None:
+        args = {
+            **{"n_head": 4, "attn_pdrop": 0.1, "flash_attn": True, "device": "cuda", "dtype": "bfloat16"},
+            **{"learning_rate": 3e-4, "out_dir": "out", "mup_enabled": False, "rope": None, "layer_norm_epsilon": 1e-5},
+        }
+        assert read_checkpoint(saved({"model": weights, "model_args": args})).unknown_args == {}
+
+    def test_the_training_s_options_beside_the_model_are_not(self, weights: State, saved: Callable) -> None:
+        config = {"n_head": 4, "patience": 5, "use_amp": True}
+        assert read_checkpoint(saved({"model": weights, "config": config})).unknown_args == {}
 
 
 class TestDtypes:

@@ -1,0 +1,586 @@
+"""Read a GPT from a `torch.nn.Module` of any class.
+
+The module runs on a few random tokens with random weights, and each tensor that an operator returns is recorded. Every
+step of a GPT (embeddings, norm, projections, attention, MLP, head) is then computed here from the same weights, in each
+form that this project can hold. The form whose result is among the recorded tensors is the one that the module
+computes. Names order the candidates; they prove nothing.
+
+Shapes: B rows of L tokens, C = n_embd, H the width of the MLP, V = vocab_size.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_model.errors import UserError
+from hf_model.trainers.module_calls import (
+    CLOSE,
+    B,
+    NoFastPath,
+    NoReadingError,
+    Pool,
+    Recorder,
+    error_between,
+    logits_of,
+    moved,
+    untouched,
+    unwrap,
+)
+from hf_model.trainers.module_roles import (
+    Layer,
+    Linear,
+    Norm,
+    attend,
+    attentions,
+    by_role,
+    filled,
+    head_counts,
+    layer_lists,
+    layer_tensors,
+    linears_in,
+    norm_tensors,
+    normalized,
+    norms_in,
+    same_attention,
+)
+
+LENGTHS = (23, 13, 7, 5, 3, 2)  # primes, so that a length is taken for no other size; the longest that runs is taken
+APART = 10.0  # how many times further off the second-best form must be
+EPSILONS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-3, 0.0)
+LLAMA = (
+    "If this is Llama's shape (RMSNorm, rotary positions, a gated MLP), use a converter to LlamaForCausalLM, such as "
+    "llama2.c's export.py or minimind's convert_model.py"
+)
+LENGTH_NAMES = re.compile(
+    r"(block|context|ctx|max|seq|pos).*(size|len|length|ctx|positions?|embeddings)|n_ctx|n_positions"
+)
+
+Activation = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a module computes, in this project's terms."""
+
+    options: dict[str, Any]
+    """Fields of `CustomGPTConfig`: sizes, `activation_function`, `layer_norm_epsilon` and so on."""
+    state_dict: dict[str, Tensor]
+    """Tensors under the names of `CustomGPTForCausalLM`, on the CPU, in the module's dtype."""
+    ids: Tensor
+    """Random token ids (1, block_size), the longest input that the module takes."""
+    logits: Tensor
+    """The module's logits for `ids`, (1, T, V), or (1, 1, V) if it gives the last position only."""
+    notes: tuple[str, ...] = ()
+    """What was folded or filled in, in words."""
+
+
+def read_module(module: nn.Module, activations: Mapping[str, Activation]) -> Reading:
+    """Find out what a module computes, and its tensors under this project's names.
+
+    Args:
+        module: takes token ids of shape (B, T) and returns logits. It is left as it was.
+        activations: name to function, the preferred names first.
+
+    Raises:
+        UserError: no form of this model family fits, or more than one does; the message names the step.
+    """
+    module = unwrap(module)
+    with untouched(module):
+        try:
+            return _Reader(module, activations).read()
+        except NoReadingError as error:
+            raise UserError(f"{type(module).__name__}: cannot be read as a GPT: {error}") from None
+
+
+class _Reader:
+    def __init__(self, module: nn.Module, activations: Mapping[str, Activation]):
+        self.module, self.activations = module, activations
+        self.parameters = {
+            name: parameter.detach() for name, parameter in module.named_parameters() if parameter.is_floating_point()
+        }
+        self.notes: list[str] = []
+        self.epsilon: float | None = None
+
+    def read(self) -> Reading:
+        self._find_embedding()
+        with moved(self.module, std=1.5 * self.width**-0.5):
+            self.moved = {name: self.module.get_parameter(name).detach().cpu() for name in self.parameters}
+            self._record()
+            self._find_input()
+            positions = self._find_positions()
+            layers, layer = self._find_layers()
+            final, head = self._head(layers, layer)
+            self._check_all(layers, layer, final, head)
+        del self.moved, self.pool, self.recorder
+        return self._assemble(layers, layer, final, head, self._as_long_as_it_runs(positions))
+
+    def _find_layers(self) -> tuple[list[dict[str, str]], Layer]:
+        first: NoReadingError | None = None
+        for layers in layer_lists(self.parameters):
+            try:
+                return layers, self._layer({template: self.moved[name] for template, name in layers[0].items()})
+            except NoReadingError as error:
+                first = first or error
+        raise first or NoReadingError("no list of like layers was found in it")
+
+    def _check_all(self, layers: Sequence[Mapping[str, str]], layer: Layer, final: Norm | None, head: Linear) -> None:
+        """Compute every layer in the form of the first one, and the logits."""
+        x, allowed = self.x, CLOSE
+        for i, names in enumerate(layers):
+            x = self._run(layer, x, {template: self.moved[name] for template, name in names.items()})
+            allowed += CLOSE  # rounding adds up
+            if not (error := self.pool.error(x)) < allowed:
+                raise NoReadingError(f"layer {i + 1} of {len(layers)} is not like the first: it is {error:.2g} off")
+        if final is not None:
+            x = normalized(x, final, self.moved, self._epsilons()[0])
+        if not (error := error_between(self._linear_of(x, head, self.moved), self.logits)) < allowed:
+            raise NoReadingError(f"its layers fit, but its logits are {error:.2g} off")
+
+    def _run(self, layer: Layer, x: Tensor, own: Mapping[str, Tensor]) -> Tensor:
+        def attention(u: Tensor) -> Tensor:
+            assert layer.attention is not None
+            joined = torch.cat([self._linear_of(u, linear, own) for linear in layer.projections], dim=2)
+            z = attend(joined, layer.attention)
+            return z if layer.output is None else self._linear_of(z, layer.output, own)
+
+        def mlp(u: Tensor) -> Tensor:
+            assert layer.up is not None and layer.down is not None
+            active = self.activations[layer.activation](self._linear_of(u, layer.up, own))
+            return self._linear_of(active, layer.down, own)
+
+        first, second = ((lambda u, n=norm: normalized(u, n, own, self._epsilons()[0])) for norm in layer.norms)
+        if layer.norm_first:
+            x = x + attention(first(x))
+            return x + mlp(second(x))
+        x = first(x + attention(x))
+        return second(x + mlp(x))
+
+    def _find_embedding(self) -> None:
+        """The parameter that the token ids look up."""
+        self.device = next(iter(self.parameters.values())).device
+        ids = torch.zeros((B, 2), dtype=torch.long, device=self.device)
+        recorder = Recorder(ids)
+        with NoFastPath(), recorder:
+            logits_of(self.module, ids)
+        if (found := recorder.embedding) is None:
+            raise NoReadingError("its token embedding was not found: no matrix is looked up by the token ids")
+        same = (n for n, p in self.parameters.items() if p.shape == found.shape and torch.equal(p, found))
+        self.embedding_name = next(same, "")
+        if not self.embedding_name:
+            raise NoReadingError("its token embedding is not one of its parameters")
+        self.vocab_size, self.width = found.shape
+
+    def _record(self) -> None:
+        """Run the module on the longest input of `LENGTHS` that it takes."""
+        for length in LENGTHS:
+            self.ids = torch.randint(self.vocab_size, (B, length), generator=torch.Generator().manual_seed(0))
+            recorder = Recorder(self.ids.to(self.device))
+            try:
+                with NoFastPath(), recorder:
+                    logits = logits_of(self.module, recorder.ids)
+                break
+            except NoReadingError as error:
+                failure = error
+        else:
+            raise failure
+        again = logits_of(self.module, recorder.ids)
+        if not torch.equal(logits, again) and error_between(logits, again) > CLOSE:
+            raise NoReadingError("it gives other logits for the same tokens the second time: dropout left on?")
+        self.length, self.recorder = length, recorder
+        self.logits = logits.cpu()
+        self.pool = Pool(recorder.values, length)
+
+    # Embeddings.
+
+    def _find_input(self) -> None:
+        """Find the first layer's input among the recorded tensors: a multiple of the embedding, plus positions."""
+        rows = self.moved[self.embedding_name][self.ids]  # (B, L, C)
+        between = rows[0] - rows[1]  # in which positions cancel
+        found = None
+        for form in self.pool.forms.get(self.width, []):
+            difference = form[0] - form[1]
+            scale = float((difference * between).sum() / between.square().sum())
+            positions = (form - scale * rows).mean(dim=0)  # (L, C)
+            if scale > 0 and error_between(positions + scale * rows, form) < CLOSE:
+                found = (form, scale)
+        if found is None:
+            raise NoReadingError("the input of its first layer is not token embedding plus position embedding")
+        self.x, self.scale = found
+        for usual in (1.0, math.sqrt(self.width)):
+            if abs(self.scale / usual - 1) < 1e-5:
+                self.scale = usual
+        self.positions = (self.x - self.scale * rows).mean(dim=0)
+
+    def _find_positions(self) -> Tensor:
+        """All learned or computed positions, (block_size, C)."""
+        own = {**self.parameters, **dict(self.module.named_buffers())}
+        self.position_name = ""
+        for name, tensor in {**dict(self.module.named_buffers()), **self.moved}.items():
+            if tensor.is_floating_point() and tensor.ndim >= 2 and tensor.shape[-1] == self.width:
+                table = tensor.float().cpu().reshape(-1, self.width)
+                for start in range(min(4, max(0, len(table) - self.length + 1))):
+                    if error_between(table[start : start + self.length], self.positions) < CLOSE:
+                        self.position_name = name
+                        return own[name].detach().cpu().reshape(-1, self.width)[start:]
+        for length in self._stated_lengths():
+            if (computed := self._computed_positions(length)) is not None:
+                self.notes.append(f"the {length} computed positions became a table")
+                return computed
+        raise NoReadingError("its positions are computed, and no attribute such as block_size says how many there are")
+
+    def _as_long_as_it_runs(self, table: Tensor) -> Tensor:
+        """The table up to the longest input that the module takes; its logits for such an input are kept."""
+        for length in (len(table), *(n for n in self._stated_lengths() if n < len(table))):
+            generator = torch.Generator().manual_seed(1)
+            self.longest = torch.randint(self.vocab_size, (1, length), generator=generator).to(self.device)
+            try:
+                self.longest_logits = logits_of(self.module, self.longest, every_position=False)
+                return table[:length]
+            except NoReadingError:
+                continue
+        raise NoReadingError(f"it does not run on {len(table)} tokens, as many as it has positions for")
+
+    def _stated_lengths(self) -> list[int]:
+        """Lengths that attributes or causal masks of the module state, the longest first."""
+        stated: set[int] = set()
+        for part in self.module.modules():
+            configs = [value for name, value in vars(part).items() if "conf" in name.lower()]
+            for holder in (part, *configs):
+                fields = holder if isinstance(holder, Mapping) else getattr(holder, "__dict__", {})
+                stated |= {
+                    n for name, n in fields.items() if type(n) is int and LENGTH_NAMES.fullmatch(str(name).lower())
+                }
+        for buffer in self.module.buffers():
+            if buffer.ndim >= 2 and buffer.shape[-1] == buffer.shape[-2] > 1:
+                stated.add(buffer.shape[-1])
+        return sorted((n for n in stated if n >= self.length), reverse=True)
+
+    def _computed_positions(self, length: int) -> Tensor | None:
+        ids = torch.zeros((B, length), dtype=torch.long, device=self.device)
+        recorder = Recorder(ids)
+        try:
+            with NoFastPath(), recorder:
+                logits_of(self.module, ids)
+        except NoReadingError:
+            return None
+        row = self.scale * self.moved[self.embedding_name][0]
+        for value in recorder.values:
+            if value.shape == (B, length, self.width):
+                positions = value[0] - row
+                if error_between(positions[: self.length], self.positions) < CLOSE:
+                    return positions
+        return None
+
+    # One layer.
+
+    def _layer(self, parameters: dict[str, Tensor]) -> Layer:
+        layer = Layer()
+        norms = list(norms_in(parameters, self.width))
+        first = self._norm_of(self.x, norms, parameters)
+        if first is not None:
+            layer.norms.append(first[0])
+            entry = first[1]
+            projected = self._projections(entry, parameters)
+        if first is None or not projected:
+            layer.norm_first, layer.norms, entry = False, [], self.x
+            projected = self._projections(entry, parameters)
+        attended = self._attention(layer, projected, parameters)  # (B, L, C)
+        written = self._output(layer, attended, parameters)
+        middle = self.x + written
+        if (second := self._norm_of(middle, norms, parameters)) is None:
+            raise NoReadingError(
+                f"after the attention of the first layer: no norm of the sum fits (the nearest is "
+                f"{self._nearest_norm(middle, norms, parameters):.2g} off); parallel blocks, or another kind of norm?"
+            )
+        layer.norms.append(second[0])
+        if layer.norm_first and layer.norms[0] == layer.norms[1] != Norm(None):
+            raise NoReadingError("one norm is used in two places of a layer")
+        entry = second[1]
+        result = self._mlp(layer, entry, middle if layer.norm_first else entry, parameters)
+        if layer.norm_first:
+            after = middle + result
+            if not self.pool.holds(after):
+                raise NoReadingError(f"the sum at the end of the first layer is {self.pool.error(after):.2g} off")
+            return layer
+        third = self._norm_of(entry + result, norms, parameters)
+        if third is None:
+            raise NoReadingError("no norm at the end of the first layer fits")
+        layer.norms.append(third[0])
+        if layer.norms[0] == layer.norms[1] != Norm(None):
+            raise NoReadingError("one norm is used in two places of a layer")
+        return layer
+
+    def _epsilons(self) -> list[float]:
+        """Candidates for the norms' epsilon: seen in a call, an attribute of a module, or a usual one."""
+        if self.epsilon is not None:
+            return [self.epsilon]
+        seen = list(dict.fromkeys(self.recorder.epsilons))
+        if len(seen) == 1:
+            return seen
+        stated = {
+            value
+            for part in self.module.modules()
+            for name, value in vars(part).items()
+            if "eps" in name.lower() and isinstance(value, float) and 0 <= value < 0.1
+        }
+        return list(dict.fromkeys([*seen, *stated, *EPSILONS]))
+
+    def _norm_of(
+        self, x: Tensor, norms: Sequence[Norm], parameters: Mapping[str, Tensor]
+    ) -> tuple[Norm, Tensor] | None:
+        """The norm whose result on `x` was recorded, and that result."""
+        found: list[tuple[float, Norm, float, Tensor]] = []
+        for norm in norms:
+            for epsilon in self._epsilons():
+                y = normalized(x, norm, parameters, epsilon)
+                error = self.pool.error(y)
+                if error < CLOSE:
+                    found.append((error, norm, epsilon, y))
+        if not found:
+            return None
+        least = min(error for error, _, _, _ in found)
+        _, norm, self.epsilon, y = next(one for one in found if one[0] <= 3 * least)
+        return norm, y
+
+    def _nearest_norm(self, x: Tensor, norms: Sequence[Norm], parameters: Mapping[str, Tensor]) -> float:
+        errors = [self.pool.error(normalized(x, n, parameters, self.epsilon or 1e-5)) for n in norms]
+        return min(errors, default=math.inf)
+
+    def _linear_of(self, x: Tensor, linear: Linear, parameters: Mapping[str, Tensor]) -> Tensor:
+        y = x @ linear.matrix(parameters, x.shape[2]).t()
+        bias = linear.vector(parameters, y.shape[2])
+        return y if bias is None else y + bias
+
+    def _linears_on(
+        self, x: Tensor, parameters: Mapping[str, Tensor], n_out: int | None = None
+    ) -> list[tuple[Linear, Tensor]]:
+        """Each weight whose product with `x` was recorded, with the bias that fits, and the product."""
+        found = []
+        for name, weight in parameters.items():
+            for linear in linears_in(name, weight, x.shape[2], parameters):
+                y = self._linear_of(x, linear, parameters)
+                if (n_out is None or y.shape[2] == n_out) and self.pool.holds(y):
+                    found.append((linear, y))
+                    break
+        return found
+
+    def _projections(self, x: Tensor, parameters: Mapping[str, Tensor]) -> list[tuple[Linear, Tensor]]:
+        return [(linear, y) for linear, y in self._linears_on(x, parameters)]
+
+    def _attention(
+        self, layer: Layer, projected: list[tuple[Linear, Tensor]], parameters: Mapping[str, Tensor]
+    ) -> Tensor:
+        C = self.width
+        if not projected:
+            raise NoReadingError(self._no_norm(parameters))
+        rows = sum(y.shape[2] for _, y in projected)
+        if rows != 3 * C:
+            raise NoReadingError(
+                f"the attention of the first layer: its projections have {rows} rows in all, and queries, keys and "
+                f"values of a GPT have {3 * C}; fewer key heads, or parallel blocks?"
+            )
+        projected = by_role(projected)
+        layer.projections = [linear for linear, _ in projected]
+        joined = torch.cat([y for _, y in projected], dim=2)  # (B, L, 3 C)
+        best, nearest = None, math.inf
+        n_parts = len(projected)
+        heads = [n_parts // 3] if n_parts > 3 and n_parts % 3 == 0 else [n_parts] if n_parts > 3 else head_counts(C)
+        tried = []
+        for attention in attentions(C, heads):
+            z = attend(joined, attention)
+            error = self.pool.error(z)
+            nearest = min(nearest, error)
+            if error < CLOSE:
+                tried.append((error, attention, z))
+        if not tried:
+            raise NoReadingError(
+                f"the attention of the first layer: the nearest form is {nearest:.2g} off; rotary positions, a bias on "
+                f"positions, normalized queries, or no causal mask? {LLAMA}"
+            )
+        tried.sort(key=lambda one: one[0])
+        best = tried[0]
+        for _, attention, z in tried[1:]:
+            if not same_attention(attention, best[1]) and error_between(z, best[2]) > CLOSE:
+                raise NoReadingError("the attention of the first layer: two forms fit equally well")
+        layer.attention = best[1]
+        return best[2]
+
+    def _no_norm(self, parameters: Mapping[str, Tensor]) -> str:
+        """Why nothing reads the first layer's input."""
+        scaled = self.x / self.x.square().mean(dim=-1, keepdim=True).sqrt()
+        gains = [p for p in parameters.values() if p.ndim == 1 and len(p) == self.width]
+        if any(self.pool.error(scaled * gain) < 100 * CLOSE for gain in (torch.ones(self.width), *gains)):
+            return f"the norm of the first layer is RMSNorm. {LLAMA}"
+        nearest = self._nearest_norm(self.x, list(norms_in(parameters, self.width)), parameters)
+        return f"the norm of the first layer: the nearest LayerNorm is {nearest:.2g} off; another kind of norm? {LLAMA}"
+
+    def _output(self, layer: Layer, attended: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        left = {name: p for name, p in parameters.items() if name not in {one.weight for one in layer.projections}}
+        found = self._linears_on(attended, left, self.width)
+        if not found:
+            if self.pool.holds(self.x + attended):
+                return attended  # no output projection
+            raise NoReadingError("the projection after the attention of the first layer was not found")
+        if (added := self._added(self.x, *found[0], parameters)) is None:
+            raise NoReadingError("the residual sum after the attention of the first layer does not fit")
+        layer.output, written = added
+        return written
+
+    def _added(
+        self, x: Tensor, linear: Linear, y: Tensor, parameters: Mapping[str, Tensor]
+    ) -> tuple[Linear, Tensor] | None:
+        """A linear layer and its result, where the sum with `x` was recorded; the bias may be added to the sum."""
+        if linear.bias is None:
+            for name, p in parameters.items():
+                is_large = p.shape == (self.width,) and float(p.norm() / y.norm()) > APART * CLOSE
+                if is_large and self.pool.holds(x + y + p):
+                    return replace(linear, bias=name), y + p
+        return (linear, y) if self.pool.holds(x + y) else None
+
+    def _mlp(self, layer: Layer, x: Tensor, residual: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The MLP's result on `x`, which is added to `residual`."""
+        used = {one.weight for one in (*layer.projections, *([layer.output] if layer.output else []))}
+        left = {name: p for name, p in parameters.items() if name not in used}
+        nearest = math.inf
+        for up, hidden in self._linears_on(x, left):
+            rest = {name: p for name, p in left.items() if name != up.weight}
+            fits: dict[str, tuple[float, Linear, Tensor]] = {}
+            for name, act in self.activations.items():
+                active = act(hidden)
+                error = self.pool.error(active)
+                nearest = min(nearest, error)
+                if error < CLOSE and (down := self._linears_on(active, rest, self.width)):
+                    fits[name] = (error, *(self._added(residual, *down[0], parameters) or down[0]))
+            if fits:
+                layer.activation = self._decide({name: error for name, (error, _, _) in fits.items()})
+                _, layer.down, result = fits[layer.activation]
+                layer.up = up
+                return result
+        if nearest == math.inf:
+            raise NoReadingError("the MLP of the first layer was not found: no matrix reads its input")
+        raise NoReadingError(f"the MLP of the first layer: the nearest activation is {nearest:.2g} off; gated? {LLAMA}")
+
+    def _decide(self, errors: Mapping[str, float]) -> str:
+        """The activation: the first name whose result is as near as the best one, if all such names agree."""
+        best = min(errors, key=lambda name: errors[name])
+        fits = [name for name, error in errors.items() if error < max(CLOSE / APART, APART * errors[best])]
+        grid = torch.linspace(-6, 6, 1001)
+        different = [n for n in fits if error_between(self.activations[n](grid), self.activations[best](grid)) > CLOSE]
+        if different:
+            raise NoReadingError(f"the activation may be {best} or {different[0]}: its input is too small to tell")
+        exact = [name for name in fits if errors[name] == 0.0]
+        return (exact or fits)[0]
+
+    # The head.
+
+    def _head(self, layers: Sequence[Mapping[str, str]], layer: Layer) -> tuple[Norm | None, Linear]:
+        """The final norm and the head: the norm whose result, times a matrix of V rows, is the logits."""
+        inside = {names[template] for names in layers for template in layer.names()}
+        outside = {name: p for name, p in self.moved.items() if name not in inside}
+        V = self.logits.shape[2]
+        forms = self.pool.forms.get(self.width, [])
+        heads = [
+            linear
+            for name, weight in outside.items()
+            if weight.numel() == V * self.width
+            for linear in linears_in(name, weight, self.width, outside)
+        ]
+        nearest = math.inf
+        for form in reversed(forms):
+            for head in heads:
+                y = self._linear_of(form, head, outside)
+                if y.shape[2] != V:
+                    continue
+                error = error_between(y, self.logits)
+                nearest = min(nearest, error)
+                if error < CLOSE:
+                    return self._final_norm(form, outside, layer), head
+        raise NoReadingError(
+            f"the head: no matrix of {V} rows gives the logits from a recorded tensor (the nearest is {nearest:.2g} "
+            "off); a soft cap, or a scale?"
+        )
+
+    def _final_norm(self, entry: Tensor, outside: Mapping[str, Tensor], layer: Layer) -> Norm | None:
+        norms = list(norms_in(outside, self.width))
+        if not layer.norm_first:  # a layer ends in a norm of its own
+            norms.remove(Norm(None))
+        for form in reversed(self.pool.forms[self.width]):
+            for norm in norms:
+                for epsilon in self._epsilons():
+                    if (
+                        error_between(normalized(form, norm, outside, epsilon), entry) < CLOSE
+                        and error_between(form, entry) > CLOSE
+                    ):
+                        return norm
+        return None
+
+    # Everything under this project's names.
+
+    def _assemble(
+        self,
+        layers: Sequence[Mapping[str, str]],
+        layer: Layer,
+        final: Norm | None,
+        head: Linear,
+        positions: Tensor,
+    ) -> Reading:
+        assert layer.attention is not None
+        C, n_head, scale = self.width, layer.attention.n_head, layer.attention.scale
+        own = {name: parameter.cpu() for name, parameter in self.parameters.items()}
+        embedding, matrix = own[self.embedding_name], head.matrix(own, C)
+        if matrix.shape != embedding.shape:
+            raise NoReadingError(f"its head has {len(matrix)} rows, and its embedding {len(embedding)}")
+        tied = self.scale == 1 and torch.equal(matrix, embedding)
+        state: dict[str, Tensor | None] = {
+            "transformer.wte.weight": embedding if self.scale == 1 else embedding * self.scale,
+            "transformer.wpe.weight": positions.to(embedding.dtype),
+        }
+        for i, names in enumerate(layers):
+            in_layer = {template: own[name] for template, name in names.items()}
+            state |= {f"transformer.h.{i}.{name}": p for name, p in layer_tensors(layer, in_layer, C).items()}
+        if final is not None:
+            state |= norm_tensors("transformer.ln_f", final, own, C)
+        has_bias = any(value is not None for name, value in state.items() if name.endswith(".bias"))
+        if not tied:
+            state["lm_head.weight"] = matrix.contiguous()
+        if head.bias is not None:
+            state["lm_head.bias"] = head.vector(own, len(matrix))
+        self._note_unused(layers, layer, final, head)
+        H = state["transformer.h.0.mlp.c_fc.weight"]
+        assert H is not None
+        options = {
+            "vocab_size": len(embedding),
+            "block_size": len(positions),
+            "n_layer": len(layers),
+            "n_head": n_head,
+            "n_embd": C,
+            "bias": has_bias,
+            "dropout": self._dropout(),
+            "activation_function": layer.activation,
+            "layer_norm_epsilon": self.epsilon if self.epsilon is not None else 1e-5,
+            "tie_word_embeddings": tied,
+            "n_inner": None if len(H) == 4 * C else len(H),
+            "norm_first": layer.norm_first,
+            "final_norm": final is not None,
+            "head_bias": head.bias is not None,
+            "attention_scale": None if scale == (C // n_head) ** -0.5 else scale,
+        }
+        logits = self.longest_logits.float().cpu()
+        return Reading(options, filled(state, has_bias), self.longest.cpu(), logits, tuple(self.notes))
+
+    def _note_unused(self, layers: Sequence[Mapping[str, str]], layer: Layer, final: Norm | None, head: Linear) -> None:
+        used = {self.embedding_name, self.position_name, head.weight, head.bias}
+        used |= {names[template] for names in layers for template in layer.names()}
+        used |= set() if final is None else {final.weight, final.bias}
+        if unused := [name for name in self.parameters if name not in used]:
+            more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+            self.notes.append(f"left out, because no logit depends on it: {', '.join(unused[:3])}{more}")
+
+    def _dropout(self) -> float:
+        rates = {part.p for part in self.module.modules() if isinstance(part, nn.Dropout)}
+        return max(rates) if rates and max(rates) < 1 else 0.0

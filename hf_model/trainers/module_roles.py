@@ -1,0 +1,245 @@
+"""The roles that a module's parameters may have, the forms that a step may take, and the tensors of a role."""
+
+import collections
+import itertools
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Names of a weight and a bias of one layer, and the order of the weight's axes that makes it (out, in)."""
+
+    weight: str
+    bias: str | None = None
+    axes: tuple[int, ...] = (0, 1)
+
+    def matrix(self, parameters: Mapping[str, Tensor], n_in: int) -> Tensor:
+        """The weight (out, in). A weight of three axes, one of them the heads, becomes a matrix."""
+        return parameters[self.weight].permute(self.axes).reshape(-1, n_in)
+
+    def vector(self, parameters: Mapping[str, Tensor], n_out: int) -> Tensor | None:
+        return None if self.bias is None else parameters[self.bias].reshape(n_out)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Names of a gain and a bias of one layer; a norm without a gain has neither."""
+
+    weight: str | None
+    bias: str | None = None
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Rows of the joined projections that are queries, keys and values, (3 C), and how the heads attend."""
+
+    rows: Tensor
+    n_head: int
+    scale: float
+
+
+@dataclass
+class Layer:
+    """The roles of one layer's parameters."""
+
+    norm_first: bool = True
+    norms: list[Norm] = field(default_factory=list)
+    projections: list[Linear] = field(default_factory=list)
+    attention: Attention | None = None
+    output: Linear | None = None
+    up: Linear | None = None
+    down: Linear | None = None
+    activation: str = ""
+
+    def names(self) -> set[str]:
+        """The parameters that have a role, under their names without the layer's number."""
+        roles = [*self.norms, *self.projections, self.output, self.up, self.down]
+        return {name for role in roles if role is not None for name in (role.weight, role.bias) if name is not None}
+
+
+def normalized(x: Tensor, norm: Norm, parameters: Mapping[str, Tensor], epsilon: float) -> Tensor:
+    weight, bias = (None if name is None else parameters[name] for name in (norm.weight, norm.bias))
+    return F.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
+
+
+def attend(joined: Tensor, attention: Attention) -> Tensor:
+    """Causal attention (B, L, C) of joined projections (B, L, 3 C)."""
+    rows, length, width = joined.shape[0], joined.shape[1], joined.shape[2] // 3
+    q, k, v = (
+        part.reshape(rows, length, attention.n_head, -1).transpose(1, 2)
+        for part in joined[..., attention.rows].split(width, dim=2)
+    )
+    z = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=attention.scale)
+    return z.transpose(1, 2).reshape(rows, length, width)
+
+
+def same_attention(one: Attention, other: Attention) -> bool:
+    return (one.n_head, one.scale) == (other.n_head, other.scale) and torch.equal(one.rows, other.rows)
+
+
+def attentions(width: int, heads: Iterable[int]) -> Iterator[Attention]:
+    """Ways to read joined projections: the order of queries, keys and values, of heads and of their values."""
+    for n_head in heads:
+        size = width // n_head
+        index = torch.arange(3 * width)
+        orders = {
+            "which, head, value": index.view(3, n_head, size),
+            "head, which, value": index.view(n_head, 3, size).permute(1, 0, 2),
+            "head, value, which": index.view(n_head, size, 3).permute(2, 0, 1),
+            "value, which, head": index.view(size, 3, n_head).permute(1, 2, 0),
+            "which, value, head": index.view(3, size, n_head).permute(0, 2, 1),
+        }
+        seen = set()
+        for order in orders.values():
+            for which in itertools.permutations(range(3)):
+                rows = order[list(which)].reshape(-1)
+                if (key := tuple(rows.tolist())) in seen:
+                    continue
+                seen.add(key)
+                for scale in dict.fromkeys((size**-0.5, width**-0.5, 1.0)):
+                    yield Attention(rows, n_head, scale)
+
+
+def head_counts(n: int) -> list[int]:
+    """Possible numbers of heads, the usual sizes of a head first."""
+    found = [d for d in range(1, n + 1) if n % d == 0]
+    return sorted(found, key=lambda d: (abs(math.log2(n / d / 64)), d))
+
+
+def by_role(projected: list[tuple[Linear, Tensor]]) -> list[tuple[Linear, Tensor]]:
+    """Projections of separate heads side by side for each role: by name, with the head's number taken out."""
+    if len(projected) <= 3:
+        return projected
+    groups: dict[str, list[tuple[int, tuple[Linear, Tensor]]]] = {}
+    for place, one in enumerate(projected):
+        numbers = re.findall(r"\d+", one[0].weight)
+        groups.setdefault(re.sub(r"\d+", "#", one[0].weight), []).append((int(numbers[-1]) if numbers else place, one))
+    return [one for group in groups.values() for _, one in sorted(group, key=lambda pair: pair[0])]
+
+
+def norms_in(parameters: Mapping[str, Tensor], width: int) -> Iterator[Norm]:
+    """Pairs of vectors that may be gain and bias of a norm: of one module, or a gain alone, or nothing at all."""
+    vectors = [name for name, p in parameters.items() if p.numel() == width and p.ndim == 1]
+    for weight in vectors:
+        place = weight.rpartition(".")[0]
+        beside = [name for name in vectors if name != weight and name.rpartition(".")[0] == place]
+        for bias in beside:
+            yield Norm(weight, bias)
+        yield Norm(weight)
+    yield Norm(None)
+
+
+def linears_in(name: str, weight: Tensor, n_in: int, parameters: Mapping[str, Tensor]) -> Iterator[Linear]:
+    """Ways in which a parameter may be the weight of a product with `n_in` values."""
+    if weight.ndim not in (2, 3) or weight.numel() % n_in:
+        return
+    n_out = weight.numel() // n_in
+    biases = [other for other, p in parameters.items() if p.numel() == n_out and p is not weight and p.ndim < 3]
+    biases = [other for other in biases if parameters[other].ndim == 1 or weight.ndim == 3]
+    last = name.rpartition(".")[2]
+    named = name.removesuffix(last) + last.replace("weight", "bias").replace("kernel", "bias").replace("W", "b")
+    place = name.rpartition(".")[0]
+    biases.sort(key=lambda other: (other != named, other.rpartition(".")[0] != place))
+    for axes in itertools.permutations(range(weight.ndim)):
+        shape = [weight.shape[axis] for axis in axes]
+        if n_in in (shape[-1], math.prod(shape[1:])):
+            for bias in (*biases[:8], None):
+                yield Linear(name, bias, axes)
+
+
+def layer_lists(parameters: Mapping[str, Tensor]) -> Iterator[list[dict[str, str]]]:
+    """Ways to see a list of like layers: for each layer, a name without its number to the parameter's name."""
+    places = {name: list(_numbers(name)) for name in parameters}
+    counts = collections.Counter(template for found in places.values() for template, _ in found)
+    several = {
+        name: next(((template, n) for template, n in found if counts[template] > 1), None)
+        for name, found in places.items()
+    }
+    first = {name: next(iter(found), None) for name, found in places.items()}
+    for chosen in (several, first):  # the first number that differs from name to name, or simply the first one
+        yield from _lists({name: place for name, place in chosen.items() if place is not None}, parameters)
+    yield [{name: name for name in parameters}]  # one layer that stands in no list
+
+
+def _numbers(name: str) -> Iterator[tuple[str, int]]:
+    """Each number in a name that may be the layer's, and the name without it: outer modules first."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        for match in reversed(list(re.finditer(r"\d+", part))):
+            yield (
+                ".".join([*parts[:i], f"{part[: match.start()]}#{part[match.end() :]}", *parts[i + 1 :]]),
+                int(match[0]),
+            )
+
+
+def _lists(places: Mapping[str, tuple[str, int]], parameters: Mapping[str, Tensor]) -> Iterator[list[dict[str, str]]]:
+    """Lists of layers whose parameters have the same names and shapes, the largest list first."""
+    templates: dict[str, dict[int, str]] = {}
+    for name, (template, number) in places.items():
+        templates.setdefault(template, {})[number] = name
+    lists: dict[tuple[int, ...], list[str]] = {}
+    for template, names in templates.items():
+        if len({parameters[name].shape for name in names.values()}) == 1:
+            lists.setdefault(tuple(sorted(names)), []).append(template)
+
+    def size(numbers: tuple[int, ...]) -> int:
+        return sum(parameters[name].numel() for t in lists[numbers] for name in templates[t].values())
+
+    for numbers in sorted(lists, key=size, reverse=True):
+        yield [{template: templates[template][number] for template in lists[numbers]} for number in numbers]
+
+
+def layer_tensors(layer: Layer, own: Mapping[str, Tensor], width: int) -> dict[str, Tensor | None]:
+    """One layer's tensors under this project's names; None for a bias that the layer does not have."""
+    C = width
+    assert layer.attention is not None and layer.up is not None and layer.down is not None
+    tensors: dict[str, Tensor | None] = {}
+    for place, norm in zip(("ln_1", "ln_2"), layer.norms, strict=True):
+        tensors |= norm_tensors(place, norm, own, C)
+    parts = [linear.matrix(own, C) for linear in layer.projections]
+    biases = [linear.vector(own, len(matrix)) for linear, matrix in zip(layer.projections, parts, strict=True)]
+    rows = layer.attention.rows
+    tensors["attn.c_attn.weight"] = _rows(torch.cat(parts), rows)
+    tensors["attn.c_attn.bias"] = None
+    if any(bias is not None for bias in biases):
+        joined = [part.new_zeros(len(part)) if bias is None else bias for bias, part in zip(biases, parts, strict=True)]
+        tensors["attn.c_attn.bias"] = _rows(torch.cat(joined), rows)
+    tensors["attn.c_proj.weight"], tensors["attn.c_proj.bias"] = torch.eye(C, dtype=parts[0].dtype), None
+    H = layer.up.matrix(own, C).shape[0]
+    linears = {"attn.c_proj": (layer.output, C, C), "mlp.c_fc": (layer.up, C, H), "mlp.c_proj": (layer.down, H, C)}
+    for place, (linear, n_in, n_out) in linears.items():
+        if linear is not None:
+            tensors[f"{place}.weight"] = linear.matrix(own, n_in).contiguous()
+            tensors[f"{place}.bias"] = linear.vector(own, n_out)
+    return tensors
+
+
+def _rows(joined: Tensor, rows: Tensor) -> Tensor:
+    """The rows in that order; the tensor itself if they stand so already."""
+    return joined if torch.equal(rows, torch.arange(len(rows))) else joined[rows]
+
+
+def norm_tensors(place: str, norm: Norm, parameters: Mapping[str, Tensor], width: int) -> dict[str, Tensor | None]:
+    weight = None if norm.weight is None else parameters[norm.weight].reshape(width)
+    bias = None if norm.bias is None else parameters[norm.bias].reshape(width)
+    return {f"{place}.weight": torch.ones(width) if weight is None else weight, f"{place}.bias": bias}
+
+
+def filled(state: Mapping[str, Tensor | None], has_bias: bool) -> dict[str, Tensor]:
+    """The tensors, with zeros for a bias that some layers of the model have and others do not."""
+    filled = {}
+    for name, tensor in state.items():
+        if tensor is not None:
+            filled[name] = tensor
+        elif has_bias:
+            weight = state[name.removesuffix("bias") + "weight"]
+            assert weight is not None
+            filled[name] = weight.new_zeros(weight.shape[0])
+    return filled

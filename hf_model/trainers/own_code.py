@@ -1,0 +1,160 @@
+"""Make a model by the user's own code, and load a checkpoint's weights into it.
+
+The code runs because the user named it. What the checkpoint holds is still only read, never run.
+"""
+
+import importlib.util
+import inspect
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_model.errors import UserError, one_line
+from hf_model.trainers import archive
+from hf_model.trainers.pickle_reader import StandIn, StoredTensor, dict_of, kind_of
+from hf_model.trainers.tensors import find_weights, weights_of
+
+STATED = ("model_args", "config", "hyper_parameters", "model_config", "args")
+
+
+class Stated(dict[str, Any]):
+    """What a checkpoint states of its model, as items and as attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"the checkpoint does not state {name!r}") from None
+
+
+def build_module(model: str, checkpoint_path: Path) -> nn.Module:
+    """The module that the user's code makes, with the weights of a checkpoint.
+
+    Args:
+        model: `FILE.py:NAME`, a class or a function. It is called with nothing, or with what the checkpoint states
+            (`model_args`, `config` or `hyper_parameters`) where its signature has such names or takes one argument.
+
+    Raises:
+        UserError: the code or the file is not there, the code fails, or the weights are those of another model.
+    """
+    make = _import(model)
+    try:
+        file = archive.load(checkpoint_path)
+        content = dict_of(file.value)
+        if not isinstance(content, dict):
+            raise UserError(f"holds a {kind_of(content)}, not a dict: save model.state_dict() with torch.save")
+        _, weights = find_weights(content)
+    except UserError as error:
+        raise UserError(f"{checkpoint_path}: {error}") from None
+    try:
+        module = _call(make, _stated(content))
+    except Exception as error:  # the user's code may fail in any way
+        raise UserError(f"--model {model}: failed: {type(error).__name__}: {one_line(error, 200)}") from error
+    if not isinstance(module, nn.Module):
+        raise UserError(f"--model {model}: gives a {type(module).__name__}, not a torch.nn.Module")
+    try:
+        own = module.state_dict()
+        names = {name: value for name, value in weights.items() if isinstance(name, str)}
+        matched = _without_prefix(names, own)
+        _check_names(matched, module)
+        tensors = weights_of(file, {name: matched[name] for name in matched if own[name].is_floating_point()})
+        _copy(tensors, own)
+    except UserError as error:
+        raise UserError(f"{checkpoint_path}: {error}") from None
+    return module.eval()
+
+
+def _import(model: str) -> Any:
+    path, _, name = model.rpartition(":")
+    if not path.endswith(".py") or not name.isidentifier():
+        raise UserError(f"--model {model}: must be a file and a name, such as train.py:build")
+    file = Path(path).resolve()
+    if not file.is_file():
+        raise UserError(f"--model {model}: there is no file {path}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    code = importlib.util.module_from_spec(spec)
+    before = sys.modules.get(file.stem)
+    sys.path.insert(0, str(file.parent))  # the file may import its neighbours
+    sys.modules[file.stem] = code  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(code)
+    except Exception as error:  # the user's code may fail in any way
+        raise UserError(f"--model {model}: failed: {type(error).__name__}: {one_line(error, 200)}") from error
+    finally:
+        sys.path.remove(str(file.parent))
+        if before is not None:
+            sys.modules[file.stem] = before
+    if not callable(make := getattr(code, name, None)):
+        raise UserError(f"--model {model}: {path} has no class or function {name!r}")
+    return make
+
+
+def _stated(content: Mapping[Any, Any]) -> Stated:
+    for key in STATED:
+        stated = dict_of(content.get(key))
+        stated = stated.state if isinstance(stated, StandIn) else stated
+        if isinstance(stated, dict) and stated:
+            return Stated({name: value for name, value in stated.items() if isinstance(name, str)})
+    return Stated()
+
+
+def _call(make: Any, stated: Stated) -> Any:
+    """Call with what the signature takes of the stated values; one argument of another name gets them all."""
+    usual = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = [one for one in inspect.signature(make).parameters.values() if one.kind in usual]
+    named = {one.name: stated[one.name] for one in parameters if one.name in stated}
+    missing = [one for one in parameters if one.default is one.empty and one.name not in named]
+    if len(missing) == 1 and stated:
+        kind = missing[0].annotation
+        is_class = isinstance(kind, type) and kind not in (dict, object, inspect.Parameter.empty)
+        named[missing[0].name] = _call(kind, stated) if is_class else stated
+    return make(**named)
+
+
+def _without_prefix(weights: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights without what stands in front of all their names, such as `model.` or `_orig_mod.`."""
+    first = next(iter(weights), "")
+    prefixes = ["", *(first[: i + 1] for i, character in enumerate(first) if character == ".")]
+
+    def stripped(prefix: str) -> dict[str, Any]:
+        return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+    return max(map(stripped, prefixes), key=lambda names: len(names.keys() & own.keys()))
+
+
+def _check_names(weights: dict[str, Any], module: nn.Module) -> None:
+    """Check that each parameter has a weight and each weight a place; masks that code no longer keeps are dropped."""
+    buffers = {name for name, _ in module.named_buffers()}
+    missing = [name for name in module.state_dict() if name not in weights and name not in buffers]
+    unknown = [name for name in weights if name not in module.state_dict()]
+    masks = [name for name in unknown if isinstance(weights[name], StoredTensor) and _is_square(weights[name].shape)]
+    for name in masks:
+        del weights[name]
+    unknown = [name for name in unknown if name not in masks]
+    if missing or unknown:
+        said = [f"lacks {_some(missing)}"] * bool(missing) + [f"has {_some(unknown)} for no place"] * bool(unknown)
+        raise UserError(f"does not belong to the model of --model: it {', and it '.join(said)}")
+
+
+def _is_square(shape: Any) -> bool:
+    return len(shape) in (2, 3, 4) and shape[-1] == shape[-2] and all(n == 1 for n in shape[:-2])
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(repr, names[:3])) + more
+
+
+@torch.no_grad()
+def _copy(tensors: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if own[name].shape != tensor.shape:
+            raise UserError(
+                f"{name!r} has shape {tuple(tensor.shape)}, and {tuple(own[name].shape)} in the model of --model"
+            )
+        own[name].copy_(tensor)

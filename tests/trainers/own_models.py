@@ -1,0 +1,688 @@
+"""GPTs as people write them themselves: one class for each habit. `HONEST` can be converted, `REFUSED` cannot."""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+V, C, T, L, HEADS = 67, 32, 40, 2, 4  # vocabulary, width, context, layers, heads
+D = C // HEADS
+
+# Attention.
+
+
+def split_heads(x: Tensor) -> Tensor:
+    return x.view(*x.shape[:2], HEADS, D).transpose(1, 2)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], C)
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor, scale: float = D**-0.5) -> Tensor:
+    """Causal attention as a softmax of a masked product."""
+    length = q.shape[-2]
+    scores = q @ k.transpose(-2, -1) * scale
+    scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf)
+    return scores.softmax(-1) @ v
+
+
+class Fused(nn.Module):
+    """One projection for queries, keys and values, in the order that `order` gives."""
+
+    def __init__(self, order: str = "qkv", scale: float | None = None, bias: bool = True, fused: bool = True):
+        super().__init__()
+        self.order, self.scale, self.fused = order, scale, fused
+        self.qkv, self.out = nn.Linear(C, 3 * C, bias=bias), nn.Linear(C, C, bias=bias)
+        self.drop = nn.Dropout(0.2)
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        parts = dict(zip(self.order, self.qkv(x).split(C, dim=-1), strict=True))
+        return [split_heads(parts[name]) for name in "qkv"]
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.fused:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+        return written_out(q, k, v, self.scale or D**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.out(join_heads(self.mix(*self.parts(x)))))
+
+
+class ByHead(Fused):
+    """Each head's queries, keys and values stand together."""
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        return list(self.qkv(x).view(*x.shape[:2], HEADS, 3, D).permute(3, 0, 2, 1, 4))
+
+
+class ByValue(Fused):
+    """Each value of a head has its query, key and value together."""
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        return list(self.qkv(x).view(*x.shape[:2], HEADS, D, 3).permute(4, 0, 2, 1, 3))
+
+
+class Apart(nn.Module):
+    def __init__(self, bias: bool = False, out_bias: bool = True):
+        super().__init__()
+        self.W_query, self.W_key, self.W_value = (nn.Linear(C, C, bias=bias) for _ in range(3))
+        self.out_proj = nn.Linear(C, C, bias=out_bias)
+        self.register_buffer("mask", torch.ones(T, T).triu(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (split_heads(linear(x)) for linear in (self.W_query, self.W_key, self.W_value))
+        return self.out_proj(join_heads(written_out(q, k, v)))
+
+
+class Head(nn.Module):
+    def __init__(self, scale: float):
+        super().__init__()
+        self.key, self.query, self.value = (nn.Linear(C, D, bias=False) for _ in range(3))
+        self.register_buffer("tril", torch.ones(T, T).tril())
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return written_out(self.query(x), self.key(x), self.value(x), self.scale)
+
+
+class SeparateHeads(nn.Module):
+    def __init__(self, scale: float = D**-0.5):
+        super().__init__()
+        self.heads = nn.ModuleList(Head(scale) for _ in range(HEADS))
+        self.proj, self.dropout = nn.Linear(C, C), nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.proj(torch.cat([head(x) for head in self.heads], dim=-1)))
+
+
+class TorchAttention(nn.Module):
+    def __init__(self, bias: bool = True, batch_first: bool = True):
+        super().__init__()
+        self.batch_first = batch_first
+        self.attn = nn.MultiheadAttention(C, HEADS, dropout=0.1, bias=bias, batch_first=batch_first)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.batch_first else x.transpose(0, 1)
+        mask = torch.ones(T, T).triu(1).bool()[: x.shape[self.batch_first], : x.shape[self.batch_first]]
+        y = self.attn(x, x, x, attn_mask=mask, need_weights=False)[0]
+        return y if self.batch_first else y.transpose(0, 1)
+
+
+class Transposed(nn.Module):
+    """A linear layer whose weight is (in, out), as GPT-2's."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(n_in, n_out)), nn.Parameter(torch.empty(n_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
+
+
+class FusedTransposed(Fused):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = Transposed(C, 3 * C), Transposed(C, C)
+
+
+class Einsum(nn.Module):
+    """A weight (C, D) of each head, and one (D, C) back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W_Q, self.W_K, self.W_V = (nn.Parameter(torch.empty(HEADS, C, D)) for _ in range(3))
+        self.b_Q, self.b_K, self.b_V = (nn.Parameter(torch.empty(HEADS, D)) for _ in range(3))
+        self.W_O, self.b_O = nn.Parameter(torch.empty(HEADS, D, C)), nn.Parameter(torch.empty(C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = ((self.W_Q, self.b_Q), (self.W_K, self.b_K), (self.W_V, self.b_V))
+        q, k, v = ((torch.einsum("btc,hcd->bthd", x, W) + b).transpose(1, 2) for W, b in pairs)
+        return torch.einsum("bthd,hdc->btc", written_out(q, k, v).transpose(1, 2), self.W_O) + self.b_O
+
+
+class NoProjection(Fused):
+    """The heads' results are added as they are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return join_heads(self.mix(*self.parts(x)))
+
+
+NoProjection.__init__ = lambda self: (  # type: ignore[method-assign]
+    Fused.__init__(self),
+    delattr(self, "out"),
+)[0]
+
+
+# Norms, activations, MLPs.
+
+
+class ScaleShift(nn.Module):
+    """A LayerNorm written out."""
+
+    def __init__(self, eps: float = 1e-5, unbiased: bool = False):
+        super().__init__()
+        self.eps, self.unbiased = eps, unbiased
+        self.scale, self.shift = nn.Parameter(torch.ones(C)), nn.Parameter(torch.zeros(C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, variance = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=self.unbiased)
+        return self.scale * (x - mean) / torch.sqrt(variance + self.eps) + self.shift
+
+
+class RootMeanSquare(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+
+
+def layer_norm(eps: float = 1e-5, bias: bool = True, affine: bool = True) -> nn.Module:
+    return nn.LayerNorm(C, eps=eps, bias=bias, elementwise_affine=affine)
+
+
+class TanhWrittenOut(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+class ErfWrittenOut(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+
+class QuickGelu(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class SquaredReLU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x).square()
+
+
+class MLP(nn.Module):
+    def __init__(self, act: Callable[[], nn.Module] = nn.GELU, width: int = 4 * C, bias: bool = True):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(C, width, bias=bias), act(), nn.Linear(width, C, bias=bias), nn.Dropout(0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransposedMLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = Transposed(C, 4 * C), Transposed(4 * C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class GatedMLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(C, 3 * C), nn.Linear(C, 3 * C), nn.Linear(3 * C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+# Blocks.
+
+
+class PreNorm(nn.Module):
+    def __init__(self, attention: Callable, mlp: Callable, norm: Callable):
+        super().__init__()
+        self.norm1, self.att, self.norm2, self.ff = norm(), attention(), norm(), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.att(self.norm1(x))
+        return x + self.ff(self.norm2(x))
+
+
+class PostNorm(PreNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(x + self.att(x))
+        return self.norm2(x + self.ff(x))
+
+
+class Parallel(PreNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.att(self.norm1(x)) + self.ff(self.norm2(x))
+
+
+class SharedNorm(PreNorm):
+    def __init__(self, *parts: Callable):
+        super().__init__(*parts)
+        del self.norm2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.att(self.norm1(x))
+        return x + self.ff(self.norm1(x))
+
+
+class HalfResidual(PreNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.att(self.norm1(x))
+        return x + 0.5 * self.ff(self.norm2(x))
+
+
+class NormedResidual(PreNorm):
+    """The residual path starts behind the norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(x)
+        x = x + self.att(x)
+        return x + self.ff(self.norm2(x))
+
+
+class Sandwich(PreNorm):
+    """A second norm behind the attention."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.norm2(self.att(self.norm1(x)))
+        return x + self.ff(x)
+
+
+# Whole models.
+
+
+def sinusoids() -> Tensor:
+    angles = torch.arange(T)[:, None] * torch.exp(torch.arange(0, C, 2) * (-math.log(1e4) / C))
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).reshape(T, C)
+
+
+def just_logits(logits: Tensor, targets: Tensor | None) -> Any:
+    return logits
+
+
+def logits_loss(logits: Tensor, targets: Tensor | None) -> Any:
+    """As the lecture: rows and positions become one where targets are given."""
+    if targets is None:
+        return logits, None
+    flat = logits.view(-1, V)
+    return flat, F.cross_entropy(flat, targets.view(-1))
+
+
+def loss_logits(logits: Tensor, targets: Tensor | None) -> Any:
+    return torch.tensor(0.0), logits
+
+
+def last_unless_targets(logits: Tensor, targets: Tensor | None) -> Any:
+    """As nanoGPT."""
+    return (logits[:, [-1], :], None) if targets is None else (logits, torch.tensor(1.0))
+
+
+def only_last(logits: Tensor, targets: Tensor | None) -> Any:
+    return logits[:, -1, :]
+
+
+def as_dict(logits: Tensor, targets: Tensor | None) -> Any:
+    return {"loss": None, "logits": logits}
+
+
+def as_object(logits: Tensor, targets: Tensor | None) -> Any:
+    return SimpleNamespace(loss=None, logits=logits)
+
+
+class Own(nn.Module):
+    """A GPT of exchangeable parts. `everything` gives all logits; `forward` returns them in the form of `returns`."""
+
+    def __init__(
+        self,
+        attention: Callable[[], nn.Module] = Fused,
+        mlp: Callable[[], nn.Module] = MLP,
+        norm: Callable[[], nn.Module] = layer_norm,
+        block: Callable[..., nn.Module] = PreNorm,
+        returns: Callable[[Tensor, Tensor | None], Any] = just_logits,
+        positions: str = "embedding",
+        scale: float = 1.0,
+        final: bool = True,
+        head: str = "untied",
+        layers: int = L,
+        container: str = "list",
+        context: int = T,
+    ):
+        super().__init__()
+        self.returns, self.positions, self.scale, self.container = returns, positions, scale, container
+        self.block_size = context
+        self.tok = nn.Embedding(V, C)
+        if positions == "embedding":
+            self.pos = nn.Embedding(context, C)
+        elif positions == "parameter":
+            self.pos = nn.Parameter(torch.zeros(1, context, C))
+        elif positions == "buffer":
+            self.register_buffer("pos", sinusoids()[None])
+        blocks = [block(attention, mlp, norm) for _ in range(layers)]
+        if container == "list":
+            self.blocks: nn.Module = nn.ModuleList(blocks)
+        elif container == "sequential":
+            self.blocks = nn.Sequential(*blocks)
+        elif container == "dict":
+            self.blocks = nn.ModuleDict({f"layer_{i}": one for i, one in enumerate(blocks)})
+        elif container == "attributes":
+            for i, one in enumerate(blocks):
+                setattr(self, f"block{i}", one)
+        else:
+            (self.block,) = blocks
+        self.final = norm() if final else nn.Identity()
+        self.head = nn.Linear(C, V, bias=head == "biased")
+        if head == "tied":
+            self.head.weight = self.tok.weight
+
+    def layers(self) -> list[nn.Module]:
+        if self.container == "attributes":
+            return [getattr(self, f"block{i}") for i in range(L)]
+        if self.container == "single":
+            return [self.block]
+        return list(self.blocks.values() if self.container == "dict" else self.blocks)
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        x, length = self.tok(ids) * self.scale, ids.shape[1]
+        if self.positions == "embedding":
+            return x + self.pos(torch.arange(length))
+        if self.positions in ("parameter", "buffer"):
+            return x + self.pos[:, :length]
+        return x + sinusoids()[:length] if self.positions == "computed" else x
+
+    def everything(self, ids: Tensor) -> Tensor:
+        x = self.embedded(ids)
+        for layer in self.layers():
+            x = layer(x)
+        return self.head(self.final(x))
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Any:
+        assert ids.shape[1] <= self.block_size
+        return self.returns(self.everything(ids), targets)
+
+
+class CopiedHead(Own):
+    def everything(self, ids: Tensor) -> Tensor:
+        self.head.weight.data.copy_(self.tok.weight.data)
+        return super().everything(ids)
+
+
+class TorchEncoder(nn.Module):
+    """PyTorch's own Transformer layers behind a causal mask."""
+
+    def __init__(self, norm_first: bool, activation: Any, single: bool = False, final: bool = False):
+        super().__init__()
+        self.embedding, self.linear = nn.Embedding(V, C), nn.Linear(C, V)
+        self.register_buffer("pe", sinusoids()[:, None])
+        layer = nn.TransformerEncoderLayer(C, HEADS, 48, 0.1, activation, batch_first=True, norm_first=norm_first)
+        norm = nn.LayerNorm(C) if final else None
+        self.encoder: nn.Module = layer
+        if not single:
+            self.encoder = nn.TransformerEncoder(layer, L, norm, enable_nested_tensor=False)
+        self.register_buffer("mask", torch.full((T, T), -math.inf).triu(1))
+
+    def everything(self, ids: Tensor) -> Tensor:
+        length = ids.shape[1]
+        x = self.embedding(ids) * math.sqrt(C) + self.pe[:length].transpose(0, 1)
+        return self.linear(self.encoder(x, self.mask[:length, :length]))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.everything(ids)
+
+
+class Functional(nn.Module):
+    """No modules at all: bare parameters and functions, the weights applied by `@`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shapes = {"wte": (V, C), "wpe": (T, C), "gf": (C,), "bf": (C,), "out": (C, V)}
+        for i in range(L):
+            shapes |= {f"g1_{i}": (C,), f"b1_{i}": (C,), f"g2_{i}": (C,), f"b2_{i}": (C,)}
+            shapes |= {f"attn_{i}": (C, 3 * C), f"attn_b_{i}": (3 * C,), f"proj_{i}": (C, C), f"proj_b_{i}": (C,)}
+            shapes |= {f"up_{i}": (C, 4 * C), f"up_b_{i}": (4 * C,), f"down_{i}": (4 * C, C), f"down_b_{i}": (C,)}
+        self.p = nn.ParameterDict({name: nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()})
+
+    def everything(self, ids: Tensor) -> Tensor:
+        p = self.p
+        x = p["wte"][ids] + p["wpe"][: ids.shape[1]]
+        for i in range(L):
+            u = F.layer_norm(x, (C,), p[f"g1_{i}"], p[f"b1_{i}"])
+            q, k, v = map(split_heads, (u @ p[f"attn_{i}"] + p[f"attn_b_{i}"]).split(C, dim=-1))
+            x = x + join_heads(written_out(q, k, v)) @ p[f"proj_{i}"] + p[f"proj_b_{i}"]
+            u = F.layer_norm(x, (C,), p[f"g2_{i}"], p[f"b2_{i}"])
+            x = x + F.silu(u @ p[f"up_{i}"] + p[f"up_b_{i}"]) @ p[f"down_{i}"] + p[f"down_b_{i}"]
+        return F.layer_norm(x, (C,), p["gf"], p["bf"]) @ p["out"]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.everything(ids)
+
+
+class WithCache(Fused):
+    """Keeps its last keys and values in buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("cache_k", torch.zeros(2, HEADS, T, D), persistent=False)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        q, k, v = super().parts(x)
+        self.calls += 1
+        self.cache_k[: k.shape[0], :, : k.shape[2]] = k
+        return [q, k, v]
+
+
+class ExtraParameters(Own):
+    """Has an embedding of token types and a value head that its logits do not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token_type, self.value_head = nn.Embedding(2, C), nn.Linear(C, 1)
+
+
+class Random(Own):
+    """Random words for names."""
+
+    def __init__(self, **parts: Any):
+        super().__init__(**parts)
+        for module in [one for one in self.modules() if not isinstance(one, (nn.ModuleList, nn.Sequential))]:
+            for names in (module._modules, module._parameters):
+                for name in list(names):
+                    part = names.pop(name)
+                    names[word_for(name)] = part
+                    object.__setattr__(module, name, part)
+
+
+def word_for(name: str) -> str:
+    generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    return "".join(chr(97 + int(letter)) for letter in torch.randint(26, (9,), generator=generator))
+
+
+def moved(model: nn.Module, std: float = 0.3) -> nn.Module:
+    """The model with weights far from their initialisation, so that no bias or gain goes unnoticed."""
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, 0.05, std)
+    return model
+
+
+HONEST: Mapping[str, Callable[[], nn.Module]] = {
+    "plain": Own,
+    "heads as separate modules": partial(Own, SeparateHeads, partial(MLP, nn.ReLU), returns=logits_loss, head="biased"),
+    "the lecture's first scale": partial(Own, partial(SeparateHeads, C**-0.5), partial(MLP, nn.ReLU)),
+    "attention without a scale": partial(Own, partial(Fused, scale=1.0)),
+    "queries, keys and values apart": partial(Own, Apart, partial(MLP, TanhWrittenOut), ScaleShift),
+    "apart with biases": partial(Own, partial(Apart, True)),
+    "apart without any bias": partial(
+        Own, partial(Apart, False, False), partial(MLP, bias=False), partial(layer_norm, bias=False)
+    ),
+    "keys first": partial(Own, partial(Fused, "kqv")),
+    "values first": partial(Own, partial(Fused, "vkq", fused=False)),
+    "interleaved by head": partial(Own, ByHead),
+    "interleaved by value": partial(Own, ByValue),
+    "MultiheadAttention": partial(Own, TorchAttention),
+    "MultiheadAttention without bias": partial(Own, partial(TorchAttention, False)),
+    "MultiheadAttention, positions first": partial(Own, partial(TorchAttention, batch_first=False)),
+    "TransformerEncoder, post-norm": partial(TorchEncoder, False, "relu"),
+    "TransformerEncoder, pre-norm, final norm": partial(TorchEncoder, True, "gelu", final=True),
+    "one TransformerEncoderLayer": partial(TorchEncoder, False, F.gelu, single=True),
+    "transposed weights": partial(Own, FusedTransposed, TransposedMLP, head="tied"),
+    "bare parameters": Functional,
+    "a weight for each head": partial(Own, Einsum),
+    "no projection after the heads": partial(Own, NoProjection),
+    "positions in a parameter": partial(Own, positions="parameter"),
+    "sinusoids in a buffer": partial(Own, positions="buffer", scale=math.sqrt(C), head="tied"),
+    "sinusoids computed": partial(Own, positions="computed"),
+    "embedding scale": partial(Own, scale=math.sqrt(C)),
+    "tied head": partial(Own, head="tied"),
+    "copied head": CopiedHead,
+    "biased head": partial(Own, head="biased"),
+    "post-norm": partial(Own, block=PostNorm),
+    "post-norm, no final norm": partial(Own, SeparateHeads, partial(MLP, nn.ReLU), block=PostNorm, final=False),
+    "no final norm": partial(Own, final=False),
+    "narrow MLP": partial(Own, mlp=partial(MLP, width=48)),
+    "MLP as wide as the model": partial(Own, mlp=partial(MLP, width=C)),
+    "tanh GELU": partial(Own, mlp=partial(MLP, partial(nn.GELU, "tanh"))),
+    "GELU written out": partial(Own, mlp=partial(MLP, ErfWrittenOut)),
+    "SiLU": partial(Own, mlp=partial(MLP, nn.SiLU)),
+    "quick GELU": partial(Own, mlp=partial(MLP, QuickGelu)),
+    "squared ReLU": partial(Own, mlp=partial(MLP, SquaredReLU)),
+    "leaky ReLU": partial(Own, mlp=partial(MLP, nn.LeakyReLU)),
+    "Mish": partial(Own, mlp=partial(MLP, nn.Mish)),
+    "tanh": partial(Own, mlp=partial(MLP, nn.Tanh)),
+    "another epsilon": partial(Own, norm=partial(layer_norm, 1e-3)),
+    "another epsilon, written out": partial(Own, norm=partial(ScaleShift, 1e-6)),
+    "norms without gain": partial(Own, norm=partial(layer_norm, affine=False)),
+    "one layer": partial(Own, layers=1),
+    "one layer in no list": partial(Own, layers=1, container="single"),
+    "ModuleDict": partial(Own, container="dict"),
+    "Sequential": partial(Own, container="sequential"),
+    "numbered attributes": partial(Own, container="attributes"),
+    "(loss, logits)": partial(Own, returns=loss_logits),
+    "dict": partial(Own, returns=as_dict),
+    "object": partial(Own, returns=as_object),
+    "last position unless targets": partial(Own, returns=last_unless_targets),
+    "last position only": partial(Own, returns=only_last),
+    "a cache in buffers": partial(Own, WithCache),
+    "unused parameters": ExtraParameters,
+    "short context": partial(Own, context=6),
+    "random words for names": partial(Random, attention=Apart, block=PostNorm),
+    "random words for names, fused": partial(Random, attention=ByHead, mlp=partial(MLP, nn.ReLU)),
+}
+
+# Models that differ from a GPT-2 by one thing.
+
+
+class Capped(Own):
+    def everything(self, ids: Tensor) -> Tensor:
+        return 3 * torch.tanh(super().everything(ids) / 3)
+
+
+class ScaledLogits(Own):
+    def everything(self, ids: Tensor) -> Tensor:
+        return super().everything(ids) * 0.5
+
+
+class CosineHead(Own):
+    def everything(self, ids: Tensor) -> Tensor:
+        x = self.embedded(ids)
+        for layer in self.layers():
+            x = layer(x)
+        return 10 * F.linear(F.normalize(self.final(x), dim=-1), F.normalize(self.head.weight, dim=-1))
+
+
+class Noisy(Own):
+    def embedded(self, ids: Tensor) -> Tensor:
+        return F.dropout(super().embedded(ids), 0.1, training=True)
+
+
+class TwoSided(Fused):
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class Window(Fused):
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        near = torch.ones(q.shape[2], q.shape[2]).tril().triu(-3).bool()
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=near)
+
+
+class LastTwoSided(Own):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[-1].att = TwoSided()
+
+
+class LastReLU(Own):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[-1].ff = MLP(nn.ReLU)
+
+
+class QueryKeyNorm(Fused):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_norm, self.k_norm = nn.LayerNorm(D), nn.LayerNorm(D)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return super().mix(self.q_norm(q), self.k_norm(k), v)
+
+
+class Alibi(Fused):
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        steps = torch.arange(q.shape[2])
+        bias = (steps[None] - steps[:, None]) * torch.tensor([0.5 ** (h + 1) for h in range(HEADS)])[:, None, None]
+        bias = bias.masked_fill(torch.ones(q.shape[2], q.shape[2]).triu(1).bool(), -math.inf)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+class Rotary(Fused):
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        angles = torch.arange(q.shape[2])[:, None] * 1e4 ** (-torch.arange(0, D, 2) / D)
+        cos, sin = angles.cos(), angles.sin()
+
+        def turn(x: Tensor) -> Tensor:
+            a, b = x[..., ::2], x[..., 1::2]
+            return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+        return super().mix(turn(q), turn(k), v)
+
+
+class FewerKeys(Fused):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(C, 2 * C)
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        q, k, v = self.qkv(x).split([C, C // 2, C // 2], dim=-1)
+        k, v = (one.view(*x.shape[:2], HEADS // 2, D).transpose(1, 2).repeat_interleave(2, dim=1) for one in (k, v))
+        return [split_heads(q), k, v]
+
+
+REFUSED: Mapping[str, tuple[Callable[[], nn.Module], str]] = {
+    "soft-capped logits": (Capped, "the head"),
+    "scaled logits": (ScaledLogits, "the head"),
+    "cosine head": (CosineHead, "the head"),
+    "dropout left on": (Noisy, "dropout"),
+    "two-sided attention": (partial(Own, TwoSided), "attention of the first layer.*causal"),
+    "sliding window": (partial(Own, Window), "attention of the first layer"),
+    "the last layer is two-sided": (LastTwoSided, "layer 2 of 2"),
+    "the last layer has another activation": (LastReLU, "layer 2 of 2"),
+    "query-key norm": (partial(Own, QueryKeyNorm), "attention of the first layer"),
+    "ALiBi": (partial(Own, Alibi, positions="none"), "attention of the first layer|position"),
+    "RoPE": (partial(Own, Rotary, positions="none"), "rotary|position"),
+    "RoPE beside positions": (partial(Own, Rotary), "rotary"),
+    "RMSNorm": (partial(Own, norm=RootMeanSquare), "Llama"),
+    "gated MLP": (partial(Own, mlp=GatedMLP), "gated"),
+    "Llama's shape": (partial(Own, Rotary, GatedMLP, RootMeanSquare, positions="none"), "Llama's shape"),
+    "fewer key heads": (partial(Own, FewerKeys), "fewer key heads"),
+    "parallel blocks": (partial(Own, block=Parallel), "parallel"),
+    "one norm for two places": (partial(Own, block=SharedNorm), "one norm is used in two places"),
+    "half a residual": (partial(Own, block=HalfResidual), "sum at the end"),
+    "the residual behind the norm": (partial(Own, block=NormedResidual), "residual"),
+    "a norm behind the attention": (partial(Own, block=Sandwich), "after the attention|residual"),
+    "a norm by the unbiased deviation": (partial(Own, norm=partial(ScaleShift, unbiased=True)), "norm"),
+}

@@ -1,0 +1,162 @@
+"""A GPT of any class is read by what it computes: the same logits and tokens, or a refusal that names the step."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_model import convert, load
+from hf_model.errors import UserError
+from tests.trainers.own_models import HONEST, REFUSED, Own, V, last_unless_targets, moved
+
+CHARACTERS = "".join(chr(33 + i) for i in range(V))
+
+
+def untrained(model: nn.Module) -> nn.Module:
+    """Weights as before the first step of training: gains of one, biases of zero, and small matrices."""
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, 0.0, 0.02)
+        else:
+            is_gain = any(word in name for word in ("norm", "final", "p.g")) and "bias" not in name
+            nn.init.constant_(parameter, float(is_gain and "shift" not in name))
+    return model
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "input.txt"
+    path.write_text(CHARACTERS)
+    return path
+
+
+def converted(model: nn.Module, text: Path, **options: Any) -> Any:
+    folder = convert(model, None, text.parent / "hf", characters_of=text, **options)
+    return load(folder, device="cpu")[0]
+
+
+@torch.no_grad()
+def continued(everything: Callable[[Tensor], Tensor], ids: Tensor, n: int, sample: bool) -> list[int]:
+    """Greedy or sampled tokens from all logits, without a cache."""
+    torch.manual_seed(7)
+    for _ in range(n):
+        logits = everything(ids)[:, -1]
+        chosen = torch.multinomial(logits.softmax(-1), 1) if sample else logits.argmax(-1, keepdim=True)
+        ids = torch.cat([ids, chosen], dim=1)
+    return ids[0].tolist()
+
+
+def generated(model: Any, ids: Tensor, n: int, sample: bool) -> list[int]:
+    torch.manual_seed(7)
+    how = {"do_sample": True, "temperature": 1.0, "top_k": 0} if sample else {"do_sample": False}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, **how)[0].tolist()
+
+
+@torch.no_grad()
+def check_same(model: nn.Module, own: Any) -> None:
+    context = own.config.block_size
+    model.eval()
+    for length in (1, min(5, context), context):
+        ids = torch.randint(V, (2, length), generator=torch.Generator().manual_seed(length))
+        expected = model.everything(ids)
+        assert (own(ids).logits - expected).abs().max() <= 1e-5 * expected.std()
+    prompt = torch.tensor([[3, 1, 4]])
+    for sample in (False, True):
+        n = min(12, context - 3)
+        assert generated(own, prompt, n, sample) == continued(model.everything, prompt, n, sample)
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_a_converted_folder_computes_what_the_own_model_computes(name: str, text: Path) -> None:
+    model = moved(HONEST[name]())
+    check_same(model, converted(model, text, verify=False))
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_an_untrained_model_is_read_as_well(name: str, text: Path) -> None:
+    model = untrained(HONEST[name]())
+    own, _ = load(model, None, characters_of=text, device="cpu")
+    ids = torch.randint(V, (2, own.config.block_size))
+    with torch.no_grad():
+        expected = model.eval().everything(ids)
+        assert (own(ids).logits - expected).abs().max() <= 1e-5 * expected.std()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("weights", [moved, untrained])
+def test_another_architecture_is_refused_and_nothing_is_written(name: str, weights: Callable, text: Path) -> None:
+    make, says = REFUSED[name]
+    with pytest.raises(UserError, match=says):
+        convert(weights(make()), None, text.parent / "hf", characters_of=text)
+    assert not (text.parent / "hf").exists()
+
+
+def test_the_written_folder_is_verified_and_the_report_says_how_near_it_is(text: Path) -> None:
+    lines: list[str] = []
+    converted(moved(Own()), text, report=lines.append)
+    assert any("your model's own logits: equal bit for bit" in line for line in lines)
+
+
+def test_parameters_without_a_use_are_named(text: Path) -> None:
+    said: list[tuple[str, str]] = []
+    load(
+        moved(HONEST["unused parameters"]()),
+        None,
+        characters_of=text,
+        device="cpu",
+        report=lambda *line: said.append(line),
+    )
+    assert any(item == "note" and "token_type.weight" in line for item, line in said)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_the_module_is_left_as_it_was(refused: bool, text: Path) -> None:
+    model = moved(REFUSED["half a residual"][0]() if refused else HONEST["a cache in buffers"]())
+    model.train()
+    model.blocks[0].eval()
+    ids = torch.randint(V, (2, 7))
+    model.everything(ids).sum().backward()
+    model.head.register_forward_hook(lambda *_: None)
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    before = {name: (tensor, tensor.data_ptr(), tensor.clone()) for name, tensor in tensors.items()}
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    modes, random, hooks = [m.training for m in model.modules()], torch.get_rng_state(), dict(model.head._forward_hooks)
+    if refused:
+        with pytest.raises(UserError):
+            convert(model, None, text.parent / "hf", characters_of=text)
+    else:
+        convert(model, None, text.parent / "hf", characters_of=text)
+    for name, tensor in (dict(model.named_parameters()) | dict(model.named_buffers())).items():
+        same, place, value = before[name]
+        assert tensor is same and tensor.data_ptr() == place and torch.equal(tensor, value)
+    assert all(torch.equal(p.grad, gradients[n]) for n, p in model.named_parameters() if n in gradients)
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.head._forward_hooks == hooks
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_wrappers_are_looked_through(wrap: Callable, text: Path) -> None:
+    model = moved(Own(returns=last_unless_targets))
+    check_same(model, converted(wrap(model), text, verify=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_keep_their_dtype(dtype: torch.dtype, text: Path) -> None:
+    model = moved(HONEST["interleaved by head"]()).to(dtype)
+    own = converted(model, text, verify=False)
+    assert own.dtype == dtype
+    assert torch.equal(own.transformer.wte.weight, model.tok.weight)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        expected = model.eval().float().everything(ids)
+        assert (own.float()(ids).logits - expected).abs().max() <= 1e-5 * expected.std()
+
+
+def test_a_module_without_a_tokenizer_asks_for_one() -> None:
+    with pytest.raises(UserError, match="needs a tokenizer"):
+        load(moved(Own()))

@@ -1,0 +1,86 @@
+"""`model="FILE.py:NAME"`: the user's own code makes the model, and a checkpoint gives its weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_model import convert, load
+from hf_model.errors import UserError
+from tests.trainers.own_models import Own, SeparateHeads, V, moved
+
+CODE = """
+from dataclasses import dataclass
+from functools import partial
+from tests.trainers.own_models import Own, SeparateHeads
+
+@dataclass
+class Config:
+    block_size: int = 24
+    unused: int = 1
+
+class GPT(Own):
+    def __init__(self, config: Config):
+        super().__init__(SeparateHeads, context=config.block_size)
+
+def build():
+    return GPT(Config())
+
+def sized(block_size):
+    return GPT(Config(block_size))
+
+def broken():
+    raise ValueError("no such model")
+"""
+
+
+@pytest.fixture
+def code(tmp_path: Path) -> Path:
+    (tmp_path / "input.txt").write_text("".join(chr(33 + i) for i in range(V)))
+    (tmp_path / "mine.py").write_text(CODE)
+    return tmp_path / "mine.py"
+
+
+def weights(context: int) -> dict[str, torch.Tensor]:
+    return dict(moved(Own(SeparateHeads, context=context)).state_dict())
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "module._orig_mod.", "gpt.net."])
+@pytest.mark.parametrize(
+    "name, key, context", [("build", None, 24), ("GPT", "config", 12), ("sized", "hyper_parameters", 12)]
+)
+def test_the_code_makes_the_model_and_the_file_gives_its_weights(
+    prefix: str, name: str, key: str | None, context: int, code: Path
+) -> None:
+    state = weights(context)
+    content = {"state_dict": {prefix + one: tensor for one, tensor in state.items()}}
+    path = code.with_name("ckpt.pt")
+    torch.save(content if key is None else content | {key: {"block_size": context, "learning_rate": 0.1}}, path)
+    model, _ = load(path, None, characters_of=code.with_name("input.txt"), model=f"{code}:{name}", device="cpu")
+    assert model.config.block_size == context
+    assert torch.equal(model.transformer.wte.weight, state["tok.weight"])
+
+
+@pytest.mark.parametrize(
+    "model, says",
+    [
+        ("mine.py:nothing", "has no class or function 'nothing'"),
+        ("mine.py:broken", "ValueError: no such model"),
+        ("other.py:build", "there is no file"),
+        ("build", "such as train.py:build"),
+    ],
+)
+def test_what_is_wrong_with_the_code_is_said(model: str, says: str, code: Path, monkeypatch) -> None:
+    monkeypatch.chdir(code.parent)
+    torch.save(weights(24), "ckpt.pt")
+    with pytest.raises(UserError, match=says):
+        convert("ckpt.pt", None, "hf", characters_of="input.txt", model=model)
+    assert not Path("hf").exists()
+
+
+def test_missing_and_unknown_weights_are_named(code: Path) -> None:
+    state = weights(24)
+    state["extra.weight"] = state.pop("tok.weight")
+    torch.save(state, code.with_name("ckpt.pt"))
+    with pytest.raises(UserError, match=r"lacks 'tok.weight'.*'extra.weight'"):
+        load(code.with_name("ckpt.pt"), None, characters_of=code.with_name("input.txt"), model=f"{code}:build")
