@@ -65,7 +65,7 @@ MODULE_ACTIVATIONS = {
 # The largest difference of two logits, over their standard deviation, that is taken for rounding.
 LOGITS_CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
 ACTIVATIONS = ("auto", "gelu", "gelu_new", "gelu_pytorch_tanh")
-# `from_pretrained` sets torch's default dtype for the whole process while it builds a model.
+# One thread at a time: while `from_pretrained` builds a model, it sets torch's default dtype for the whole process.
 FROM_PRETRAINED = threading.Lock()
 
 
@@ -132,7 +132,7 @@ class Source:
     instructions: bool = False
     """Prompts are instructions, whatever the tokenizer's special tokens are called."""
     bos_token: str | None = None
-    """The token in front of a text; None takes the one that the tokenizer itself tells."""
+    """The token in front of a text; None keeps the tokenizer's own."""
     eos_token: str | None = None
     """The token that ends an answer."""
     pad_token: str | None = None
@@ -350,12 +350,12 @@ def load(
             `torch.nn.Module` of any class.
         tokenizer_path: a tokenizer's file, folder or Hub name, or `"auto"` to look where the trainer put it. A folder
             has its own.
-        device: where the model goes; by default the best device there is (`pick_device`).
-        report: called for each thing that was found or chosen, with its name and a description.
-        options: `dtype` (`"auto"` keeps that of the weights), `n_head`, `activation`, `characters_of` (the training
-            text of a character-level model), `raw` or `instructions` (the kind of prompts), and `bos_token`,
-            `eos_token`, `pad_token` (names of tokens), `ignore_model_args`, as in `Source`;
-            `model` (`"FILE.py:NAME"`, your own code that makes the model of a checkpoint).
+        device: where the model goes; by default the best device (see `pick_device`).
+        report: called with a name and a description for each thing that was found or chosen.
+        options: `dtype` (`"auto"` keeps the weights' dtype), `n_head`, `activation`, `characters_of` (the training text
+            of a character-level model), `raw` or `instructions` (the kind of prompts), `bos_token`, `eos_token`,
+            `pad_token` (names of tokens) and `ignore_model_args`, as in `Source`; `model` (`"FILE.py:NAME"`, your own
+            code that makes the model of a checkpoint).
 
     Raises:
         UserError: a file is missing, damaged or not of this model family, or the files do not belong together.
@@ -451,7 +451,7 @@ def _folder_model(folder: Path, config: CustomGPTConfig, dtype: torch.dtype | st
         own_dtype = check_weights(folder, config)
         weights = read_weights(folder)
         config.dtype = pick_dtype(dtype, own_dtype)
-        config.auto_map = AUTO_MAP  # a trainer may have saved a part of it
+        config.auto_map = AUTO_MAP  # a trainer may have saved only some of the entries
         model = with_weights(config, {name: tensor.to(config.dtype) for name, tensor in weights.items()})
     model.generation_config = read_generation_config(folder, config)
     return model
@@ -468,7 +468,7 @@ DTYPES = {dtype_name(dtype): dtype for dtype in WEIGHT_DTYPES}
 
 
 def pick_dtype(dtype: torch.dtype | str, own: torch.dtype) -> torch.dtype:
-    """The dtype of that name; `"auto"` is `own`, the dtype of the weights.
+    """The dtype with this name; `"auto"` gives `own`, the dtype of the weights.
 
     Raises:
         UserError: weights of that dtype are not supported.
@@ -480,7 +480,7 @@ def pick_dtype(dtype: torch.dtype | str, own: torch.dtype) -> torch.dtype:
 
 
 def pick_device(name: torch.device | str | None = None) -> torch.device:
-    """The device of that name, or the best one there is: cuda, then mps, then the CPU.
+    """The device with this name. Without a name, the best device: cuda, then mps, then the CPU.
 
     Raises:
         UserError: there is no such device.
@@ -496,7 +496,7 @@ def pick_device(name: torch.device | str | None = None) -> torch.device:
         if device.type == "meta":
             raise RuntimeError("the meta device holds no values")
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):  # each backend has its own way of not being there
+    except (RuntimeError, AssertionError, NotImplementedError):  # each backend raises its own error if it is missing
         raise UserError(
             f"--device {name}: there is no such device here; there is {', '.join([*accelerators, 'cpu'])}"
         ) from None
