@@ -107,7 +107,7 @@ def find_roles(
 ) -> dict[str, str | None]:
     """Which token is the `bos_token`, `eos_token`, `pad_token` and `unk_token`; None where there is none.
 
-    The first of these that names a token decides: the user (`chosen`), a tokenizer_config.json (`known`), the original's
+    The first of these that names a token decides: the user (`chosen`), tokenizer_config.json (`known`), the original's
     names, the post-processor's tokens in front of a text and behind it, the usual names.
 
     Raises:
