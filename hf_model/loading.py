@@ -62,7 +62,7 @@ MODULE_ACTIVATIONS = {
         *("tanh", "sigmoid", "relu6", "laplace"),
     )
 }
-# The largest difference of two logits, over their standard deviation, that is taken for rounding.
+# The largest difference of two logits, divided by their standard deviation, that counts as rounding.
 LOGITS_CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
 ACTIVATIONS = ("auto", "gelu", "gelu_new", "gelu_pytorch_tanh")
 # One thread at a time: while `from_pretrained` builds a model, it sets torch's default dtype for the whole process.
@@ -111,8 +111,8 @@ class Loaded:
 class Source:
     """Where a model comes from: a trainer's checkpoint with its tokenizer, a converted folder, or a module in memory.
 
-    A source keeps nothing in memory. A format's `write` loads it, and `verify` loads it again, so that a change that
-    the writer made to its model cannot hide an error.
+    A source keeps no weights of files in memory. A format's `write` loads the source, and `verify` loads it again. So
+    the writer's changes to its model cannot hide an error.
     """
 
     path: Path
@@ -138,7 +138,7 @@ class Source:
     pad_token: str | None = None
     """The token that fills up the rows of a batch."""
     ignore_model_args: Sequence[str] = ()
-    """Names of unknown options in the checkpoint's `model_args` that a conversion may leave out."""
+    """Names of options in the checkpoint's `model_args` that are not known here and may be left out."""
     module: nn.Module | None = None
     """The user's own model, of any class; `path` is then its class's name, or the file of its weights."""
     sizes: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
@@ -238,7 +238,7 @@ class Source:
             told = ", ".join(f"{name}={_shown(checkpoint.unknown_args[name])}" for name in unknown)
             raise UserError(
                 f"{self.path}: its model_args say {told}, which may change what the model computes, in a way not "
-                f"known here: --ignore_model_args {' '.join(unknown)} converts without it"
+                f"known here: add --ignore_model_args {' '.join(unknown)} to convert anyway"
             )
         dtype = pick_dtype(self.dtype, checkpoint.dtype)
         found = self._find_tokenizer(self._info(checkpoint))
