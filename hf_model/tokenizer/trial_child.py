@@ -100,6 +100,7 @@ def runs() -> dict[str, str]:
     words = "".join("a" * length + " " for length in (10, 100, 1000, 3000, 5000))
     mixed = "It's 12 o'clock,\n\n\t(ÜberCamelCase) 漢字 e\u0301 🙂 \u00a0\ufdfa -- x_y  "
     texts["words of all lengths"] = words * (LENGTH // len(words))
+    texts["runs of every sign of ASCII"] = "".join(chr(number) * 60 for number in range(32, 127))
     texts["characters of every kind"] = mixed * (LENGTH // len(mixed.encode()))
     return texts
 
