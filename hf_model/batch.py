@@ -1,4 +1,4 @@
-"""Answers a file of instructions or prompts in batches. A run that was killed goes on where it stopped."""
+"""Answers a file of instructions or prompts in batches. A run that was killed continues where it stopped."""
 
 import hashlib
 import json
@@ -59,7 +59,7 @@ class Processes:
             return value if self.state is None else broadcast_object_list([value])[0]
 
     def device(self, chosen: torch.device, is_certain: bool) -> torch.device:
-        """The device of this process: its own one of the chosen kind, or the chosen one if that is certain."""
+        """This process's own device of the chosen kind; `chosen` itself if `is_certain` (the user gave its number)."""
         return chosen if self.state is None or is_certain or chosen.type == "cpu" else self.state.device
 
     def close(self) -> None:
@@ -81,7 +81,7 @@ def join(device: torch.device) -> Processes:
 
 @contextmanager
 def _another_has_ended() -> Iterator[None]:
-    """Turn torch's error about a process that is gone into a UserError. That process has said why it ended."""
+    """Turn torch's error about another process that has ended into a UserError. That process has printed the reason."""
     try:
         with memory_for("for what the processes tell each other", "choose a smaller --batch_size"):
             yield
@@ -106,7 +106,7 @@ def answer_file(
 
     Prompts of similar length are answered together, left-padded. Each finished batch is added to a journal beside the
     output file. The next call uses the journal's answers to all records whose prompt is the same. If the output file
-    holds these records with responses already, nothing is done.
+    already holds these records with responses, nothing is done.
 
     Greedy answers are those of one record at a time. Sampled ones also depend on the other records in their batch: on
     `batch_size`, on the number of processes, and on where an earlier run was stopped.
@@ -130,7 +130,7 @@ def answer_file(
     processes, output_file = processes or Processes(), Path(output_file)
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1")
-    # Before there is a journal: a record that cannot be encoded leaves nothing behind.
+    # Checked before there is a journal, so that a wrong record leaves no files behind.
     check_records(records, raw=not takes_instructions(tokenizer))
     if is_complete(output_file, records, overwrite):
         return 0
@@ -145,7 +145,8 @@ def answer_file(
             on_kept(len(responses))
         done = processes.from_main(set(responses))
         left = [index for index in range(len(records)) if index not in done]
-        left.sort(key=lambda index: prompts[index].shape[1], reverse=True)  # memory runs out at once or never
+        # The longest first: if memory runs out, it runs out at once.
+        left.sort(key=lambda index: prompts[index].shape[1], reverse=True)
         progress = stack.enter_context(
             tqdm(total=len(records), initial=len(done), unit="record", disable=None if journal else True)
         )
@@ -177,9 +178,9 @@ def _encoded(
 def _options(
     model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast, sampling: Sampling, parse_special_tokens: bool
 ) -> dict[str, Any]:
-    """All options that an answer depends on, for JSON. Sampled answers also depend on the rest of their batch."""
+    """Everything except the prompt that an answer depends on. Sampled answers also depend on their batch."""
     unused = ("cache_implementation", *(UNUSED_WHEN_GREEDY if sampling.temperature == 0 else ()))
-    # Checksums of the weights as they are used: another folder with them is the same model, another dtype is not.
+    # Checksums of the weights as they are used: two folders with equal weights are one model, two dtypes are not.
     weights = [zlib.crc32(w.cpu().reshape(-1).view(torch.uint8).numpy()) for w in model.state_dict().values()]
     identity = [weights, model.config.to_dict(), tokenizer.get_vocab(), takes_instructions(tokenizer)]
     return {

@@ -57,22 +57,22 @@ def convert(
 ) -> Path:
     """Convert a trainer's checkpoint and tokenizer, or a converted folder, to the folder of a format.
 
-    The folder appears whole or not at all.
+    The folder appears only when it is complete.
 
     Args:
         checkpoint_path, tokenizer_path: as in `load`: a file, a folder or your own `torch.nn.Module`.
         output_dir: the folder to make.
         format: `"transformers"`, `"gpt2"`, `"gguf"`, `"ctranslate2"`, `"onnx"` or `"checkpoint"`.
         overwrite: replace a folder that an earlier conversion wrote, or move another one aside.
-        verify: compare the folder with its source, in the format's own engine, before it takes its place.
+        verify: compare the new folder with its source, in the format's own engine, before it gets its final name.
         training_data: data that the model was trained on; the report then says how well the model fits it.
         report_page: where to write an HTML page that shows what the model has learnt.
-        about: what the folder's model card says beside what is known: licence, languages and so on.
+        about: what the checkpoint does not tell and the model card needs: licence, languages and so on.
         on_tokenizer: called with the model's tokenizer, if the format needs one.
         report: called with each line of the report.
-        options: those of `load`; `max_shard_size` (such as
-            `"5GB"`); `gguf_type` (`"f32"`, `"f16"` or `"q8_0"`); `quantization` (a name that CTranslate2 knows); `like`
-            (whose checkpoint the format `"checkpoint"` writes: `"original"` or `"nanogpt"`).
+        options: those of `load`; `max_shard_size` (such as `"5GB"`); `gguf_type` (`"f32"`, `"f16"` or `"q8_0"`);
+            `quantization` (a name that CTranslate2 knows); `like` (the trainer that reads what the format
+            `"checkpoint"` writes: `"original"` or `"nanogpt"`).
 
     Returns:
         The folder's path.
@@ -111,7 +111,7 @@ def convert(
         for line in target.write(loaded, new, choices):
             report(line)
         evidence = loaded.evidence
-        # The mapped weights go before the folder is read back, so that memory does not hold them twice.
+        # Free the mapped weights before the folder is read back, so that memory does not hold them twice.
         del loaded
         gc.collect()
         lines = [f"written       {folder}"]
@@ -126,7 +126,7 @@ def convert(
 
 
 def _verify(target: Format, new: Path, source: Source, options: Options, folder: Path) -> str:
-    """Compare the files in `new` with their source; errors name `folder`, which they were to become."""
+    """Compare the files in `new` with their source; errors name `folder`, the final path."""
     try:
         return f"verified      {target.verify(new, source, options)}"
     except MissingEngineError as error:
@@ -138,15 +138,15 @@ def _verify(target: Format, new: Path, source: Source, options: Options, folder:
 
 
 def _final_path(folder: Path) -> Path:
-    """A path that means the same before the folder exists and after: `..` depends on the links in front of it."""
+    """The path with its links followed if it holds `..`, because making a folder can change what `..` means."""
     return resolved(folder) if ".." in folder.parts else folder
 
 
 def _check_apart(folder: Path, sources: Iterable[str | Path | None], page: Path | None) -> None:
-    """Check that the folder takes the place of nothing that is read or written.
+    """Check that the new folder replaces no source, and that the report page is apart from it.
 
     Raises:
-        UserError: a source is the folder or in it, or the page is.
+        UserError: a source is the folder or in it, or the page is in the folder's way.
     """
     place = resolved(folder)
     for path in (Path(os.path.realpath(source)) for source in sources if source is not None):

@@ -1,4 +1,4 @@
-"""A model in a form made for decoding on a CPU. benchmarks/README.md shows what each trick adds."""
+"""A model in a form made for decoding on a CPU. benchmarks/README.md shows what each part of it adds."""
 
 import copy
 import functools
@@ -17,7 +17,7 @@ from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 HALF = (torch.float16, torch.bfloat16)
 HAS_AVX = torch.backends.cpu.get_cpu_capability().startswith("AVX")
 HAS_ONEDNN = HAS_AVX and torch.backends.mkldnn.is_available()
-PROCESSOR: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # an older PyTorch does not tell
+PROCESSOR: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of PyTorch lack it
 IS_INTEL = "Intel" in PROCESSOR.get("cpu_name", "")
 ASKED = ("input_ids", "attention_mask", "past_key_values", "position_ids", "use_cache", "logits_to_keep", "return_dict")
 
@@ -25,10 +25,10 @@ ASKED = ("input_ids", "attention_mask", "past_key_values", "position_ids", "use_
 def fast_on_cpu(model: CustomGPTForCausalLM) -> CustomGPTForCausalLM:
     """Give the model a form that decodes faster on a CPU, through the stock `generate`: a `FastCustomGPT`.
 
-    Both share the weights. Half-precision weights are packed as they are now, which takes their memory once more: after
-    a change, call this again. Training drops the packed ones. Hooks, patched modules, adapters and quantised layers are
-    the plain model's business. The model itself comes back if it is in training, quantised or post-norm, or if its
-    weights are not all on the CPU in float32, float16 or bfloat16.
+    Both models share the weights. Half-precision weights are also packed into a copy: if you change them, call this
+    again (training drops the copy). The fast form runs no hooks, patched modules or adapters: put those on the plain
+    model. The model itself is returned if it is in training, quantised or post-norm, or has weights not on the CPU or
+    of another dtype than float32, float16 and bfloat16.
     """
     kinds = {(weight.device.type, weight.dtype) for weight in model.parameters()}
     is_usual = type(model) in (CustomGPTForCausalLM, FastCustomGPT) and model.config.norm_first  # a step is pre-norm
@@ -51,7 +51,7 @@ def same_weights(model_class: type[CustomGPTForCausalLM], model: CustomGPTForCau
     return twin
 
 
-def pack(layer: nn.Linear) -> Any:  # FBGEMM's copy of the weight; None if float16 does not hold it
+def pack(layer: nn.Linear) -> Any:  # FBGEMM's copy of the weight; None if float16 cannot hold it
     wide = layer.weight.detach().float()
     error = (wide - wide.half().float()).abs()
     is_held = all((error.amax(dim) <= wide.abs().amax(dim) * 2**-11).all() for dim in (0, 1))
@@ -59,12 +59,12 @@ def pack(layer: nn.Linear) -> Any:  # FBGEMM's copy of the weight; None if float
 
 
 def product(layer: nn.Linear, packed: Any) -> Any:
-    """The layer's function, (B, T, in) to (B, T, out), by the library that reads the weight fastest."""
+    """A function that computes the layer, (B, T, in) to (B, T, out), with the library that is fastest for it."""
     weight, bias, n = layer.weight, layer.bias, torch.get_num_threads()
-    # MKL multiplies a single row on one thread, except on Intel's processors: each thread gets a part of the weight.
+    # Except on Intel's processors, MKL multiplies a single row on one thread. So each thread gets a part of the weight.
     is_cut = HAS_AVX and not IS_INTEL and weight.is_contiguous() and len(weight) % n == 0
     parts = weight.view(n, -1, layer.in_features).transpose(1, 2) if is_cut else None
-    # oneDNN is faster for batches. It keeps memory for each number of rows that it has seen, so it gets no prompts.
+    # oneDNN is faster for batches. But it keeps memory for each number of rows that it sees, so it gets no prompts.
     has_bf16 = weight.dtype == torch.bfloat16 and PROCESSOR.get("avx512_bf16", False)
     has_onednn = HAS_ONEDNN and weight.dtype == torch.float32 and not (IS_INTEL and weight.numel() < 2**20)
 
@@ -84,7 +84,7 @@ def product(layer: nn.Linear, packed: Any) -> Any:
 
 
 def step_of(model: "FastCustomGPT") -> Any:
-    """A forward pass of few calls: adds (B, T) tokens to a cache, gives logits (B, keep, V), in float32 at least."""
+    """A forward pass with few calls: adds (B, T) tokens to a cache; logits (B, keep, V), in float32 or float64."""
     decoder, n_head, dtype = model.transformer, model.config.n_head, torch.promote_types(model.dtype, torch.float32)
 
     def fast(layer: nn.Module) -> Any:
@@ -119,7 +119,7 @@ class RoomyLayer(DynamicLayer):
     """Keys and values at the start of a larger tensor: a step writes behind them and copies nothing."""
 
     room: Tensor | None = None  # (2, B, nh, S or more, hs)
-    written: Tensor | None = None  # the keys as `add` left them; whatever changes the cache puts others in their place
+    written: Tensor | None = None  # the keys as `add` left them; other keys mean that somebody changed the cache
 
     def add(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Write keys and values (2, B, nh, T, hs) behind the others; return all of them, each (B, nh, S, hs)."""
@@ -134,7 +134,7 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        keys, values = super().update(key_states, value_states)  # float32, if a step in half precision came before
+        keys, values = super().update(key_states, value_states)  # in float32 after a fast step in half precision
         return keys.to(key_states.dtype), values.to(key_states.dtype)
 
 
@@ -146,11 +146,11 @@ class FastCache(DynamicCache):
         self.model, self.step = model, step_of(model)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"model": None, "step": None}  # to copy a cache is not to copy a model
+        return self.__dict__ | {"model": None, "step": None}  # so a copy of the cache does not copy the model
 
 
 class FastCustomGPT(CustomGPTForCausalLM):
-    """The plain model, except that `generate` makes a `FastCache` and fills it by the fast step."""
+    """The plain model, except that `generate` makes a `FastCache` and fills it with the fast step."""
 
     packed: dict[nn.Linear, Any] = {}  # FBGEMM's copies of weights in half precision
 
@@ -176,7 +176,7 @@ class FastCustomGPT(CustomGPTForCausalLM):
     def prepare_inputs_for_generation(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(*args, past_key_values=past_key_values, **kwargs)
         if isinstance(past_key_values, FastCache) and not inputs.keys() & {"past_key_values", "inputs_embeds"}:
-            past_key_values.reset()  # past the context: the window fills it
+            past_key_values.reset()  # past the context: fill it anew with the last tokens
             positions = self.transformer._position_ids(inputs["input_ids"], inputs.get("attention_mask"), None)
             inputs |= {"past_key_values": past_key_values, "position_ids": positions, "use_cache": True}
         return inputs

@@ -30,7 +30,7 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F64": torch.float64,
-}  # by safetensors' names
+}  # the keys are safetensors' names
 
 MAX_BYTES = {"tokenizer.json": MAX_TOKENIZER_BYTES, INDEX: 2**25}
 MAX_OTHER_BYTES = 2**21
@@ -43,8 +43,8 @@ CONFIG_FIELDS = {
     *("dtype", "torch_dtype", "quantization_config"),
 }
 TOKENIZER_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast", "GPT2Tokenizer", "GPT2TokenizerFast", None)
-# The fields of tokenizer_config.json that are used, and their types; a field of another name ending in _token is used
-# too. The fields of SILENT are written by transformers and change nothing here.
+# The fields of tokenizer_config.json that are used, and their types. Any other field whose name ends in _token is used
+# too. The fields in SILENT are left out without a warning: transformers writes them, and they change nothing here.
 TOKENIZER_FIELDS: dict[str, tuple[type, ...]] = {
     "model_max_length": (int, float),
     "chat_template": (str, list, dict),
@@ -133,7 +133,7 @@ def read_config(folder: Path) -> CustomGPTConfig:
     """The configuration of a folder: the fields that this model has.
 
     Raises:
-        UserError: the folder holds no model, or one of another type, or a size that is impossible.
+        UserError: the folder holds no model, or a model of another type, or an impossible size.
         StrictDataclassError: a value is of the wrong type or impossible.
     """
     fields = read_json(folder, "config.json")
@@ -211,7 +211,7 @@ def read_generation_config(folder: Path, config: CustomGPTConfig) -> GenerationC
 
 
 def load_tokenizer(folder: Path, config: CustomGPTConfig) -> PreTrainedTokenizerFast:
-    """The folder's tokenizer, by `AutoTokenizer`, from a temporary copy of the files that it needs.
+    """The folder's tokenizer. `AutoTokenizer` loads it from a temporary copy of the checked files.
 
     Raises:
         UserError: a file cannot be read, tokenizer.json is not a tokenizer that can be used, or a field of
@@ -244,7 +244,7 @@ def _tokenizer_files(folder: Path) -> dict[str, str]:
 
 
 def _known_fields(folder: Path, name: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a file that are used: transformers would make attributes, or paths, of all others."""
+    """The fields of a file that are used. transformers would turn any other field into an attribute or a path."""
     known: dict[str, Any] = {}
     if (kind := fields.get("tokenizer_class")) not in TOKENIZER_CLASSES:
         raise UserError(f"{folder}: {name} says tokenizer_class={kind!r}, which is not supported")
@@ -265,7 +265,7 @@ def _is_possible(field: str, value: Any) -> bool:
         return value in ("left", "right")
     if field == "model_max_length":
         return value >= 1
-    if field == "chat_template" and not isinstance(value, str):  # several, each saved as a file of its name
+    if field == "chat_template" and not isinstance(value, str):  # several; transformers saves each in a file of its own
         pairs = value.items() if isinstance(value, dict) else [(one["name"], one["template"]) for one in value]
         return all(re.fullmatch(r"\w[\w.-]{0,99}", name) and isinstance(text, str) for name, text in pairs)
     return True
@@ -346,7 +346,7 @@ def check_weights(folder: Path, config: CustomGPTConfig) -> torch.dtype:
         except (SafetensorError, OSError) as error:
             raise cannot_load(folder, f"{path.name}: {error}") from None
     n_layers = len({match[1] for name in shapes if (match := re.match(r"transformer\.h\.(\d+)\.", name))})
-    if config.n_layer != n_layers:  # checked first: to build a model of a billion layers takes forever
+    if config.n_layer != n_layers:  # checked before the model is built: a billion layers would take forever
         raise _mismatch(folder, f"n_layer={config.n_layer}, but the weights have {n_layers} layers")
     with torch.device("meta"):
         expected = {name: list(tensor.shape) for name, tensor in CustomGPTForCausalLM(config).state_dict().items()}

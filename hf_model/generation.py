@@ -104,8 +104,8 @@ def encode(
     """The token ids of a text, of shape (1, T).
 
     Args:
-        parse_special_tokens: read "[EOS]" in the text as the special token, as the original does. In raw text it always
-            is, as in nanoGPT.
+        parse_special_tokens: read "[EOS]" in the text as the special token, as the original does. Raw text is always
+            read so, as in nanoGPT.
         add_special_tokens: put `[BOS]` in front if the tokenizer has it.
 
     Raises:
@@ -141,7 +141,7 @@ class Generation:
         return sum(map(len, self.ids))
 
 
-# Parts that `model.generate` calls at each step
+# What `model.generate` calls at each step
 
 
 class StopTexts(StoppingCriteria):
@@ -153,7 +153,8 @@ class StopTexts(StoppingCriteria):
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: tuple[str, ...], start: int):
         """`start` is the length of the prompt, in tokens."""
         self.tokenizer, self.stop, self.start = tokenizer, stop, start
-        # The last tokens that can hold a stop text: a token has at least one byte. 4 more for a cut first character.
+        # The last tokens that can hold a stop text: a token has at least one byte. 4 more for a
+        # first character that may be cut.
         self.tail = max(len(text.encode("utf-8", "surrogatepass")) for text in stop) + 4
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
@@ -175,7 +176,7 @@ class OnlyNumbers(LogitsProcessor):
 
 
 class ResponseStream:
-    """Passes the text of a response on while it grows, up to the first stop text."""
+    """Passes on the text of a response while it grows, up to the first stop text."""
 
     def __init__(self, on_text: Callable[[str], None], sampling: Sampling, strips: bool = False):
         """`strips`: leave out the space at the beginning."""
@@ -196,7 +197,7 @@ class ResponseStream:
 
 
 class TokenStream(BaseStreamer):
-    """Takes tokens while they are generated. Passes the text of a single sequence on; keeps the tokens of several.
+    """Takes tokens while they are generated. Passes on the text of a single sequence; keeps the tokens of several.
 
     transformers' own TextStreamer decodes a long text again for each token, and knows no stop texts.
     """
@@ -283,7 +284,7 @@ def generate(
         whole, start = str(tokenizer.decode(prompt + ids)), len(tokenizer.decode(prompt))
         return whole[:start] + sampling.cut(whole[start:])[0]
 
-    streamer = stream if sampling.num_beams == 1 else None  # which beam is the answer is known at the end only
+    streamer = stream if sampling.num_beams == 1 else None  # only the end shows which beam is the answer
     try:
         new, seconds = _generate(model, tokenizer, input_ids, torch.ones_like(input_ids), sampling, streamer)
     except KeyboardInterrupt:
@@ -310,7 +311,7 @@ def continue_prompts(
         UserError: as `generate`.
     """
     width = max(prompt.shape[1] for prompt in prompts)
-    # A character-level tokenizer has no padding token. Under the attention mask, any id will do.
+    # A character-level tokenizer has no padding token. The attention mask hides it, so any id will do.
     input_ids = torch.full((len(prompts), width), tokenizer.pad_token_id or 0)
     attention_mask = torch.zeros_like(input_ids)
     for row, prompt in enumerate(prompts):
@@ -376,7 +377,7 @@ def _drawing_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if "n_sample" in str(error):
-            raise UserError("--num_beams is more than the vocabulary has tokens for") from None
+            raise UserError("--num_beams is larger than the number of tokens in the vocabulary") from None
         if "probability tensor" not in str(error):
             raise
         raise UserError("no token can be drawn: --temperature or --repetition_penalty is too near to 0") from None
@@ -384,7 +385,8 @@ def _drawing_errors() -> Iterator[None]:
 
 # The random generator
 
-# torch has one random generator for all threads. Threads take turns, so that each one draws what it would draw alone.
+# torch has one random generator for all threads. Threads take turns, so that each draws the numbers that it
+# would draw alone.
 DRAWING = threading.RLock()
 
 
@@ -393,6 +395,8 @@ def _seeded(sampling: Sampling, model: CustomGPTForCausalLM) -> Iterator[None]:
     with DRAWING:
         torch.manual_seed(sampling.seed)
         if sampling.seed_like_original:
+            if model.config.n_inner is not None or not model.config.final_norm or model.config.head_bias:
+                raise UserError("--seed_like_original: the draws of this model's own trainer are not known")
             replay_initialisation(model.config)
         yield
 

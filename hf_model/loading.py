@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -62,10 +62,10 @@ MODULE_ACTIVATIONS = {
         *("tanh", "sigmoid", "relu6", "laplace"),
     )
 }
-# The largest difference of two logits, over their standard deviation, that is taken for rounding.
+# The largest difference of two logits, divided by their standard deviation, that counts as rounding.
 LOGITS_CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
 ACTIVATIONS = ("auto", "gelu", "gelu_new", "gelu_pytorch_tanh")
-# `from_pretrained` sets torch's default dtype for the whole process while it builds a model.
+# One thread at a time: while `from_pretrained` builds a model, it sets torch's default dtype for the whole process.
 FROM_PRETRAINED = threading.Lock()
 
 
@@ -111,8 +111,8 @@ class Loaded:
 class Source:
     """Where a model comes from: a trainer's checkpoint with its tokenizer, a converted folder, or a module in memory.
 
-    A source keeps nothing in memory. A format's `write` loads it, and `verify` loads it again, so that a change that
-    the writer made to its model cannot hide an error.
+    A source keeps no weights of files in memory. A format's `write` loads the source, and `verify` loads it again. So
+    the writer's changes to its model cannot hide an error.
     """
 
     path: Path
@@ -132,15 +132,17 @@ class Source:
     instructions: bool = False
     """Prompts are instructions, whatever the tokenizer's special tokens are called."""
     bos_token: str | None = None
-    """The token in front of a text; None takes the one that the tokenizer itself tells."""
+    """The token in front of a text; None keeps the tokenizer's own."""
     eos_token: str | None = None
     """The token that ends an answer."""
     pad_token: str | None = None
     """The token that fills up the rows of a batch."""
     ignore_model_args: Sequence[str] = ()
-    """Names of unknown options in the checkpoint's `model_args` that a conversion may leave out."""
+    """Names of options in the checkpoint's `model_args` that are not known here and may be left out."""
     module: nn.Module | None = None
     """The user's own model, of any class; `path` is then its class's name, or the file of its weights."""
+    sizes: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """The sizes of `module`, kept from its first reading, which takes seconds."""
 
     @classmethod
     def of(
@@ -187,8 +189,9 @@ class Source:
         if self._has_own_tokenizer:
             return own_tokenizer(self.path)
         if self.module is not None:
-            options = read_module(self.module, MODULE_ACTIVATIONS).options
-            return self._find_tokenizer(ModelInfo(self.path, options["vocab_size"], options["block_size"]))
+            if not self.sizes:
+                self.sizes.update(read_module(self.module, MODULE_ACTIVATIONS).options)
+            return self._find_tokenizer(ModelInfo(self.path, self.sizes["vocab_size"], self.sizes["block_size"]))
         if self.is_folder:
             config = read_config(self.path)
             return self._find_tokenizer(ModelInfo(self.path, config.vocab_size, config.block_size))
@@ -235,7 +238,7 @@ class Source:
             told = ", ".join(f"{name}={_shown(checkpoint.unknown_args[name])}" for name in unknown)
             raise UserError(
                 f"{self.path}: its model_args say {told}, which may change what the model computes, in a way not "
-                f"known here: --ignore_model_args {' '.join(unknown)} converts without it"
+                f"known here: add --ignore_model_args {' '.join(unknown)} to convert anyway"
             )
         dtype = pick_dtype(self.dtype, checkpoint.dtype)
         found = self._find_tokenizer(self._info(checkpoint))
@@ -259,6 +262,7 @@ class Source:
         if self.tokenizer_path is None and self.characters_of is None and needs_tokenizer:
             raise UserError(f"{self.path}: needs a tokenizer: give tokenizer_path, or characters_of=TEXT")
         reading = read_module(module, MODULE_ACTIVATIONS)
+        self.sizes.update(reading.options)
         own = reading.state_dict["transformer.wte.weight"].dtype
         config = CustomGPTConfig(**reading.options, bos_token_id=None, eos_token_id=None, pad_token_id=None)
         config.dtype, config.auto_map = own, AUTO_MAP
@@ -349,12 +353,12 @@ def load(
             `torch.nn.Module` of any class.
         tokenizer_path: a tokenizer's file, folder or Hub name, or `"auto"` to look where the trainer put it. A folder
             has its own.
-        device: where the model goes; by default the best device there is (`pick_device`).
-        report: called for each thing that was found or chosen, with its name and a description.
-        options: `dtype` (`"auto"` keeps that of the weights), `n_head`, `activation`, `characters_of` (the training
-            text of a character-level model), `raw` or `instructions` (the kind of prompts), and `bos_token`,
-            `eos_token`, `pad_token` (names of tokens), `ignore_model_args`, as in `Source`;
-            `model` (`"FILE.py:NAME"`, your own code that makes the model of a checkpoint).
+        device: where the model goes; by default the best device (see `pick_device`).
+        report: called with a name and a description for each thing that was found or chosen.
+        options: `dtype` (`"auto"` keeps the weights' dtype), `n_head`, `activation`, `characters_of` (the training text
+            of a character-level model), `raw` or `instructions` (the kind of prompts), `bos_token`, `eos_token`,
+            `pad_token` (names of tokens) and `ignore_model_args`, as in `Source`; `model` (`"FILE.py:NAME"`, your own
+            code that makes the model of a checkpoint).
 
     Returns:
         The model, in evaluation mode, and its tokenizer.
@@ -453,7 +457,7 @@ def _folder_model(folder: Path, config: CustomGPTConfig, dtype: torch.dtype | st
         own_dtype = check_weights(folder, config)
         weights = read_weights(folder)
         config.dtype = pick_dtype(dtype, own_dtype)
-        config.auto_map = AUTO_MAP  # a trainer may have saved a part of it
+        config.auto_map = AUTO_MAP  # a trainer may have saved only some of the entries
         model = with_weights(config, {name: tensor.to(config.dtype) for name, tensor in weights.items()})
     model.generation_config = read_generation_config(folder, config)
     return model
@@ -470,7 +474,7 @@ DTYPES = {dtype_name(dtype): dtype for dtype in WEIGHT_DTYPES}
 
 
 def pick_dtype(dtype: torch.dtype | str, own: torch.dtype) -> torch.dtype:
-    """The dtype of that name; `"auto"` is `own`, the dtype of the weights.
+    """The dtype with this name; `"auto"` gives `own`, the dtype of the weights.
 
     Raises:
         UserError: weights of that dtype are not supported.
@@ -482,7 +486,7 @@ def pick_dtype(dtype: torch.dtype | str, own: torch.dtype) -> torch.dtype:
 
 
 def pick_device(name: torch.device | str | None = None) -> torch.device:
-    """The device of that name, or the best one there is: cuda, then mps, then the CPU.
+    """The device with this name. Without a name, the best device: cuda, then mps, then the CPU.
 
     Raises:
         UserError: there is no such device.
@@ -498,7 +502,7 @@ def pick_device(name: torch.device | str | None = None) -> torch.device:
         if device.type == "meta":
             raise RuntimeError("the meta device holds no values")
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):  # each backend has its own way of not being there
+    except (RuntimeError, AssertionError, NotImplementedError):  # each backend raises its own error if it is missing
         raise UserError(
             f"--device {name}: there is no such device here; there is {', '.join([*accelerators, 'cpu'])}"
         ) from None

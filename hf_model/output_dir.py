@@ -1,9 +1,9 @@
-"""Writes a folder that appears whole or not at all, and deletes no file that this program did not write.
+"""Writes a folder that appears only when it is complete, and deletes no file that this program did not write.
 
 While the folder `hf` is written, a folder `.hf.TOKEN.partial` stands beside it, with these entries:
     made-by-custom-gpt-hf  the run holds this file locked
     new                    the folder that is being written, or one that is being deleted
-    old                    the folder that stood at `hf`, until it is known whether it may be deleted
+    old                    the earlier folder `hf`, until it is known whether it may be deleted
 A run that was killed leaves such a place behind. The next run on `hf` brings `old` back if `hf` is missing, and clears
 the rest.
 
@@ -67,8 +67,8 @@ def whole_folder(target: Path, overwrite: bool = False, say: Callable[[str], Non
     Args:
         target: the folder to make. Its missing parents are made too, and removed again if the block fails.
         overwrite: replace a folder that exists. It is deleted or kept, as the top of this module says.
-        say: called with a line that names the folder under which an older one was kept, or a warning: something could
-            not be deleted, or not be synced.
+        say: called with a line that names the place where an older folder was kept, or with a warning that something
+            could not be deleted or synced.
 
     Raises:
         UserError: as `check_target`, the place cannot be written, or another run is writing the same target.
@@ -83,9 +83,9 @@ def whole_folder(target: Path, overwrite: bool = False, say: Callable[[str], Non
             content = {"written_by": WRITER, "sha256": {name: _hash(new / name) for name in _entries(new)}}
             (new / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             _sync_tree(place)
-            check_target(target, overwrite)  # the block took a while
+            check_target(target, overwrite)  # again: a file may have appeared while the block ran
             _put_in_place(place, target)
-            try:  # the folder is there: what fails from now on is no error
+            try:  # the folder is in its place: a failure from here on is only a warning
                 for folder in (place, target.parent):
                     sync(folder)
             except OSError as error:
@@ -107,7 +107,7 @@ def resolved(path: Path) -> Path:
 
 
 def difference(folder: Path) -> str:
-    """Why a folder is more than what this program wrote, such as "README.md was changed"; "" if it is not."""
+    """How a folder differs from what this program wrote, such as "README.md was changed"; "" if it does not."""
     listed = _read_manifest(folder)
     if listed is None:
         return f"it has no valid {MANIFEST}"
@@ -132,7 +132,7 @@ def _read_manifest(folder: Path) -> dict[str, str] | None:
         content = parse_json(read_text(path, MAX_MANIFEST_BYTES))
         is_ours = content["written_by"] == WRITER and isinstance(content["sha256"], dict) and not path.is_symlink()
         return content["sha256"] if is_ours else None
-    except (ValueError, TypeError, KeyError):  # UserError, for a file that cannot be read, is a ValueError
+    except (ValueError, TypeError, KeyError):  # `read_text` raises UserError, a ValueError
         return None
 
 
@@ -169,7 +169,7 @@ def _parents(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _workplace(target: Path, say: Callable[[str], None]) -> Iterator[Path]:
-    """A locked folder beside the target for this run alone. It is gone when the block ends."""
+    """A locked folder beside the target, for this run alone. The end of the block deletes it."""
     place = target.with_name(f".{target.name}.{secrets.token_hex(8)}.partial")
     place.mkdir()
     try:
@@ -214,7 +214,7 @@ def _clear(place: Path, target: Path, say: Callable[[str], None]) -> None:
             old.rename(kept)
             say(f"kept          {kept} (the folder that stood there: {reason})")
         elif old.exists():
-            old.rename(new)  # should the deletion be interrupted, the next run goes on with it
+            old.rename(new)  # if the deletion is interrupted, the next run continues it
             shutil.rmtree(new)
         (place / MARK).unlink(missing_ok=True)
         place.rmdir()
@@ -228,7 +228,7 @@ def _put_in_place(place: Path, target: Path) -> None:
     """Make `new` the target. A target that holds something becomes `old`."""
     new, old = place / "new", place / "old"
     if target.exists() and any(target.iterdir()):
-        new.rename(old)  # before it is exchanged, so that `new` never holds what may have to be kept
+        new.rename(old)  # `new` may be deleted, so it must never hold the earlier folder
         if not rename_exactly(old, target, EXCHANGE):
             old.rename(new)
             target.rename(old)
@@ -240,7 +240,7 @@ def _put_in_place(place: Path, target: Path) -> None:
 
 
 def _sync_tree(folder: Path) -> None:
-    """Have a folder and all files in it on the disk, not only in the system's memory."""
+    """Force a folder and all files in it to the disk."""
     for root, _, names in os.walk(folder, topdown=False):
         for path in (*(Path(root, name) for name in names), Path(root)):
             sync(path)

@@ -28,8 +28,8 @@ def read_records(path: str | Path, raw: bool | None = False) -> list[Record]:
     A record is an object with an `instruction`, perhaps an `input`, and any other fields. Blank lines are skipped.
 
     Args:
-        raw: whether the records are for a model of raw text and have a `prompt` instead of an `instruction`. None, for
-            a model that is not known yet, takes either kind; call `check_records` once the model is known.
+        raw: whether the records are for a model of raw text and have a `prompt` instead of an `instruction`. None
+            takes either kind, for a model that is not known yet; call `check_records` once the model is known.
 
     Raises:
         UserError: the file cannot be read, or holds something that is not such a record.
@@ -73,7 +73,7 @@ def _problem(record: Any, raw: bool | None) -> str:
     """What is wrong with a record; "" if nothing is."""
     if not isinstance(record, dict):
         return _no_record(raw)
-    if raw is None:  # either kind will do
+    if raw is None:  # either kind is right
         kinds = [is_raw for name, is_raw in (("instruction", False), ("prompt", True)) if name in record]
         problems = [_problem(record, kind) for kind in kinds] or [_no_record(raw)]
         return "" if "" in problems else problems[0]
@@ -101,7 +101,7 @@ def _no_record(raw: bool | None) -> str:
 
 
 def is_complete(output_file: str | Path, records: list[Record], overwrite: bool = False) -> bool:
-    """Whether the output file holds these records already, each with a response. With `overwrite` it never counts.
+    """Whether the output file holds these records already, each with a response. With `overwrite`: never.
 
     Raises:
         UserError: the name is taken by answers to other records (without `overwrite`), or by anything else.
@@ -194,7 +194,7 @@ def open_journal(output: Path, options: dict[str, Any], overwrite: bool = False)
     """Open the journal of an output file, or start one.
 
     Args:
-        options: all that answers depend on beside the prompt, for JSON.
+        options: everything except the prompt that an answer depends on, as values for JSON.
         overwrite: discard answers that were made with other options.
 
     Raises:
@@ -219,10 +219,10 @@ def open_journal(output: Path, options: dict[str, Any], overwrite: bool = False)
             if made_with != options:
                 answers = []
                 os.ftruncate(descriptor, 0)
-                os.fsync(descriptor)  # before the new options are there, so that no old answer passes for one of theirs
+                os.fsync(descriptor)  # first: no old answer may stand under the new options
                 _write_synced(descriptor, _START + json.dumps(options).encode() + b"}\n")
                 sync(path.parent)
-            elif lines and not lines[-1].endswith(b"\n"):  # half of a line, from a run that was killed
+            elif lines and not lines[-1].endswith(b"\n"):  # an incomplete line, from a killed run
                 _write_synced(descriptor, b"\n")
         yield Journal(output, descriptor, answers)
 

@@ -83,7 +83,7 @@ def score_text(
         n_candidates: number of the likeliest tokens to return at each place.
 
     Raises:
-        UserError: the text has no token with another one before it, raw text has an input, or the model's logits are
+        UserError: the text has no token that follows another one, raw text has an input, or the model's logits are
             NaN or infinite.
     """
     if prompt is None:
@@ -118,7 +118,7 @@ def score(
 ) -> list[ScoredToken]:
     """Score the tokens `ids[start:]`, each given all tokens before it.
 
-    Past the context, each is given at least as many as half of the context has.
+    Past the context, each is given at least half a context of tokens before it.
 
     Raises:
         UserError: the model's logits are NaN or infinite.

@@ -1,4 +1,4 @@
-"""Writes single files that appear whole, takes their locks, and has them on the disk."""
+"""Writes single files that appear only when they are complete; locks files; forces files to the disk."""
 
 import ctypes
 import errno
@@ -30,7 +30,7 @@ def disk_errors(target: Path) -> Iterator[None]:
 
 
 def write_file(path: Path, content: bytes, *, overwrite: bool, private: Path | None = None) -> None:
-    """Write a file that appears whole. A link at its place is replaced, not followed.
+    """Write a file that appears only when it is complete. A link with its name is replaced, not followed.
 
     Args:
         private: the name of the file while it is incomplete, in the same folder; a random one by default.
@@ -88,7 +88,7 @@ def _lock(descriptor: int, path: Path) -> bool:
 
 
 def sync(path: Path) -> None:
-    """Have a file's content, or the names in a folder, on the disk."""
+    """Force a file's content, or the names in a folder, to the disk."""
     if os.name == "nt" and path.is_dir():
         return  # Windows opens no folders
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)

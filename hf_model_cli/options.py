@@ -140,7 +140,8 @@ def add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--tokenizer_path",
         metavar="PATH",
-        help="a tokenizer JSON, nanoGPT's meta.pkl, vocab.json or encoder.json, the name gpt2, or a tokenizer's folder "
+        help="a tokenizer's file (JSON, meta.pkl, vocab.json, encoder.json, vocab.txt, .model, tiktoken's ranks), its "
+        "folder, or the name gpt2 "
         f"(default: the folder's own; for a checkpoint, where its trainer keeps it, such as {DEFAULT_TOKENIZER})",
     )
     group.add_argument(

@@ -218,7 +218,7 @@ class TestGenerate:
         save_checkpoint(tmp_path / "ckpt.pt", gpt(vocab_size=1), 0)
         (tmp_path / "input.txt").write_text("aaa")
         model, tokenizer = load(tmp_path / "ckpt.pt", characters_of=tmp_path / "input.txt", device=CPU)
-        with pytest.raises(UserError, match="--num_beams is more than the vocabulary has tokens for"):
+        with pytest.raises(UserError, match="--num_beams is larger than the number of tokens"):
             generate(model, tokenizer, encode(tokenizer, "a"), Sampling(num_beams=5, num_return_sequences=5))
 
     def test_a_stop_string_that_is_no_text_stops_nothing(self, answers: Callable[..., Generation]) -> None:

@@ -216,7 +216,7 @@ def write_file(
     (file,) = writer.fout or []
     size = file.tell()
     writer.close()
-    if path.stat().st_size != size:  # NumPy drops the error of a last small write to a full disk
+    if path.stat().st_size != size:  # NumPy ignores the error of a last small write to a full disk
         raise OSError(f"{path.name} is incomplete")
 
 
@@ -277,7 +277,7 @@ def verify(folder: Path, source: Source, options: Options) -> str:
 
     Raises:
         MissingEngineError: llama-cpp-python is not installed.
-        UserError: something differs, or llama.cpp does not take the file.
+        UserError: something differs, or llama.cpp rejects the file.
     """
     require(["llama_cpp"], "gguf", MissingEngineError)
     loaded = source.load()
@@ -295,7 +295,7 @@ def verify(folder: Path, source: Source, options: Options) -> str:
 def run_llama_cpp(path: Path, ids: list[int], n_last: int, texts: list[str]) -> tuple[np.ndarray, list[list[int]]]:
     """Logits of the last positions, of shape (n_last, V), and each text's ids.
 
-    llama.cpp ends its process at what it does not take, so it runs in a child process.
+    llama.cpp ends its own process when it rejects a file, so it runs in a child process.
 
     Raises:
         UserError: llama.cpp ended its process.

@@ -25,7 +25,7 @@ STUTTER_MASS = 0.2
 STUTTER_RUN = 0.6
 FLAT = 0.3  # nats
 FLAT_BY_WIDTH = 4e-4  # nats for each unit of n_embd: twice what fresh weights, normal(0, 0.02), give by chance
-NORMS_MOVED = 0.25  # LayerNorm gains further from 1 were trained, or set by hand
+NORMS_MOVED = 0.25  # gains of LayerNorm that are further from 1 were trained, or set by hand
 FEW_TOKENS = 16  # in the text of a smaller vocabulary all tokens may be equally frequent, as in a genome
 
 INSTRUCTIONS = (
@@ -80,7 +80,7 @@ class Diagnosis:
     """A verdict and its evidence; the numbers are means over the probes."""
 
     verdict: Verdict
-    """It is "unknown" where the vocabulary or the context is too small to ask anything."""
+    """"unknown" if the vocabulary or the context is too small to ask the model anything."""
     probes: tuple[Probe, ...] = ()
     copy_mass: float = 0.0
     """S1: the probability that the model repeats the token that it has just read, in its own answers."""
@@ -165,7 +165,7 @@ def diagnose(model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerBase) ->
     )
     copies = found.copy_mass >= STUTTER_MASS
     # A trained model may be flat too, if it learnt only to copy or has few tokens; a fresh one with a tied head may
-    # copy by chance. In these cases the norms decide.
+    # copy by chance. In these two cases the norms decide.
     may_be_flat = copies or len(tokenizer) < FEW_TOKENS
     moved = norms_moved(model)
     if found.flatness < found.flat_below and moved < NORMS_MOVED and (moved == 0 or not may_be_flat):
@@ -250,7 +250,7 @@ class Rows:
 
     def __init__(self, model: CustomGPTForCausalLM, prompts: Sequence[Sequence[int]], n_tokens: int):
         self.model = model
-        self.n_tokens = n_tokens  # ids from here on only pad the vocabulary
+        self.n_tokens = n_tokens  # ids from this one on are padding
         self.cache = DynamicCache(config=model.config)
         T = max(map(len, prompts))
         self.mask = torch.tensor([[0] * (T - len(ids)) + [1] * len(ids) for ids in prompts])  # (B, S)
@@ -277,6 +277,6 @@ class Rows:
         self.mask = self.mask[:, :-n]
 
     def select(self, rows: torch.Tensor) -> None:
-        """Keep these rows; a row that is named several times is copied."""
+        """Keep the rows with these numbers; a number that comes twice gives a copy."""
         self.cache.batch_select_indices(rows.to(self.model.device))
         self.mask, self.next_logits = self.mask[rows], self.next_logits[rows]

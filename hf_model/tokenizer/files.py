@@ -23,14 +23,14 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
         UserError: there is no such file, the library cannot read it, or using it takes too much time or memory.
     """
     path = Path(path)
-    # A glance first, so that a checkpoint under this name is not read whole.
+    # Look at the first bytes, so that a large file of another kind is not read whole.
     text = read_text(path, MAX_TOKENIZER_BYTES) if read_start(path).lstrip().startswith(b"{") else ""
     check_by_trial(text, path)
     return Tokenizer.from_str(text)
 
 
 def tokenizer_of(content: dict[str, Any], path: Path) -> Tokenizer:
-    """The tokenizer of a JSON that was made of another file; it is tried out as a file of its own would be.
+    """The tokenizer of a JSON that was made from another file. It is tried out in the same way as a JSON file.
 
     Raises:
         UserError: using it takes too much time or memory.
@@ -57,10 +57,10 @@ def read_start(path: Path) -> bytes:
 
 
 def check_regular(path: Path) -> None:
-    """Refuse what is there but is no file: opening a pipe would wait for its other end.
+    """Refuse a pipe, a device or a folder: opening a pipe would wait for its other end.
 
     Raises:
-        UserError: it is not a regular file.
+        UserError: the path exists and is not a regular file.
     """
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: is not a regular file")
@@ -87,10 +87,10 @@ def read_word_pieces(path: Path) -> tuple[Tokenizer, str]:
 
 
 def load_auto(name: str, **how: Any) -> PreTrainedTokenizerFast:
-    """What `AutoTokenizer.from_pretrained(name, **how)` gives for a folder or a name; no code of a folder's is run.
+    """What `AutoTokenizer.from_pretrained(name, **how)` gives for a folder or a name. The folder's code is never run.
 
-    A folder's tokenizer.json is tried out before the library reads it. A tokenizer that the library makes of other
-    files, or that it has in its cache, is tried out afterwards.
+    A folder's tokenizer.json is tried out before the library reads it. Without such a file, the loaded
+    tokenizer is tried out afterwards.
 
     Raises:
         UserError: the library cannot load it, it has no fast form, or using it takes too much time or memory.
@@ -102,7 +102,7 @@ def load_auto(name: str, **how: Any) -> PreTrainedTokenizerFast:
         # A stranger's folder may name code of its own; the library would ask on the terminal whether to run it.
         with panics_as_errors():
             loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **how)
-    except Exception as error:  # whatever its files trip in the library
+    except Exception as error:  # a damaged file can make the library fail in any way
         raise UserError(f"{name}: AutoTokenizer cannot load it ({one_line(error, 150)})") from None
     if not isinstance(loaded, PreTrainedTokenizerFast):
         raise UserError(f"{name}: is a {type(loaded).__name__}, which has no fast form (a tokenizer.json)")
@@ -113,10 +113,10 @@ def load_auto(name: str, **how: Any) -> PreTrainedTokenizerFast:
 
 @contextmanager
 def panics_as_errors() -> Iterator[None]:
-    """For a block that calls into Rust with files that were not tried out: a panic there is no `Exception`.
+    """For a block that calls Rust with files that were not tried out. A panic in Rust is no `Exception`.
 
     Raises:
-        RuntimeError: in place of the panic, so that nobody need catch a `BaseException`: a signal can be one too.
+        RuntimeError: in place of the panic. Callers then need not catch `BaseException`, which a signal can be too.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""What `--tokenizer_path` names, or where a trainer put its vocabulary if nothing is named: a table of the kinds."""
+"""Finds the tokenizer that `--tokenizer_path` names or, without a name, the one that a trainer left behind."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -44,7 +44,7 @@ from hf_model.tokenizer.wrap import (
 
 AUTO = "auto"  # in place of a path: look where the trainer put it
 GPT2 = "gpt2"
-GPT2_SIZES = (50257, 50304)  # the encoding's own, and padded, as nanoGPT has it where it trains from scratch
+GPT2_SIZES = (50257, 50304)  # the encoding's own size, and nanoGPT's padded one for training from scratch
 GPT2_REPOSITORIES = ("openai-community/gpt2", GPT2)
 ORIGINAL = Path("data/tokenizer/custom_gpt_tokenizer.json")
 HUB_SECONDS = 5
@@ -61,7 +61,7 @@ SPECIAL_TOKENS = (END_OF_TEXT, BOS, EOS, PAD, UNK)
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The facts of a model that tell where its tokenizer is, and which tokenizer fits."""
+    """What is known of a model that helps to find its tokenizer, and to check that the tokenizer fits."""
 
     path: Path
     vocab_size: int
@@ -120,7 +120,7 @@ def find_tokenizer(
         instructions: the model's prompts are instructions, whatever the special tokens are called. By default they are
             if the vocabulary has `[BOS]` and `[EOS]`.
         bos_token, eos_token, pad_token: the token that is put in front of each text, the one that ends an answer, and
-            the one that fills up the rows of a batch; None takes those that the tokenizer itself tells.
+            the one that fills up the rows of a batch; None keeps the tokenizer's own.
 
     Raises:
         UserError: there is no such file or name, it is not a tokenizer that can be used, it lacks a chosen token, or it
@@ -138,7 +138,7 @@ def find_tokenizer(
 
 
 def _found(model: ModelInfo, choices: Choices) -> FoundTokenizer:
-    """The tokenizer in one of the places where trainers put it, or the one that they take for granted."""
+    """The tokenizer in one of the places where trainers put it; otherwise `gpt2`, if the vocabulary has its size."""
     looked = []
     for path, why in _places(model):
         if path.is_file():
@@ -163,7 +163,7 @@ def _places(model: ModelInfo) -> Iterator[tuple[Path, str]]:
         yield beside / name, "found beside the checkpoint"
     if pair := find_pair(beside):
         yield pair[0], "found beside the checkpoint"
-    # The checkpoint tells the name, and nobody vouches for it: it may lead into data/ only.
+    # The name comes from the checkpoint, maybe a stranger's: only paths inside data/ are allowed.
     if model.dataset and not Path(model.dataset).is_absolute() and ".." not in Path(model.dataset).parts:
         for root in (beside.parent, beside.parent.parent, Path()):
             yield root / "data" / model.dataset / "meta.pkl", "the checkpoint names this data"
@@ -191,7 +191,7 @@ def _named(source: str | Path, model: ModelInfo, choices: Choices) -> FoundToken
 
 
 def _read(path: Path, start: bytes) -> tuple[Tokenizer, Mapping[str, str | None], tuple[str, ...]]:
-    """What a file holds that begins with `start`: the tokenizer, the special tokens by role, and notes."""
+    """The tokenizer in a file whose first bytes are `start`, its special tokens by role, and notes."""
     if path.name.endswith("vocab.txt"):
         backend, note = read_word_pieces(path)
         return backend, {}, (note,)
@@ -256,7 +256,7 @@ def _check_hub() -> None:
         raise UserError("the Hub is switched off by HF_HUB_OFFLINE")
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
-    except Exception as error:  # of whichever library makes the requests
+    except Exception as error:  # the class depends on the library that makes the requests
         raise UserError(f"the Hub cannot be reached: {error}") from None
 
 

@@ -94,10 +94,10 @@ def minbpe_json(path: Path) -> dict[str, Any]:
 def tiktoken_json(path: Path) -> tuple[dict[str, Any], str]:
     """The `tokenizers` JSON for a file of tiktoken: a token's bytes in base64 and its rank on each line.
 
-    The file tells neither how a text is split nor the special tokens: those of tiktoken's own encodings are known.
+    The file does not tell how a text is split, nor the special tokens. Both are known for tiktoken's own encodings.
 
     Returns:
-        The JSON, and a note on what was taken for them.
+        The JSON, and a note on the pattern and the special tokens that were taken.
 
     Raises:
         UserError: the file cannot be read, or is damaged.
@@ -109,7 +109,9 @@ def tiktoken_json(path: Path) -> tuple[dict[str, Any], str]:
                 token, number = line.split()
                 ranks[base64.b64decode(token, validate=True)] = int(number)
     except (ValueError, binascii.Error):
-        raise UserError(f"{path}: is a damaged file of tiktoken: a token in base64 and its rank on each line") from None
+        raise UserError(
+            f"{path}: is a damaged file of tiktoken: a line must hold a token in base64 and its rank"
+        ) from None
     if lost := [number for number in range(256) if bytes([number]) not in ranks]:
         raise UserError(f"{path}: is a damaged file of tiktoken: it has no token for the byte {lost[0]}")
     if len(ranks) in ENCODINGS:
@@ -123,7 +125,7 @@ def tiktoken_json(path: Path) -> tuple[dict[str, Any], str]:
             "special tokens (the tokenizer's JSON would tell both)"
         )
     check_splits(ranks, path)
-    # tiktoken merges two neighbours if what they make has the lowest rank, whatever the two are.
+    # tiktoken merges the two neighbours whose joint bytes have the lowest rank, whatever the two are.
     merges = [
         (token[:cut], token[cut:])
         for token in sorted(ranks, key=ranks.__getitem__)

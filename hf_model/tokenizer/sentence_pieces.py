@@ -11,7 +11,7 @@ from hf_model.reading import read_bytes
 from hf_model.tokenizer.ranks import check_splits
 
 MAX_BYTES = 2**26
-SPACE = "▁"  # what SentencePiece writes for one
+SPACE = "▁"  # SentencePiece writes this character for a space
 UNIGRAM, BPE, CHARACTERS = 1, 2, 4  # trainer_spec.model_type; the other one is of whole words
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # a piece's type
 
@@ -72,8 +72,8 @@ def sentence_pieces_json(path: Path) -> tuple[dict[str, Any], str | None, tuple[
     if prepends and not by_normalizer:
         own = next(token["content"] for token in added if token["normalized"])
         notes.append(
-            f"a text that begins with a space or with a piece of its user's ({own}) may give other tokens than "
-            "SentencePiece does"
+            f"a text that begins with a space or with a user-defined piece ({own}) may give other tokens than "
+            "SentencePiece gives"
         )
     return content, trained.eos_piece if trained.eos_id >= 0 else None, tuple(notes)
 

@@ -1,4 +1,4 @@
-"""Find a hostile tokenizer by what it does: a process of its own loads and uses the tokenizer before this one does.
+"""Find a hostile tokenizer by what it does: another process loads and uses the tokenizer before this process does.
 
 A tokenizer's JSON can multiply a text, take forever over a regular expression that backtracks, or crash the library. A
 tokenizer passes if it encodes and decodes hard texts within a few seconds and little memory, with tokens in proportion
@@ -32,10 +32,10 @@ def check_by_trial(text: str, where: str | Path) -> None:
     """Try out the JSON of a `tokenizers` tokenizer, unless the same text has passed before.
 
     Args:
-        where: what the message names: a file, a folder or a name.
+        where: the file, folder or name that an error message names.
 
     Raises:
-        UserError: the library cannot read it, or it takes more time or memory than its work is worth.
+        UserError: the library cannot read the tokenizer, or using it takes too much time or memory.
     """
     key = _key(text)
     if key not in _passed():
@@ -44,7 +44,7 @@ def check_by_trial(text: str, where: str | Path) -> None:
 
 
 def remember_ours(path: Path) -> None:
-    """Spare a tokenizer.json the trial: this project wrote it, and its tokenizer has passed."""
+    """Remember that a tokenizer.json has passed: this project wrote the file, and its tokenizer has passed."""
     with suppress(OSError, UnicodeDecodeError):
         _remember(_key(path.read_text(encoding="utf-8")))
 
@@ -82,7 +82,7 @@ def _seen(told: dict[str, Any], error: bytes, status: int | None) -> str:
 
 
 def _told(output: bytes) -> dict[str, Any]:
-    """What the process said; of two lines about the same, the later one. The last line may be cut short."""
+    """What the process said. A later line replaces an earlier one with the same key. The last may be cut short."""
     told: dict[str, Any] = {}
     for line in output.splitlines():
         with suppress(ValueError):

@@ -41,7 +41,7 @@ def wrap(
     roles: Mapping[str, str | None] | None = None,
     **facts: str,
 ) -> PreTrainedTokenizerFast:
-    """A `tokenizers` object as transformers' tokenizer. `backend` changes: it no longer ends, pads or cuts a text.
+    """A `tokenizers` object as transformers' tokenizer. `backend` is changed: it no longer ends, pads or cuts a text.
 
     A vocabulary with `[BOS]` and `[EOS]` is the original's. Its model takes instructions, and the chat template makes
     the prompt. `tokenizer(text)` gives `[BOS]` + text. The original's template appends `[EOS]` too, which its sampling
@@ -107,8 +107,8 @@ def find_roles(
 ) -> dict[str, str | None]:
     """Which token is the `bos_token`, `eos_token`, `pad_token` and `unk_token`; None where there is none.
 
-    The first that tells decides: what the user has chosen, what a tokenizer_config.json says (`known`), the original's
-    names, what the post-processor puts in front of a text and behind it, the usual names.
+    The first of these that names a token decides: the user (`chosen`), a tokenizer_config.json (`known`), the names of
+    the original's tokens, the post-processor's tokens in front of a text and behind it, the usual names.
 
     Raises:
         UserError: the vocabulary lacks a token that the user has chosen.
@@ -142,7 +142,7 @@ def find_roles(
 def role_notes(
     backend: Tokenizer, known: Mapping[str, str | None] | None, chosen: Mapping[str, str | None]
 ) -> Iterator[str]:
-    """Notes on the special tokens that were found and not chosen; none on the original's own."""
+    """Notes on the special tokens that the user did not choose; none for the original's tokenizer."""
     if is_original(backend):
         return
     roles, special = find_roles(backend, known), special_tokens(backend)
@@ -156,14 +156,14 @@ def role_notes(
         if after:
             yield f"{roles['eos_token']} ends a text: the tokenizer puts it behind"
         if others:
-            yield f"{roles['eos_token']} ends a text, not {' or '.join(others)}; --eos_token names another"
+            yield f"{roles['eos_token']} ends a text, not {' or '.join(others)}; --eos_token chooses another"
 
 
 def unknown_notes(backend: Tokenizer) -> Iterator[str]:
     """A note on a tokenizer that has no token for unknown words or characters."""
     try:
         if not backend.encode("Ж☃", add_special_tokens=False).ids:
-            yield "words and characters that the tokenizer does not know are left out of a text without a word"
+            yield "words and characters that the tokenizer does not know are silently left out of a text"
     except Exception:  # tokenizers raises nothing narrower
         yield "the tokenizer has no token for words and characters that it does not know: a text with one is an error"
 
@@ -252,7 +252,7 @@ def check_ids(backend: Tokenizer, tokenizer_path: str) -> None:
     """Check that no two tokens have the same id: the library would lose one of them when it copies the tokenizer.
 
     Raises:
-        UserError: two of them have.
+        UserError: two tokens have the same id.
     """
     by_id: dict[int, str] = {}
     for token, number in backend.get_vocab().items():

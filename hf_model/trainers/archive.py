@@ -31,8 +31,8 @@ OTHER_FORMATS = {
 ADVICE = "Save only the weights and plain values: torch.save({'model': model.state_dict(), 'model_args': {...}}, path)"
 TOO_MUCH = f"holds more than {MAX_PICKLE_BYTES // 2**20} MiB of values beside its tensors. {ADVICE}"
 MAX_DIRECTORY_BYTES = 16 * 2**20  # of a zip file; a storage takes about a hundred
-DESCRIPTOR_BYTES = 24  # the most that may stand behind an entry: its CRC32 and sizes once more
-NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE, which Python's mmap has no name for
+DESCRIPTOR_BYTES = 24  # behind an entry at most: its CRC32 and sizes once more
+NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE; Python's mmap has no name for it
 
 # The dtype of each storage class.
 DTYPES = {
@@ -66,7 +66,7 @@ class Archive:
     is_big_endian: bool = False
 
     def is_intact(self, entry: Entry) -> bool:
-        """Whether the bytes have the entry's CRC32, if there is one: `set_crc32_options(False)` writes 0."""
+        """Whether the bytes have the entry's CRC32. True without a CRC32: `set_crc32_options(False)` writes 0."""
         with memoryview(self.content) as content:
             return entry.crc == 0 or zlib.crc32(content[entry.start : entry.start + entry.length]) == entry.crc
 
@@ -106,7 +106,7 @@ def _head(path: Path) -> bytes:
 
 @contextmanager
 def distrust() -> Iterator[None]:
-    """Any error in reading a file means that the file is damaged."""
+    """Turn any error of reading a file into a UserError: the file is damaged."""
     try:
         yield
     except UserError:
@@ -123,7 +123,7 @@ def _value(file: bytes | IO[bytes] | mmap.mmap) -> tuple[Any, list[StoredBytes]]
 
 
 def _map(file: IO[bytes]) -> mmap.mmap:
-    """Map the file for reading. What somebody writes to the memory stays private and never reaches the file.
+    """Map the file for reading. Changes of the memory stay private and never reach the file.
 
     The system must not reserve memory for such private copies: a file can be larger than memory.
     """
@@ -132,7 +132,7 @@ def _map(file: IO[bytes]) -> mmap.mmap:
     try:
         flags, prot = mmap.MAP_PRIVATE | NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
         return mmap.mmap(file.fileno(), 0, flags=flags, prot=prot)
-    except OSError:  # vm.overcommit_memory=2 reserves all the same; the weights will be copied
+    except OSError:  # vm.overcommit_memory=2 reserves memory anyway; the weights will be copied
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
@@ -242,7 +242,7 @@ def _load_legacy(file: IO[bytes]) -> Archive:
             raise
         place = head.tell()
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-        raise ValueError("no list of storages")
+        raise ValueError("the keys of its storages are not a list")
     return Archive(content, value, _legacy_storages(content, place, keys, stored))
 
 

@@ -35,8 +35,8 @@ def build_module(model: str, checkpoint_path: Path) -> nn.Module:
     """The module that the user's code makes, with the weights of a checkpoint.
 
     Args:
-        model: `FILE.py:NAME`, a class or a function. It is called with nothing, or with what the checkpoint states
-            (`model_args`, `config` or `hyper_parameters`) where its signature has such names or takes one argument.
+        model: `FILE.py:NAME`, a class or a function. It gets what the checkpoint states (`model_args`,
+            `config` or `hyper_parameters`) by the names of its arguments; an argument of another name gets all.
 
     Raises:
         UserError: the code or the file is not there, the code fails, or the weights are those of another model.
@@ -80,7 +80,7 @@ def _import(model: str) -> Any:
     code = importlib.util.module_from_spec(spec)
     before = sys.modules.get(file.stem)
     sys.path.insert(0, str(file.parent))  # the file may import its neighbours
-    sys.modules[file.stem] = code  # dataclasses look their module up
+    sys.modules[file.stem] = code  # dataclasses look up their module
     try:
         spec.loader.exec_module(code)
     except Exception as error:  # the user's code may fail in any way
@@ -104,7 +104,7 @@ def _stated(content: Mapping[Any, Any]) -> Stated:
 
 
 def _call(make: Any, stated: Stated) -> Any:
-    """Call with what the signature takes of the stated values; one argument of another name gets them all."""
+    """Call with the stated values that have an argument's name. A single argument of another name gets them all."""
     usual = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = [one for one in inspect.signature(make).parameters.values() if one.kind in usual]
     named = {one.name: stated[one.name] for one in parameters if one.name in stated}
@@ -117,7 +117,7 @@ def _call(make: Any, stated: Stated) -> Any:
 
 
 def _without_prefix(weights: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights without what stands in front of all their names, such as `model.` or `_orig_mod.`."""
+    """The weights without the prefix of all their names, such as `model.` or `_orig_mod.`."""
     first = next(iter(weights), "")
     prefixes = ["", *(first[: i + 1] for i, character in enumerate(first) if character == ".")]
 
@@ -137,8 +137,9 @@ def _check_names(weights: dict[str, Any], module: nn.Module) -> None:
         del weights[name]
     unknown = [name for name in unknown if name not in masks]
     if missing or unknown:
-        said = [f"lacks {_some(missing)}"] * bool(missing) + [f"has {_some(unknown)} for no place"] * bool(unknown)
-        raise UserError(f"does not belong to the model of --model: it {', and it '.join(said)}")
+        said = [f"the file lacks {_some(missing)}"] * bool(missing)
+        said += [f"the model has no place for {_some(unknown)}"] * bool(unknown)
+        raise UserError(f"does not belong to the model of --model: {', and '.join(said)}")
 
 
 def _is_square(shape: Any) -> bool:

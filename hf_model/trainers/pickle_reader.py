@@ -29,7 +29,7 @@ DATA_MODULES = {
     *("abc", "array", "collections", "collections.abc", "dataclasses", "datetime", "decimal", "_decimal", "_pydecimal"),
     *("enum", "fractions", "ipaddress", "numbers", "pathlib", "pathlib._local", "random", "typing", "uuid", "zoneinfo"),
 }
-# Other names that stand for data, most of them with a small first letter.
+# Other names that stand for data. Most of them begin with a small letter.
 DATA = re.compile(
     r"builtins\.(object|type|bool|int|float|complex|str|bytes|bytearray|tuple|list|dict|(frozen)?set|range|slice"
     r"|[A-Z]\w*)|collections\.(defaultdict|deque)|datetime\.(date|time|datetime|timedelta|timezone)|array\._?array\w*"
@@ -44,7 +44,7 @@ DATA = re.compile(
 )
 # The functions by which libraries put their own objects together again, such as `torch._utils._rebuild_tensor_v2`.
 REBUILDS = re.compile(r"_rebuild_\w+|_reconstruct\w*|_new_[A-Z]\w*|_unpickle_\w+|__pyx_unpickle_\w+")
-STANDARD_LIBRARY = sys.stdlib_module_names | {"popen2", "new", "pipes", "imp", "distutils"}  # with what it once had
+STANDARD_LIBRARY = sys.stdlib_module_names | {"popen2", "new", "pipes", "imp", "distutils"}  # and earlier modules
 
 
 @dataclass(eq=False, slots=True, repr=False)
@@ -101,7 +101,9 @@ def dict_of(value: Any) -> Any:
 
 
 def read_pickle(file: bytes | IO[bytes] | mmap) -> tuple[Any, list[StoredBytes]]:
-    """The value of the pickle at the file's position, which moves to the pickle's end, and the storages it refers to.
+    """The value of the pickle at the file's position, and the storages that the pickle refers to.
+
+    The position moves to the end of the pickle.
 
     Raises:
         UserError: the pickle refers to code, or holds too much.
@@ -158,7 +160,7 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_data(module: str, name: str) -> bool:
-    """Whether a stand-in may take the place of a name: of a class, or of a function that only puts data together.
+    """Whether a stand-in may take the place of a class, or of a function that only puts data together.
 
     A name that begins with a capital letter is taken for a class.
     """
@@ -231,7 +233,7 @@ class _Machine:
             target.content = kind() if target.content is None else target.content
             target = target.content
         if not isinstance(target, kind):
-            raise TypeError(f"adds to what is no {kind.__name__}")
+            raise TypeError(f"adds items to a value that is not a {kind.__name__}")
         return target
 
     def extend(self, values: list[Any]) -> None:
@@ -247,14 +249,14 @@ class _Machine:
     def build(self, target: Any, state: Any) -> Any:
         if isinstance(target, StandIn):
             target.state = state
-        elif not isinstance(target, dict):  # attributes of a dict are dropped, such as a state dict's `_metadata`
-            raise TypeError("sets the state of what is no object")
+        elif not isinstance(target, dict):  # a dict's attributes are dropped, such as `_metadata`
+            raise TypeError("sets the state of a value that is not an object")
         return target
 
     def name(self, module: Any, name: Any) -> StandIn:
         """The stand-in of a class or function. Names from Python 2 become those of today."""
         if not isinstance(module, str) or not isinstance(name, str) or len(module) + len(name) > MAX_NAME:
-            raise ValueError("a name that is none")
+            raise ValueError("a name that is not a text or too long")
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         full = f"{module}.{name}"
         if full not in self.names:
@@ -264,39 +266,40 @@ class _Machine:
         return self.names[full]
 
     def persistent(self, written: Any) -> Any:
-        """A storage, for torch ("storage", class, key, device, length), in older files with a view behind it.
+        """A storage. torch writes it as ("storage", class, key, device, length); older files add a view.
 
         Older files also write a module's class, as ("module", class, file, source).
         """
         if not isinstance(written, tuple) or not 4 <= len(written) <= 6:
-            raise ValueError("a persistent id that is no storage")
+            raise ValueError("a persistent id that is not a storage")
         kind, named, key, _, *more = written
         if kind == "module":
             return named
         if kind != "storage" or not isinstance(key, str) or not more or not _is_size(more[0]) or any(more[1:]):
-            raise ValueError("a persistent id that is no storage")
+            raise ValueError("a persistent id that is not a storage")
         self.storages.append(StoredBytes(key, kind_of(named), more[0]))
         return self.storages[-1]
 
     def call(self, function: Any, args: Any) -> Any:
         if not isinstance(function, StandIn) or not isinstance(args, tuple):
-            raise TypeError("calls what is no function")
-        if function.name in UNDERSTOOD and self.names.get(function.name) is function:  # and not what a call has made
+            raise TypeError("calls a value that is not a function")
+        # An object that a call has made has the same name as its function, but is another stand-in.
+        if function.name in UNDERSTOOD and self.names.get(function.name) is function:
             if len(args) > MAX_ARGS:
                 raise TypeError("a call with too many arguments")
             return UNDERSTOOD[function.name](self, *args)
         return StandIn(function.name, args)
 
     def new(self, cls: Any, args: Any, content: Any = None) -> StandIn:
-        """An object made by `cls.__new__`: so `cls` is a class, even if its name begins with a small letter."""
+        """An object made by `cls.__new__`. So `cls` is a class, even if its name begins with a small letter."""
         if not isinstance(cls, StandIn) or not isinstance(args, tuple):
-            raise TypeError("makes an object of what is no class")
+            raise TypeError("makes an object of a value that is not a class")
         if cls.name.partition(".")[0] not in STANDARD_LIBRARY:
             self.refused.pop(cls.name, None)
         return StandIn(cls.name, args, content=content)
 
     def instance(self, cls: StandIn | None) -> Any:
-        """A call in protocol 0 or 1. The class stands behind the mark if it is not given."""
+        """A call in protocol 0 or 1. If `cls` is None, the first value behind the mark is the class."""
         values = self.since_mark()
         return self.call(cls or values.pop(0), tuple(values))
 
@@ -314,7 +317,7 @@ STEPS: dict[str, Callable[[_Machine, Any], Any]] = {
     "EMPTY_TUPLE": lambda machine, _: machine.push(()),
     "EMPTY_LIST": lambda machine, _: machine.push([]),
     "EMPTY_DICT": lambda machine, _: machine.push({}),
-    "EMPTY_SET": lambda machine, _: machine.push(StandIn("builtins.set")),  # nothing in it is hashed
+    "EMPTY_SET": lambda machine, _: machine.push(StandIn("builtins.set")),  # its items are not hashed
     "MARK": lambda machine, _: machine.mark(),
     "POP": lambda machine, _: machine.last(1) if machine.stack else machine.since_mark(),
     "POP_MARK": lambda machine, _: machine.since_mark(),
@@ -346,7 +349,7 @@ STEPS: dict[str, Callable[[_Machine, Any], Any]] = {
 
 def _ordered_dict(machine: _Machine, pairs: Any = ()) -> dict[Any, Any]:
     if not isinstance(pairs, (list, tuple)):
-        raise TypeError("a dict of what is no list")
+        raise TypeError("makes a dict of a value that is not a list")
     machine.count(len(pairs))  # the file can give one list many times
     return {_key(key): value for key, value in pairs}
 
@@ -359,12 +362,12 @@ def _sizes(values: Any) -> tuple[int, ...]:
     if isinstance(values, StandIn) and values.name == "torch.Size":
         (values,) = values.args
     if not isinstance(values, (tuple, list)) or len(values) > MAX_DIMENSIONS or not all(map(_is_size, values)):
-        raise ValueError("a tensor's sizes are no sizes")
+        raise ValueError("the sizes of a tensor are not sizes")
     return tuple(values)
 
 
 def _tensor(_: _Machine, storage: Any, offset: Any, shape: Any, stride: Any, *more: Any) -> StoredTensor:
-    """`more` holds requires_grad, hooks, in `_rebuild_tensor_v3` the dtype, and maybe the metadata of a view."""
+    """`more` holds requires_grad and hooks, then the dtype in `_rebuild_tensor_v3`, then perhaps a view's metadata."""
     if not isinstance(storage, StoredBytes) or not _is_size(offset):
         raise TypeError("a tensor without a storage")
     shape, stride = _sizes(shape), _sizes(stride)
@@ -375,7 +378,7 @@ def _tensor(_: _Machine, storage: Any, offset: Any, shape: Any, stride: Any, *mo
 
 
 def _of_type(machine: _Machine, function: Any, cls: Any, args: Any, state: Any) -> Any:
-    """A tensor with attributes. The values of another class than torch's own may mean something else."""
+    """A tensor with attributes. In a class that is not torch's own, the values may mean something else."""
     is_torch = isinstance(cls, StandIn) and cls.name in ("torch.Tensor", "torch.nn.parameter.Parameter")
     if is_torch and kind_of(function).startswith("_rebuild_tensor"):
         return machine.call(function, args)

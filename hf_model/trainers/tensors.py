@@ -1,4 +1,4 @@
-"""Finds the weights among a file's values, and checks that each is a tensor of its own that the file really holds."""
+"""Finds the weights in a file, and checks that the file holds each weight and that no two share their values."""
 
 import math
 import sys
@@ -26,7 +26,7 @@ def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 
 
 def find_weights(content: dict[Any, Any]) -> tuple[str | None, dict[Any, Any]]:
-    """The state dict, and the key where it stands, which is None if the content itself is the state dict.
+    """The state dict and its key. The key is None if the content itself is the state dict.
 
     Raises:
         UserError: there is no state dict.
@@ -48,8 +48,7 @@ def find_weights(content: dict[Any, Any]) -> tuple[str | None, dict[Any, Any]]:
 def weights_of(archive: Archive, state_dict: Mapping[str, Any], check_bytes: bool = True) -> dict[str, torch.Tensor]:
     """The tensors of a state dict, each with a floating-point dtype and a place of its own in the file.
 
-    They are mapped from the file. A view with gaps between its values is copied, so that what is used is what is
-    written.
+    They are mapped from the file. A view with gaps between its values is copied, without the gaps.
 
     Args:
         check_bytes: compare every storage with its CRC32.
@@ -77,7 +76,7 @@ def number_of(archive: Archive, stored: StoredTensor) -> int | float | None:
 
 
 def dtype_of(stored: StoredTensor) -> torch.dtype | None:
-    """The dtype of a tensor; None if it has neither weights nor numbers."""
+    """The dtype of a tensor; None if the file names no dtype that torch has."""
     dtype = getattr(torch, stored.dtype, None) if stored.dtype else DTYPES.get(stored.storage.dtype)
     return dtype if isinstance(dtype, torch.dtype) else None
 
@@ -137,7 +136,7 @@ def _check_bytes(archive: Archive, stored: Mapping[str, StoredTensor]) -> None:
 
 
 def _check_places(state_dict: Mapping[str, torch.Tensor]) -> None:
-    """Refuse weights that overlap, except for a tied head: a small file could make a large model of them."""
+    """Refuse weights that overlap, except for a tied head. Otherwise a small file could make a large model."""
     is_head_tied = "transformer.wte.weight" in state_dict and is_tied(state_dict)
     places = sorted(
         (tensor.data_ptr(), tensor.element_size() * _span(tensor.shape, tensor.stride()), name)
@@ -168,7 +167,7 @@ class _Storages:
         entry, content = self.archive.storages[key], self.archive.content
         if not entry.length:
             return torch.UntypedStorage(0)
-        if memoryview(content).readonly:  # torch warns of tensors in memory that nobody may write to
+        if memoryview(content).readonly:  # torch warns of tensors in read-only memory
             copy = bytearray(content[entry.start : entry.start + entry.length])
             storage = torch.frombuffer(copy, dtype=torch.uint8).untyped_storage()
         else:
