@@ -31,8 +31,8 @@ def fast_on_cpu(model: CustomGPTForCausalLM) -> CustomGPTForCausalLM:
     float32, float16 and bfloat16.
     """
     kinds = {(weight.device.type, weight.dtype) for weight in model.parameters()}
-    is_usual = type(model) is CustomGPTForCausalLM and not getattr(model.config, "quantization_config", None)
-    is_usual = is_usual and model.config.norm_first  # a step computes pre-norm blocks
+    is_usual = type(model) in (CustomGPTForCausalLM, FastCustomGPT) and model.config.norm_first  # a step is pre-norm
+    is_usual = is_usual and not getattr(model.config, "quantization_config", None)
     if not is_usual or model.training or kinds not in [{("cpu", dtype)} for dtype in (torch.float32, *HALF)]:
         return model
     fast = same_weights(FastCustomGPT, model)
@@ -69,7 +69,7 @@ def product(layer: nn.Linear, packed: Any) -> Any:
 
     def multiply(x: Tensor) -> Tensor:
         rows, T = x.shape[:2].numel(), x.shape[1]
-        if packed is not None and not (has_bf16 and rows >= 8):
+        if packed is not None and weight.dtype in HALF and not (has_bf16 and rows >= 8):
             y = torch.ops.quantized.linear_dynamic_fp16(x, packed)
         elif rows == 1 and parts is not None and x.dtype == weight.dtype:
             y = torch.bmm(x.expand(n, 1, -1), parts).view(1, 1, -1)
@@ -157,6 +157,10 @@ class FastCustomGPT(CustomGPTForCausalLM):
         """The same weights as a plain model: to train, compile or export it, or to put hooks or adapters on it."""
         return same_weights(CustomGPTForCausalLM, self)
 
+    def train(self, mode: bool = True) -> "FastCustomGPT":
+        self.packed = {} if mode else self.packed  # training changes the weights
+        return super().train(mode)
+
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         self.plain().save_pretrained(*args, **kwargs)
 
@@ -167,6 +171,7 @@ class FastCustomGPT(CustomGPTForCausalLM):
         if isinstance(given, FastCache) or (given is None and type(made) is DynamicCache and not made.offloading):
             model_kwargs["past_key_values"] = FastCache(self, None if given is None else given.layers)
 
+    @functools.wraps(CustomGPTForCausalLM.prepare_inputs_for_generation)  # `generate` reads the names of its arguments
     def prepare_inputs_for_generation(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(*args, past_key_values=past_key_values, **kwargs)
         if isinstance(past_key_values, FastCache) and not inputs.keys() & {"past_key_values", "inputs_embeds"}:

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -141,6 +141,8 @@ class Source:
     """Names of options in the checkpoint's `model_args` that are not known here and may be left out."""
     module: nn.Module | None = None
     """The user's own model, of any class; `path` is then its class's name, or the file of its weights."""
+    sizes: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """The sizes of `module`, kept from its first reading, which takes seconds."""
 
     @classmethod
     def of(
@@ -187,8 +189,9 @@ class Source:
         if self._has_own_tokenizer:
             return own_tokenizer(self.path)
         if self.module is not None:
-            options = read_module(self.module, MODULE_ACTIVATIONS).options
-            return self._find_tokenizer(ModelInfo(self.path, options["vocab_size"], options["block_size"]))
+            if not self.sizes:
+                self.sizes.update(read_module(self.module, MODULE_ACTIVATIONS).options)
+            return self._find_tokenizer(ModelInfo(self.path, self.sizes["vocab_size"], self.sizes["block_size"]))
         if self.is_folder:
             config = read_config(self.path)
             return self._find_tokenizer(ModelInfo(self.path, config.vocab_size, config.block_size))
@@ -259,6 +262,7 @@ class Source:
         if self.tokenizer_path is None and self.characters_of is None and needs_tokenizer:
             raise UserError(f"{self.path}: needs a tokenizer: give tokenizer_path, or characters_of=TEXT")
         reading = read_module(module, MODULE_ACTIVATIONS)
+        self.sizes.update(reading.options)
         own = reading.state_dict["transformer.wte.weight"].dtype
         config = CustomGPTConfig(**reading.options, bos_token_id=None, eos_token_id=None, pad_token_id=None)
         config.dtype, config.auto_map = own, AUTO_MAP
@@ -297,6 +301,11 @@ class Source:
 
     def _load_folder(self, needs_tokenizer: bool) -> Loaded:
         folder = self.path
+        if self._has_own_tokenizer and (self.instructions or self.bos_token or self.eos_token or self.pad_token):
+            raise UserError(
+                f"{folder}: has its own kind of prompts and special tokens; to choose others, give its tokenizer too, "
+                f"with --tokenizer_path {folder}"
+            )
         try:
             config = read_config(folder)
             has_tokenizer = not self._has_own_tokenizer or (folder / "tokenizer.json").is_file()

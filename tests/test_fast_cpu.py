@@ -104,11 +104,15 @@ class TestFloat32:
 
 @pytest.mark.parametrize("dtype", HALF)
 class TestHalfPrecision:
+    @classmethod
+    def compare(cls, model: CustomGPTForCausalLM, inputs: torch.Tensor, epsilons: float, **how: Any) -> None:
+        cls.compare_with_float32(fast_on_cpu(model), inputs, epsilons, **how)
+
     @staticmethod
-    def compare(model: CustomGPTForCausalLM, inputs: torch.Tensor, epsilons: float, **how: Any) -> None:
-        """Hold each step's logits against a full forward pass of the same weights in float32."""
-        output = generated(fast_on_cpu(model), inputs, **how)
-        exact = copy.deepcopy(model).float()
+    def compare_with_float32(model: Any, inputs: torch.Tensor, epsilons: float = 16, **how: Any) -> None:
+        """Hold each step's logits against a full forward pass of the plain model with the same weights in float32."""
+        output = generated(model, inputs, **how)
+        exact = copy.deepcopy(model.plain()).float()
         mask = torch.ones_like(output.sequences)
         mask[:, : inputs.shape[1]] = how.get("attention_mask", torch.ones_like(inputs[:1]))
         tolerance = epsilons * torch.finfo(model.dtype).eps
@@ -129,6 +133,23 @@ class TestHalfPrecision:
     def test_other_ways_to_decode_are_near_float32(self, dtype: torch.dtype, way: str) -> None:
         how = padded() if way == "padded" else {"inputs": prompts(), **WAYS[way]}
         self.compare(plain_model().to(dtype), epsilons=16, **how)
+
+    def test_a_training_step_changes_what_it_generates(self, dtype: torch.dtype) -> None:
+        fast = fast_on_cpu(plain_model().to(dtype)).train()
+        fast(input_ids=prompts(), labels=prompts()).loss.backward()
+        torch.optim.SGD(fast.parameters(), lr=0.5).step()
+        self.compare_with_float32(fast.eval(), prompts())
+        self.compare_with_float32(fast_on_cpu(fast), prompts())
+
+    def test_it_is_made_fast_again_after_a_change(self, dtype: torch.dtype) -> None:
+        fast = fast_on_cpu(plain_model().to(dtype))
+        with torch.no_grad():
+            fast.lm_head.weight.mul_(-1)
+        self.compare_with_float32(fast_on_cpu(fast), prompts())
+
+    def test_in_float64_it_is_the_plain_model(self, dtype: torch.dtype) -> None:
+        model = plain_model().to(dtype)
+        assert_the_same(generated(fast_on_cpu(model).double(), prompts(2)), generated(model.double(), prompts(2)))
 
     @pytest.mark.parametrize("weight", [65536.0, float("inf"), float("nan")], ids=str)
     def test_weights_that_float16_does_not_hold_are_multiplied_as_they_are(
@@ -171,6 +192,11 @@ class TestWhatTheStepDoesNotCompute:
         one, other = (generated(x, prompts(), **{f"output_{name}": True}) for x in (fast_on_cpu(model), model))
         for step, expected in zip(getattr(one, name), getattr(other, name), strict=True):
             assert all(map(torch.equal, step, expected))
+
+    def test_a_prompt_of_embeddings_gives_the_plain_model_s_tokens(self) -> None:
+        model = plain_model()
+        how = {"inputs_embeds": model.get_input_embeddings()(prompts()), "max_new_tokens": CONTEXT, "do_sample": False}
+        assert torch.equal(fast_on_cpu(model).generate(**how), model.generate(**how))
 
     def test_a_cache_of_the_caller_is_filled(self) -> None:
         model, cache = plain_model(), DynamicCache()

@@ -123,3 +123,12 @@ def test_threads_that_load_other_dtypes_do_not_disturb_each_other(capitals: Path
     with ThreadPoolExecutor(len(folders)) as pool:
         assert list(pool.map(dtypes_of, wanted)) == [{dtype} for dtype in wanted]
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("option", [{"instructions": True}, {"eos_token": "[PAD]"}, {"bos_token": "[PAD]"}], ids=str)
+def test_a_folder_s_own_tokenizer_is_not_silently_kept_against_an_option(option: dict, capitals: Path) -> None:
+    with pytest.raises(UserError, match=f"--tokenizer_path {capitals}"):
+        load(capitals, **option)
+    tokenizer = load(capitals, capitals, **option)[1]
+    assert tokenizer.eos_token == option.get("eos_token", "[EOS]")
+    assert tokenizer.bos_token == option.get("bos_token", "[BOS]")

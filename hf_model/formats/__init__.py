@@ -64,7 +64,7 @@ def how_to_try(
     tokenizer_path: str | Path | None = None,
     generate: str = "custom-gpt-generate",
 ) -> list[str]:
-    """Commands for a shell that try the folder just written.
+    """Commands for a shell that try the folder just written; a prompt may put line breaks into a command.
 
     Args:
         name: the format.
@@ -81,16 +81,17 @@ def how_to_try(
     if not prompt and tokenizer is not None:
         prompt = example_prompt(tokenizer)
     is_instructed = tokenizer is not None and takes_instructions(tokenizer)
-    commands = (module.TRY_IT if is_instructed else module.TRY_IT_RAW).format(
-        generate=generate,
-        folder=shlex.quote(path),
-        file=shlex.quote(f"{path}/model-{options.gguf_type}.gguf"),
-        checkpoint=shlex.quote(f"{path}/ckpt.pt"),
-        tokenizer=shlex.quote(str(tokenizer_path or "tokenizer.json")),
-        modelfile=shlex.quote(f"{path}/Modelfile"),
-        script=shlex.quote(f"{path}/example.py"),
-        name=re.sub(r"[^a-z0-9]+", "-", Path(folder).absolute().name.lower()).strip("-") or "model",
-        prompt=shlex.quote(prompt),
-        request=shlex.quote(json.dumps({"model": path, "prompt": prompt, "max_tokens": N_TOKENS})),
-    )
-    return commands.splitlines()
+    fields = {
+        "generate": generate,
+        "folder": shlex.quote(path),
+        "file": shlex.quote(f"{path}/model-{options.gguf_type}.gguf"),
+        "checkpoint": shlex.quote(f"{path}/ckpt.pt"),
+        "tokenizer": shlex.quote(str(tokenizer_path or "tokenizer.json")),
+        "modelfile": shlex.quote(f"{path}/Modelfile"),
+        "script": shlex.quote(f"{path}/example.py"),
+        "name": re.sub(r"[^a-z0-9]+", "-", Path(folder).absolute().name.lower()).strip("-") or "model",
+        "prompt": shlex.quote(prompt),
+        "request": shlex.quote(json.dumps({"model": path, "prompt": prompt, "max_tokens": N_TOKENS})),
+    }
+    template = module.TRY_IT if is_instructed else module.TRY_IT_RAW
+    return [command.format(**fields) for command in template.splitlines()]

@@ -120,14 +120,14 @@ def export(model: CustomGPTForCausalLM, folder: Path) -> None:
 def quietly() -> Iterator[None]:
     """Hide the messages that the exporter and torch have for their own developers. Errors are raised all the same."""
     with QUIET, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        verbosity = library_logging.get_verbosity()
+        verbosity, disabled = library_logging.get_verbosity(), logging.root.manager.disable
         library_logging.set_verbosity_error()
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
         try:
             yield
         finally:
-            logging.disable(logging.NOTSET)
+            logging.disable(disabled)
             library_logging.set_verbosity(verbosity)
 
 

@@ -3,6 +3,7 @@
 import base64
 import binascii
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from hf_model.errors import UserError
 from hf_model.reading import read_text
 
 MAX_BYTES = 2**26
+MAX_MINBPE_BYTES = 2**25  # of all tokens: a line of the file can double the longest one
+MAX_SPLITS = 2**27  # bytes that are looked at to find all ways to split each token in two; tiktoken's own take 2**24
 MINBPE = "minbpe v1"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT4_PATTERN = (
@@ -66,12 +69,16 @@ def minbpe_json(path: Path) -> dict[str, Any]:
             token, _, number = line.strip().rpartition(" ")
             special[token] = int(number)
         tokens = [bytes([number]) for number in range(256)]
-        merges = []
+        merges, n_bytes = [], 0
         for line in lines[3 + n_special :]:
             if line.strip():
                 first, second = (tokens[int(number)] for number in line.split())
+                if (n_bytes := n_bytes + len(first) + len(second)) > MAX_MINBPE_BYTES:
+                    raise UserError(f"{path}: its tokens are more than {MAX_MINBPE_BYTES:,} bytes long together")
                 merges.append((first, second))
                 tokens.append(first + second)
+    except UserError:
+        raise
     except (ValueError, IndexError):
         raise UserError(f"{path}: is a damaged model of minbpe (save it again with tokenizer.save)") from None
     ranks: dict[bytes, int] = {}
@@ -117,6 +124,7 @@ def tiktoken_json(path: Path) -> tuple[dict[str, Any], str]:
             f"a file of tiktoken does not tell how a text is split: it is split as for {name}, and there are no "
             "special tokens (the tokenizer's JSON would tell both)"
         )
+    check_splits(ranks, path)
     # tiktoken merges the two neighbours whose joint bytes have the lowest rank, whatever the two are.
     merges = [
         (token[:cut], token[cut:])
@@ -125,6 +133,16 @@ def tiktoken_json(path: Path) -> tuple[dict[str, Any], str]:
         if token[:cut] in ranks and token[cut:] in ranks
     ]
     return _byte_level_json(ranks, merges, pattern, special, ignore_merges=True), note
+
+
+def check_splits(tokens: Iterable[bytes | str], path: Path) -> None:
+    """Check that the ways to split each token in two are soon found: they take the square of its length.
+
+    Raises:
+        UserError: they are not.
+    """
+    if (most := sum(len(token) ** 2 for token in tokens)) > MAX_SPLITS:
+        raise UserError(f"{path}: its tokens are too long: the squares of their lengths add up to {most:,}")
 
 
 def _byte_level_json(

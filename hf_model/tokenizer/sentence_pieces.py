@@ -8,6 +8,7 @@ from transformers.convert_slow_tokenizer import SentencePieceExtractor, generate
 
 from hf_model.errors import UserError, one_line
 from hf_model.reading import read_bytes
+from hf_model.tokenizer.ranks import check_splits
 
 MAX_BYTES = 2**26
 SPACE = "▁"  # SentencePiece writes this character for a space
@@ -39,6 +40,8 @@ def sentence_pieces_json(path: Path) -> tuple[dict[str, Any], str | None, tuple[
             f"{path}: is a SentencePiece of whole words or with spaces at their ends, which the `tokenizers` library "
             "does not have"
         )
+    if trained.model_type == BPE:
+        check_splits((piece.piece for piece in proto.pieces), path)
     # In Unigram a piece of the user's own is one among others, with the best score. In BPE no merges lead to it, so the
     # library has to find it first, in the normalized text.
     is_unigram = trained.model_type == UNIGRAM

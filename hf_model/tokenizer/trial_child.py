@@ -14,9 +14,14 @@ import time
 from contextlib import suppress
 
 if __name__ == "__main__":
-    sys.path.append(sys.argv[1])  # Python runs isolated from the user's own paths, where the package may be
+    # Python runs isolated from the user's own paths, where the package may be. In front, so that the version is the
+    # same as in the process that asks; for this one import.
+    sys.path.insert(0, sys.argv[1])
 
 from tokenizers import Tokenizer
+
+if __name__ == "__main__":
+    del sys.path[0]
 
 try:
     import resource
@@ -95,6 +100,7 @@ def runs() -> dict[str, str]:
     words = "".join("a" * length + " " for length in (10, 100, 1000, 3000, 5000))
     mixed = "It's 12 o'clock,\n\n\t(ÜberCamelCase) 漢字 e\u0301 🙂 \u00a0\ufdfa -- x_y  "
     texts["words of all lengths"] = words * (LENGTH // len(words))
+    texts["runs of every sign of ASCII"] = "".join(chr(number) * 60 for number in range(32, 127))
     texts["characters of every kind"] = mixed * (LENGTH // len(mixed.encode()))
     return texts
 

@@ -107,8 +107,8 @@ def find_roles(
 ) -> dict[str, str | None]:
     """Which token is the `bos_token`, `eos_token`, `pad_token` and `unk_token`; None where there is none.
 
-    The first of these that names a token decides: the user (`chosen`), tokenizer_config.json (`known`), the original's
-    names, the post-processor's tokens in front of a text and behind it, the usual names.
+    The first of these that names a token decides: the user (`chosen`), a tokenizer_config.json (`known`), the names of
+    the original's tokens, the post-processor's tokens in front of a text and behind it, the usual names.
 
     Raises:
         UserError: the vocabulary lacks a token that the user has chosen.

@@ -32,6 +32,7 @@ from hf_model.trainers.module_calls import (
     unwrap,
 )
 from hf_model.trainers.module_roles import (
+    Attention,
     Layer,
     Linear,
     Norm,
@@ -387,16 +388,19 @@ class _Reader:
         projected = by_role(projected)
         layer.projections = [linear for linear, _ in projected]
         joined = torch.cat([y for _, y in projected], dim=2)  # (B, L, 3 C)
-        best, nearest = None, math.inf
+        nearest = math.inf
         n_parts = len(projected)
         heads = [n_parts // 3] if n_parts > 3 and n_parts % 3 == 0 else [n_parts] if n_parts > 3 else head_counts(C)
-        tried = []
-        for attention in attentions(C, heads):
-            z = attend(joined, attention)
-            error = self.pool.error(z)
-            nearest = min(nearest, error)
-            if error < CLOSE:
-                tried.append((error, attention, z))
+        tried: list[tuple[float, Attention, Tensor]] = []
+        for n_head in heads:
+            for attention in attentions(C, [n_head]):
+                z = attend(joined, attention)
+                error = self.pool.error(z)
+                nearest = min(nearest, error)
+                if error < CLOSE:
+                    tried.append((error, attention, z))
+            if tried:
+                break
         if not tried:
             raise NoReadingError(
                 f"the attention of the first layer: the nearest form is {nearest:.2g} off; rotary positions, a bias on "

@@ -47,7 +47,7 @@ def test_stock_gpt2_has_the_own_models_logits(name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["narrow MLP", "attention without a scale"])
 def test_a_trainers_checkpoint_refuses_another_width_or_scale(name: str, tmp_path: Path) -> None:
     model, options = own(name, tmp_path)
-    with pytest.raises(UserError, match=r"another (width|scale)"):
+    with pytest.raises(UserError, match="another width"):
         convert(model, None, tmp_path / "made", format="checkpoint", **options)
 
 

@@ -315,6 +315,7 @@ HOSTILE: dict[str, Callable[[dict], object]] = {
     "a normalizer that puts a text in front": lambda t: t.update(normalizer={"type": "Prepend", "prepend": MILLION}),
     "a pattern that backtracks": lambda t: t.update(pre_tokenizer=split("(a+)+$")),
     "a pattern that backtracks, of rare letters": lambda t: t.update(pre_tokenizer=split("((жф)+)+$")),
+    "a pattern that backtracks, of an escape": lambda t: t.update(pre_tokenizer=split(r"(\x7a+)+$")),
     "a pattern that backtracks, in a normalizer": lambda t: t.update(normalizer=replace_regex(r"(\w*)*x", "")),
     "a chain of pre-tokenizers that backtrack": lambda t: t.update(
         pre_tokenizer=sequence([BYTES, split(r"(\w+)+$")], "pretokenizers")

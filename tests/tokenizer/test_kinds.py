@@ -5,7 +5,7 @@ import json
 import pickle
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 
@@ -441,6 +441,12 @@ class TestMinbpe:
         with pytest.raises(UserError, match=r"m\.model: is a damaged model of minbpe"):
             find_tokenizer(tmp_path / "m.model", model(tmp_path))
 
+    def test_lines_that_double_a_token_are_refused(self, tmp_path: Path) -> None:
+        doubling = [f"{255 + number} {255 + number}" for number in range(1, 60)]
+        (tmp_path / "m.model").write_text("\n".join(["minbpe v1", "", "0", "97 97", *doubling]), encoding="utf-8")
+        with pytest.raises(UserError, match=r"m\.model: its tokens are more than 33,554,432 bytes long"):
+            find_tokenizer(tmp_path / "m.model", model(tmp_path))
+
     def test_a_pattern_that_backtracks_is_refused(self, byte_merges: ByteMerges, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"m\.model: cannot be used: encoding"):
             find_tokenizer(save_minbpe(tmp_path / "m.model", byte_merges, "(a+)+$"), model(tmp_path))
@@ -491,6 +497,13 @@ class TestTiktoken:
         (tmp_path / "m.tiktoken").write_text(content, encoding="utf-8")
         with pytest.raises(UserError, match=r"m\.tiktoken: is a damaged file of tiktoken"):
             find_tokenizer(tmp_path / "m.tiktoken", model(tmp_path))
+
+    @pytest.mark.parametrize("lengths", [[10**6], range(2, 1000)], ids=["one long token", "many ways to split"])
+    def test_tokens_that_take_long_to_split_are_refused(self, lengths: Iterable[int], tmp_path: Path) -> None:
+        tokens = [*(bytes([byte]) for byte in range(256)), *(b"a" * length for length in lengths)]
+        path = save_ranks(tmp_path / "m.tiktoken", dict(enumerate(tokens)))
+        with pytest.raises(UserError, match=r"m\.tiktoken: its tokens are too long"):
+            find_tokenizer(path, model(tmp_path))
 
     def test_a_pickled_encoding_is_not_opened_and_the_way_is_named(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
