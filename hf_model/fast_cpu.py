@@ -1,6 +1,5 @@
 """A model in a form made for decoding on a CPU. benchmarks/README.md shows what each part of it adds."""
 
-import copy
 import functools
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hf_model.folder import with_weights
+from hf_model.folder import same_weights
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 
 HALF = (torch.float16, torch.bfloat16)
@@ -36,19 +35,12 @@ def fast_on_cpu(model: CustomGPTForCausalLM) -> CustomGPTForCausalLM:
     if not is_usual or model.training or kinds not in [{("cpu", dtype)} for dtype in (torch.float32, *HALF)]:
         return model
     fast = same_weights(FastCustomGPT, model)
+    fast.loss_type = model.loss_type  # the library takes it from the class's name, and warns of others
     if model.dtype in HALF and HAS_AVX and torch.backends.quantized.engine in ("x86", "fbgemm"):
         linears = [module for module in fast.modules() if isinstance(module, nn.Linear)]
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # FBGEMM packs on one thread
             fast.packed = dict(zip(linears, pool.map(pack, linears), strict=True))
     return fast
-
-
-def same_weights(model_class: type[CustomGPTForCausalLM], model: CustomGPTForCausalLM) -> Any:
-    """Make a model of the class around the same tensors."""
-    twin = with_weights(copy.deepcopy(model.config), model.state_dict(), model_class)
-    twin.generation_config = copy.deepcopy(model.generation_config)
-    twin.loss_type = "ForCausalLM"  # the library takes it from the class's name, and warns of others
-    return twin
 
 
 def pack(layer: nn.Linear) -> Any:  # FBGEMM's copy of the weight; None if float16 cannot hold it

@@ -3,6 +3,7 @@
 A folder's own code is never run. Unknown fields are named in a warning and left out; impossible values are errors.
 """
 
+import copy
 import json
 import re
 import stat
@@ -324,6 +325,13 @@ def with_weights(
     model.load_state_dict(state_dict, assign=True)
     model.tie_weights()
     return model.eval()
+
+
+def same_weights(model_class: type[CustomGPTForCausalLM], model: CustomGPTForCausalLM) -> Any:
+    """A model of the class, which uses the tensors and has the settings of `model`."""
+    twin = with_weights(copy.deepcopy(model.config), model.state_dict(), model_class)
+    twin.generation_config = copy.deepcopy(model.generation_config)
+    return twin
 
 
 def check_weights(folder: Path, config: CustomGPTConfig) -> torch.dtype:

@@ -396,7 +396,7 @@ def _seeded(sampling: Sampling, model: CustomGPTForCausalLM) -> Iterator[None]:
         torch.manual_seed(sampling.seed)
         if sampling.seed_like_original:
             if model.config.n_inner is not None or not model.config.final_norm or model.config.head_bias:
-                raise UserError("--seed_like_original: the draws of this model's own trainer are not known")
+                raise UserError("--seed_like_original: this model's own trainer is not known; leave the option out")
             replay_initialisation(model.config)
         yield
 

@@ -136,10 +136,10 @@ def tiktoken_json(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def check_splits(tokens: Iterable[bytes | str], path: Path) -> None:
-    """Check that the ways to split each token in two are soon found: they take the square of its length.
+    """Check that all ways to split each token in two are found quickly: a token costs the square of its length.
 
     Raises:
-        UserError: they are not.
+        UserError: the tokens are too long.
     """
     if (most := sum(len(token) ** 2 for token in tokens)) > MAX_SPLITS:
         raise UserError(f"{path}: its tokens are too long: the squares of their lengths add up to {most:,}")

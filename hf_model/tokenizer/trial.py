@@ -52,7 +52,9 @@ def remember_ours(path: Path) -> None:
 def _try_out(text: str, where: str | Path) -> None:
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "RUST_BACKTRACE": "0"}
     if not sys.executable or getattr(sys, "frozen", False):  # the executable is no Python
-        raise UserError(f"{where}: cannot be tried out: this program has no Python to start; run it by one")
+        raise UserError(
+            f"{where}: cannot be tried out: this program cannot start Python; run it with a Python interpreter"
+        )
     command = [sys.executable, "-I", str(CHILD), str(Path(tokenizers.__file__).parent.parent)]
     try:
         done = subprocess.run(command, input=text.encode(), capture_output=True, timeout=SECONDS, env=environment)
