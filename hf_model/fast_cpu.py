@@ -35,7 +35,6 @@ def fast_on_cpu(model: CustomGPTForCausalLM) -> CustomGPTForCausalLM:
     if not is_usual or model.training or kinds not in [{("cpu", dtype)} for dtype in (torch.float32, *HALF)]:
         return model
     fast = same_weights(FastCustomGPT, model)
-    fast.loss_type = model.loss_type  # the library takes it from the class's name, and warns of others
     if model.dtype in HALF and HAS_AVX and torch.backends.quantized.engine in ("x86", "fbgemm"):
         linears = [module for module in fast.modules() if isinstance(module, nn.Linear)]
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # FBGEMM packs on one thread

@@ -331,6 +331,7 @@ def same_weights(model_class: type[CustomGPTForCausalLM], model: CustomGPTForCau
     """A model of the class, which uses the tensors and has the settings of `model`."""
     twin = with_weights(copy.deepcopy(model.config), model.state_dict(), model_class)
     twin.generation_config = copy.deepcopy(model.generation_config)
+    twin.loss_type = model.loss_type  # the library takes the type from the class's name, and warns of unknown names
     return twin
 
 

@@ -196,11 +196,9 @@ class TestArguments:
         [
             (generate, "--start", "--prompt"),
             (generate, "--num_samples=3", "--num_return_sequences"),
-            (generate, "--model", "--checkpoint_path"),
             (generate, "--out_dir=out", "--checkpoint_path"),
             (generate, "--temp", "--temperature"),
             (convert_checkpoint, "--outtype", "--gguf_type"),
-            (convert_checkpoint, "--model", "--checkpoint_path"),
             (convert_checkpoint, "--upload", "--push_to_hub"),
             (convert_checkpoint, "--out_dir", "--output_dir"),
         ],
