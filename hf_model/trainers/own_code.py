@@ -71,7 +71,9 @@ def build_module(model: str, checkpoint_path: Path) -> nn.Module:
 def _import(model: str) -> Any:
     path, _, name = model.rpartition(":")
     if not path.endswith(".py") or not name.isidentifier():
-        raise UserError(f"--model {model}: must be a file and a name, such as train.py:build")
+        raise UserError(
+            f"--model {model}: must be a file and a name, such as train.py:build; a checkpoint goes to --checkpoint_path"
+        )
     file = Path(path).resolve()
     if not file.is_file():
         raise UserError(f"--model {model}: there is no file {path}")
