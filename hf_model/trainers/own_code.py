@@ -72,7 +72,7 @@ def _import(model: str) -> Any:
     path, _, name = model.rpartition(":")
     if not path.endswith(".py") or not name.isidentifier():
         raise UserError(
-            f"--model {model}: must be a file and a name, such as train.py:build; a checkpoint goes to --checkpoint_path"
+            f"--model {model}: must be a file and a name, such as train.py:build. A checkpoint is --checkpoint_path"
         )
     file = Path(path).resolve()
     if not file.is_file():
