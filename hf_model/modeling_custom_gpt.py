@@ -71,7 +71,7 @@ class CustomGPTAttention(nn.Module):
         B, T, C = hidden_states.shape
         query, key, value = (
             states.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, nh, T, hs)
-            for states in self.c_attn(hidden_states).split(C, dim=-1)
+            for states in self.c_attn(hidden_states).split((C, C, C), dim=-1)  # vLLM looks for three sizes here
         )
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, nh, S, hs)
