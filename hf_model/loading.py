@@ -291,6 +291,8 @@ class Source:
         is_other = head is not None and embedding is not None and head.data_ptr() != embedding.data_ptr()
         if is_other and is_copied(head, embedding):
             yield "head", "tied: the file has an equal copy of the embedding"
+        if checkpoint.has_head_alone:
+            yield "head", "tied: the file has lm_head.weight alone, which is taken for the embedding too"
         trainer = checkpoint.trainer
         if self.activation == "auto" and not trainer.is_known:
             unsure = "nothing in the file tells; models of older trainers need --activation gelu_new"

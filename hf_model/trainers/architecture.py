@@ -84,8 +84,6 @@ def clean_names(state_dict: Mapping[Any, Any]) -> dict[str, Any]:
         if stripped in clean:
             raise UserError(f"the weights {source[stripped]!r} and {name!r} are both {stripped!r}")
         clean[stripped], source[stripped] = tensor, name
-    if "lm_head.weight" in clean and "transformer.wte.weight" not in clean:  # all that some savers keep of a tied pair
-        clean["transformer.wte.weight"] = clean.pop("lm_head.weight")
     return clean
 
 

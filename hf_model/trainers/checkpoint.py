@@ -54,6 +54,8 @@ class Checkpoint:
     """Whether the original's pre-training wrote the file, so that the model knows no instructions."""
     unknown_args: dict[str, Any] = field(default_factory=dict)
     """Options in `model_args` that are switched on and may change what the model computes, in a way not known here."""
+    has_head_alone: bool = False
+    """Whether the file has the head and no embedding, as some savers leave a tied pair."""
     other_keys: tuple[str, ...] = ()
     """The keys of what else the file holds. None of it is kept."""
 
@@ -102,7 +104,12 @@ def read_checkpoint(path: str | Path, check_bytes: bool = True) -> Checkpoint:
         if not isinstance(content, dict):
             raise UserError(f"holds a {kind_of(content)}, not a dict: save model.state_dict() with torch.save")
         weights_key, weights = find_weights(content)
-        state_dict = weights_of(file, clean_names(weights), check_bytes)
+        named = clean_names(weights)
+        # Some savers keep one name of a tied pair. The original's heads are never tied: there, a weight is missing.
+        has_head_alone = "lm_head.weight" in named and "transformer.wte.weight" not in named
+        if has_head_alone := has_head_alone and weights_key != "model_state_dict":
+            named["transformer.wte.weight"] = named.pop("lm_head.weight")
+        state_dict = weights_of(file, named, check_bytes)
     beside = {} if weights_key is None else {key: value for key, value in content.items() if isinstance(key, str)}
     stated = _stated(beside)
     told = {name: value for name in SIZES if (value := stated.get(name)) is not None}
@@ -128,6 +135,7 @@ def read_checkpoint(path: str | Path, check_bytes: bool = True) -> Checkpoint:
         started_from=start if isinstance(start, str) and start in GPT2_NAMES else None,
         is_pretrained=weights_key == "model_state_dict" and "loss" in beside and "config" not in beside,
         unknown_args=_unknown_args(beside),
+        has_head_alone=has_head_alone,
         other_keys=tuple(
             one_line(key, MAX_NAME)
             for key, value in beside.items()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_model.output_dir import MANIFEST
 from hf_model_cli import convert, generate, run
 from tests.reliability.files import save, weights
 from tests.tiny import CHECKPOINT, ROOT, TOKENIZER
@@ -155,6 +156,8 @@ class TestSignals:
         time.sleep(seconds)
         process.send_signal(number)
         _, error = process.communicate(timeout=120)
+        if (tmp_path / "deep" / "hf" / MANIFEST).exists():
+            return  # a fast machine had done the work before the signal came
         # Python itself, before it comes to this program, ends by the signal or shows where in its own start it was.
         assert process.returncode in (status, -number) or "site" in error
         assert "Traceback" not in error or "<frozen" in error

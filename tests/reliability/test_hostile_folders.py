@@ -471,7 +471,7 @@ class TestTrial:
         self, name: str, value: object, no_trial_before: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(sys, name, value, raising=False)
-        with pytest.raises(UserError, match="no Python to start"):
+        with pytest.raises(UserError, match="cannot start Python"):
             read_tokenizer(TOKENIZER)
 
     def test_leaves_standard_error_alone(self, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:

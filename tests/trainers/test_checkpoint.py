@@ -118,6 +118,12 @@ class TestTiedHeads:
         checkpoint = read_checkpoint(saved({"model": weights}))
         assert checkpoint.architecture(n_head=4).tie_word_embeddings
         assert torch.equal(checkpoint.state_dict["transformer.wte.weight"], weights["lm_head.weight"])
+        assert checkpoint.has_head_alone
+
+    def test_but_not_of_the_original_whose_heads_are_never_tied(self, weights: State, saved: Callable) -> None:
+        weights["lm_head.weight"] = weights.pop("transformer.wte.weight")
+        with pytest.raises(UserError, match=r"transformer\.wte\.weight"):
+            read_checkpoint(saved({"model_state_dict": weights})).architecture(n_head=4)
 
 
 class TestUnknownOptions:
