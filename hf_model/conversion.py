@@ -83,16 +83,15 @@ def convert(
     """
     named = cast(dict[str, Any], options)
     how = {name: named.pop(name) for name in SourceOptions.__annotations__ if name in named}
-    source, choices = Source.of(checkpoint_path, tokenizer_path, **how), Options(**named)
+    target, choices = find_format(format), Options(**named)
     folder, page = _final_path(Path(output_dir)), None if report_page is None else Path(report_page)
-    target = find_format(format)
     check_target(folder, overwrite)
     files = [] if isinstance(checkpoint_path, nn.Module) else [checkpoint_path]
-    read = [*files, tokenizer_path, source.characters_of, training_data]
-    _check_apart(folder, read, page)
+    _check_apart(folder, [*files, tokenizer_path, how.get("characters_of"), training_data], page)
     if page is not None:
         check_page(page)
 
+    source = Source.of(checkpoint_path, tokenizer_path, **how)  # only now: with `model`, this runs the user's code
     loaded = source.load(needs_tokenizer=format != "checkpoint" or training_data is not None or page is not None)
     inspection = None
     if loaded.found is not None:

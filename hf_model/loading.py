@@ -1,8 +1,9 @@
 """Load a model: `Source` says where the model comes from, `Loaded` is what was loaded."""
 
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -37,7 +38,7 @@ from hf_model.tokenizer import (
 )
 from hf_model.tokenizer.prompt import PROMPT_FORMAT, RAW
 from hf_model.trainers import Checkpoint, read_checkpoint
-from hf_model.trainers.architecture import is_copied
+from hf_model.trainers.architecture import Architecture, is_copied
 from hf_model.trainers.module import Reading, read_module
 from hf_model.trainers.module_calls import logits_of as module_logits
 from hf_model.trainers.module_calls import untouched, unwrap
@@ -112,7 +113,7 @@ class Source:
     """Where a model comes from: a trainer's checkpoint with its tokenizer, a converted folder, or a module in memory.
 
     A source keeps no weights of files in memory. A format's `write` loads the source, and `verify` loads it again. So
-    the writer's changes to its model cannot hide an error.
+    the writer's changes to its model cannot hide an error. A module is in memory already: it is read once.
     """
 
     path: Path
@@ -141,8 +142,6 @@ class Source:
     """Names of options in the checkpoint's `model_args` that are not known here and may be left out."""
     module: nn.Module | None = None
     """The user's own model, of any class; `path` is then its class's name, or the file of its weights."""
-    sizes: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
-    """The sizes of `module`, kept from its first reading, which takes seconds."""
 
     @classmethod
     def of(
@@ -161,10 +160,6 @@ class Source:
     @property
     def is_folder(self) -> bool:
         return self.module is None and self.path.is_dir()
-
-    @property
-    def is_checkpoint(self) -> bool:
-        return self.module is None and not self.path.is_dir()
 
     def load(self, needs_tokenizer: bool = True, may_be_quantized: bool = False) -> Loaded:
         """Load model and tokenizer, on the CPU. The weights stay mapped from their file until they are used.
@@ -189,24 +184,30 @@ class Source:
         if self._has_own_tokenizer:
             return own_tokenizer(self.path)
         if self.module is not None:
-            if not self.sizes:
-                self.sizes.update(read_module(self.module, MODULE_ACTIVATIONS).options)
-            return self._find_tokenizer(ModelInfo(self.path, self.sizes["vocab_size"], self.sizes["block_size"]))
+            sizes = self._reading.options
+            return self._find_tokenizer(ModelInfo(self.path, sizes["vocab_size"], sizes["block_size"]))
         if self.is_folder:
             config = read_config(self.path)
             return self._find_tokenizer(ModelInfo(self.path, config.vocab_size, config.block_size))
-        return self._find_tokenizer(self._info(read_checkpoint(self.path, check_bytes=False)))
+        checkpoint = read_checkpoint(self.path, check_bytes=False)
+        return self._find_tokenizer(_info(checkpoint, checkpoint.architecture(self.n_head)))
 
     def weights(self) -> dict[str, torch.Tensor]:
         """All tensors as they are in the source, mapped again, a tied head included."""
         if self.module is not None:
-            weights = read_module(self.module, MODULE_ACTIVATIONS).state_dict
+            weights = dict(self._reading.state_dict)
         elif self.is_folder:
             weights = read_weights(self.path)
         else:
             weights = dict(read_checkpoint(self.path, check_bytes=False).state_dict)
         weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])
         return weights
+
+    @functools.cached_property
+    def _reading(self) -> Reading:
+        """What `module` computes. To find out takes seconds; most of the tensors are the module's own."""
+        assert self.module is not None
+        return read_module(self.module, MODULE_ACTIVATIONS)
 
     @property
     def _has_own_tokenizer(self) -> bool:
@@ -224,10 +225,6 @@ class Source:
             pad_token=self.pad_token,
         )
 
-    def _info(self, checkpoint: Checkpoint) -> ModelInfo:
-        architecture = checkpoint.architecture(self.n_head)
-        return ModelInfo(checkpoint.path, architecture.vocab_size, architecture.block_size, checkpoint.dataset)
-
     def _load_checkpoint(self) -> Loaded:
         if self.tokenizer_path is None and self.characters_of is None and self.path.exists():
             raise UserError(f'{self.path}: needs a tokenizer: give tokenizer_path, or "auto" to look for one')
@@ -240,12 +237,12 @@ class Source:
                 f"{self.path}: its model_args say {told}, which may change what the model computes, in a way not "
                 f"known here: add --ignore_model_args {' '.join(unknown)} to convert anyway"
             )
-        dtype = pick_dtype(self.dtype, checkpoint.dtype)
-        found = self._find_tokenizer(self._info(checkpoint))
+        dtype, architecture = pick_dtype(self.dtype, checkpoint.dtype), checkpoint.architecture(self.n_head)
+        found = self._find_tokenizer(_info(checkpoint, architecture))
         tokenizer, chosen = found.tokenizer, checkpoint.trainer.activation
         try:
             config = CustomGPTConfig(
-                **asdict(checkpoint.architecture(self.n_head)),
+                **asdict(architecture),
                 activation_function=chosen if self.activation == "auto" else self.activation,
                 bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=tokenizer.eos_token_id,
@@ -261,8 +258,7 @@ class Source:
     def _load_module(self, module: nn.Module, needs_tokenizer: bool) -> Loaded:
         if self.tokenizer_path is None and self.characters_of is None and needs_tokenizer:
             raise UserError(f"{self.path}: needs a tokenizer: give tokenizer_path, or characters_of=TEXT")
-        reading = read_module(module, MODULE_ACTIVATIONS)
-        self.sizes.update(reading.options)
+        reading = self._reading
         own = reading.state_dict["transformer.wte.weight"].dtype
         config = CustomGPTConfig(**reading.options, bos_token_id=None, eos_token_id=None, pad_token_id=None)
         config.dtype, config.auto_map = own, AUTO_MAP
@@ -311,10 +307,9 @@ class Source:
         try:
             config = read_config(folder)
             has_tokenizer = not self._has_own_tokenizer or (folder / "tokenizer.json").is_file()
-            model = _folder_model(folder, config, self.dtype)
+            model, own = _folder_model(folder, config, self.dtype)
             if needs_tokenizer and not has_tokenizer:
                 raise UserError(f"{folder}: holds no tokenizer (no tokenizer.json); give one with --tokenizer_path")
-            own = model.dtype if is_quantized(config) else check_weights(folder, config)
             if not has_tokenizer:
                 return Loaded(model, None, own)
             if self._has_own_tokenizer:
@@ -448,21 +443,29 @@ def is_quantized(config: CustomGPTConfig) -> bool:
     return getattr(config, "quantization_config", None) is not None
 
 
-def _folder_model(folder: Path, config: CustomGPTConfig, dtype: torch.dtype | str) -> CustomGPTForCausalLM:
+def _info(checkpoint: Checkpoint, architecture: Architecture) -> ModelInfo:
+    return ModelInfo(checkpoint.path, architecture.vocab_size, architecture.block_size, checkpoint.dataset)
+
+
+def _folder_model(
+    folder: Path, config: CustomGPTConfig, dtype: torch.dtype | str
+) -> tuple[CustomGPTForCausalLM, torch.dtype]:
+    """A folder's model, and the dtype of the folder's weights."""
     if is_quantized(config):
         weight_files(folder)  # an index that leads out of the folder is an error
         with FROM_PRETRAINED:
             model: CustomGPTForCausalLM = AutoModelForCausalLM.from_pretrained(
                 folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
             )
+        own = model.dtype
     else:
-        own_dtype = check_weights(folder, config)
-        weights = read_weights(folder)
-        config.dtype = pick_dtype(dtype, own_dtype)
+        own = check_weights(folder, config)
+        config.dtype = pick_dtype(dtype, own)
         config.auto_map = AUTO_MAP  # a trainer may have saved only some of the entries
-        model = with_weights(config, {name: tensor.to(config.dtype) for name, tensor in weights.items()})
+        weights = {name: tensor.to(config.dtype) for name, tensor in read_weights(folder).items()}
+        model = with_weights(config, weights)
     model.generation_config = read_generation_config(folder, config)
-    return model
+    return model, own
 
 
 # Dtypes and devices.
