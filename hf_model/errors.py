@@ -1,6 +1,6 @@
 """`UserError`: the one error type for what a user can cause and mend."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 MAX_MESSAGE = 600
@@ -22,6 +22,16 @@ def one_line(text: object, max_length: int = MAX_MESSAGE) -> str:
     """The text on one line, of printable characters. The middle of a long text is left out."""
     line = " ".join(_shortened(str(text), 2 * max_length).split())
     return _shortened("".join(char if char.isprintable() else ascii(char)[1:-1] for char in line), max_length)
+
+
+def some_of(names: Sequence[str], most: int) -> str:
+    """The first names, and how many are left out.
+
+    >>> some_of(["a", "b", "c", "d"], 2)
+    'a, b and 2 more'
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _shortened(text: str, max_length: int) -> str:

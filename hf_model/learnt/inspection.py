@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 from typing_extensions import Unpack
 
-from hf_model.errors import memory_for
+from hf_model.errors import memory_for, some_of
 from hf_model.learnt.diagnosis import Diagnosis, Finding, diagnose, non_finite
 from hf_model.learnt.training_data import Measurement, measure
 from hf_model.loading import (
@@ -92,10 +92,7 @@ class Inspection:
         for note in self.notes:
             yield Finding("note", note)
         if bad := self.non_finite:
-            more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-            yield Finding(
-                "warning", f"there are NaN or infinite values in {', '.join(bad[:3])}{more}: the model cannot work"
-            )
+            yield Finding("warning", f"there are NaN or infinite values in {some_of(bad, 3)}: the model cannot work")
         if self.diagnosis is not None and self.diagnosis.is_harm:
             yield Finding("warning", str(self.diagnosis))
         if self.measurement is not None:

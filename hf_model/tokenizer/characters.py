@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerBase
 
-from hf_model.errors import UserError
+from hf_model.errors import UserError, some_of
 from hf_model.reading import read_bytes
 from hf_model.trainers.pickle_reader import find, kind_of, read_pickle
 
@@ -136,8 +136,7 @@ def check_characters(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
             unknown.setdefault(character, position)
     if unknown:
         named = [f"{char!r} (U+{ord(char):04X}) in position {position}" for char, position in unknown.items()]
-        more = f" and {len(named) - 3} more" if len(named) > 3 else ""
         raise UserError(
-            f"the text holds {', '.join(named[:3])}{more}: not among the {len(known)} characters that the model knows "
+            f"the text holds {some_of(named, 3)}: not among the {len(known)} characters that the model knows "
             "(the first position is 0)"
         )

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hf_model.errors import UserError
+from hf_model.errors import UserError, some_of
 
 if TYPE_CHECKING:
     import torch
@@ -134,9 +134,7 @@ def is_tied(state_dict: Mapping[str, "torch.Tensor"]) -> bool:
 
 def is_copied(head: "torch.Tensor", embedding: "torch.Tensor") -> bool:
     """Whether two tensors have the same values. Two matrices that were trained apart never do."""
-    if (head.shape, head.dtype) != (embedding.shape, embedding.dtype):
-        return False
-    return head.data_ptr() == embedding.data_ptr() or bool((head == embedding).all())
+    return head.dtype == embedding.dtype and head.equal(embedding)
 
 
 def _matrix(state_dict: Mapping[str, "torch.Tensor"], name: str) -> "torch.Tensor":
@@ -166,14 +164,9 @@ def _dropout(value: Any) -> float:
 
 def _check_shapes(state_dict: Mapping[str, "torch.Tensor"], shapes: Mapping[str, tuple[int, ...]]) -> None:
     if missing := [name for name in shapes if name not in state_dict]:
-        raise UserError(f"it lacks {_some(missing)}")
+        raise UserError(f"it lacks {some_of(list(map(repr, missing)), 5)}")
     if unknown := [name for name in state_dict if name not in shapes and name != "lm_head.weight"]:
-        raise UserError(f"it holds {_some(unknown)}, which this model has no place for")
+        raise UserError(f"it holds {some_of(list(map(repr, unknown)), 5)}, which this model has no place for")
     for name, shape in shapes.items():
         if tuple(state_dict[name].shape) != shape:
             raise UserError(f"{name!r} has shape {tuple(state_dict[name].shape)}, expected {shape}")
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(repr(name) for name in names[:5]) + more

@@ -13,7 +13,7 @@ import torch
 from hf_model.errors import UserError, one_line
 from hf_model.trainers import archive
 from hf_model.trainers.architecture import Architecture, clean_names, infer_architecture, is_tied
-from hf_model.trainers.pickle_reader import StandIn, StoredTensor, dict_of, kind_of
+from hf_model.trainers.pickle_reader import StandIn, StoredTensor, dict_of, fields_of, kind_of
 from hf_model.trainers.table import Trainer, find_trainer, heads_beside
 from hf_model.trainers.tensors import find_weights, number_of, weights_of, widest
 
@@ -65,7 +65,7 @@ class Checkpoint:
         Raises:
             UserError: as `infer_architecture`, with the name of the file.
         """
-        with _naming(self.path):
+        with naming(self.path):
             beside = self.heads_beside() if n_head is None else None
             model_args = {"dropout": self.trainer.dropout} | self.model_args
             return infer_architecture(self.state_dict, model_args, beside[0] if beside else n_head)
@@ -98,16 +98,14 @@ def read_checkpoint(path: str | Path, check_bytes: bool = True) -> Checkpoint:
         UserError: there is no such file, it is of another kind, is damaged, refers to code, or has no weights.
     """
     path = Path(path)
-    with _naming(path):
-        file = archive.load(path)
-        content = dict_of(file.value)
-        if not isinstance(content, dict):
-            raise UserError(f"holds a {kind_of(content)}, not a dict: save model.state_dict() with torch.save")
+    with naming(path):
+        file, content = load_content(path)
         weights_key, weights = find_weights(content)
         named = clean_names(weights)
         # Some savers keep one name of a tied pair. The original's heads are never tied: there, a weight is missing.
-        has_head_alone = "lm_head.weight" in named and "transformer.wte.weight" not in named
-        if has_head_alone := has_head_alone and weights_key != "model_state_dict":
+        may_be_tied = weights_key != "model_state_dict"
+        has_head_alone = may_be_tied and "lm_head.weight" in named and "transformer.wte.weight" not in named
+        if has_head_alone:
             named["transformer.wte.weight"] = named.pop("lm_head.weight")
         state_dict = weights_of(file, named, check_bytes)
     beside = {} if weights_key is None else {key: value for key, value in content.items() if isinstance(key, str)}
@@ -134,7 +132,7 @@ def read_checkpoint(path: str | Path, check_bytes: bool = True) -> Checkpoint:
         dataset=dataset if isinstance(dataset, str) and len(dataset) <= MAX_NAME else None,
         started_from=start if isinstance(start, str) and start in GPT2_NAMES else None,
         is_pretrained=weights_key == "model_state_dict" and "loss" in beside and "config" not in beside,
-        unknown_args=_unknown_args(beside),
+        unknown_args=_unknown_args(beside, stated),
         has_head_alone=has_head_alone,
         other_keys=tuple(
             one_line(key, MAX_NAME)
@@ -144,8 +142,21 @@ def read_checkpoint(path: str | Path, check_bytes: bool = True) -> Checkpoint:
     )
 
 
+def load_content(path: Path) -> tuple[archive.Archive, dict[Any, Any]]:
+    """A `torch.save` file, and the dict in it.
+
+    Raises:
+        UserError: as `read_checkpoint`, without the name of the file.
+    """
+    file = archive.load(path)
+    content = dict_of(file.value)
+    if not isinstance(content, dict):
+        raise UserError(f"holds a {kind_of(content)}, not a dict: save model.state_dict() with torch.save")
+    return file, content
+
+
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Put the file's name in front of an error's message."""
     try:
         yield
@@ -155,15 +166,11 @@ def _naming(path: Path) -> Iterator[None]:
 
 def _stated(content: Mapping[str, Any]) -> dict[Any, Any]:
     """`model_args`, or else `config`: a dict, or the items or the attributes of an object."""
-    for key in MODEL_ARGS_KEYS:
-        stated = dict_of(content.get(key))
-        stated = stated.state if isinstance(stated, StandIn) else stated
-        if isinstance(stated, dict):
-            return stated
-    return {}
+    found = (fields_of(content.get(key)) for key in MODEL_ARGS_KEYS)
+    return next((fields for fields in found if fields is not None), {})
 
 
-def _unknown_args(content: Mapping[str, Any]) -> dict[str, Any]:
+def _unknown_args(content: Mapping[str, Any], stated: Mapping[Any, Any]) -> dict[str, Any]:
     """Options of the model that this project does not know, and that are switched on.
 
     They are looked for in `model_args` and in a configuration object. A `config` that is a dict holds the training's
@@ -173,7 +180,7 @@ def _unknown_args(content: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     return {
         name: value
-        for name, value in _stated(content).items()
+        for name, value in stated.items()
         if isinstance(name, str)
         and name not in SIZES
         and not HARMLESS_ARGS.search(name)
@@ -194,11 +201,8 @@ def _number(value: Any, file: archive.Archive, default: Any = None) -> int | flo
     if isinstance(value, StandIn) and len(value.args) == 2 and isinstance(value.args[0], StandIn):
         dtype, raw = value.args
         if isinstance(raw, StandIn) and raw.name == "_codecs.encode" and raw.args:  # bytes in protocol 2
-            raw = (
-                raw.args[0].encode("latin1", "ignore")
-                if isinstance(raw.args[0], str) and len(raw.args[0]) <= 8
-                else None
-            )
+            text = raw.args[0]
+            raw = text.encode("latin1", "ignore") if isinstance(text, str) and len(text) <= 8 else None
         code = NUMPY_FORMATS.get(dtype.args[0]) if dtype.args and isinstance(dtype.args[0], str) else None
         if code and isinstance(raw, bytes) and struct.calcsize(code) == len(raw):
             return struct.unpack("<" + code, raw)[0]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_model.errors import UserError
+from hf_model.errors import UserError, some_of
 from hf_model.trainers.module_calls import (
     CLOSE,
     B,
@@ -286,10 +286,10 @@ class _Reader:
         if first is not None:
             layer.norms.append(first[0])
             entry = first[1]
-            projected = self._projections(entry, parameters)
+            projected = self._linears_on(entry, parameters)
         if first is None or not projected:
             layer.norm_first, layer.norms, entry = False, [], self.x
-            projected = self._projections(entry, parameters)
+            projected = self._linears_on(entry, parameters)
         attended = self._attention(layer, projected, parameters)  # (B, L, C)
         written = self._output(layer, attended, parameters)
         middle = self.x + written
@@ -370,9 +370,6 @@ class _Reader:
                     break
         return found
 
-    def _projections(self, x: Tensor, parameters: Mapping[str, Tensor]) -> list[tuple[Linear, Tensor]]:
-        return [(linear, y) for linear, y in self._linears_on(x, parameters)]
-
     def _attention(
         self, layer: Layer, projected: list[tuple[Linear, Tensor]], parameters: Mapping[str, Tensor]
     ) -> Tensor:
@@ -393,7 +390,7 @@ class _Reader:
         heads = [n_parts // 3] if n_parts > 3 and n_parts % 3 == 0 else [n_parts] if n_parts > 3 else head_counts(C)
         tried: list[tuple[float, Attention, Tensor]] = []
         for n_head in heads:
-            for attention in attentions(C, [n_head]):
+            for attention in attentions(C, n_head):
                 z = attend(joined, attention)
                 error = self.pool.error(z)
                 nearest = min(nearest, error)
@@ -582,8 +579,7 @@ class _Reader:
         used |= {names[template] for names in layers for template in layer.names()}
         used |= set() if final is None else {final.weight, final.bias}
         if unused := [name for name in self.parameters if name not in used]:
-            more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
-            self.notes.append(f"left out, because no logit depends on it: {', '.join(unused[:3])}{more}")
+            self.notes.append(f"left out, because no logit depends on it: {some_of(unused, 3)}")
 
     def _dropout(self) -> float:
         rates = {part.p for part in self.module.modules() if isinstance(part, nn.Dropout)}

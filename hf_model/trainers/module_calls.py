@@ -22,12 +22,8 @@ class NoReadingError(Exception):
 
 def unwrap(module: nn.Module) -> nn.Module:
     """The module that `torch.compile`, `DataParallel` or `DistributedDataParallel` wraps."""
-    while isinstance(inner := next((getattr(module, name, None) for name in WRAPPERS), None), nn.Module) or isinstance(
-        inner := getattr(module, "module", None), nn.Module
-    ):
-        if len(list(module.children())) != 1:
-            break
-        module = inner
+    while [name for name, _ in module.named_children()] in [[name] for name in WRAPPERS]:
+        (module,) = module.children()
     return module
 
 
@@ -178,19 +174,15 @@ class Pool:
             for width, forms in self.forms.items()
         }
 
-    def nearest(self, computed: Tensor) -> tuple[float, int]:
-        """The relative error of the recorded tensor nearest to `computed` (B, L, D), and its index."""
+    def error(self, computed: Tensor) -> float:
+        """The relative error of the recorded tensor that is nearest to `computed` (B, L, D)."""
         width = computed.shape[2]
         if width not in self.forms:
-            return math.inf, -1
+            return math.inf
         wanted = computed.reshape(-1)[self.places[width]]
         errors = (self.samples[width] - wanted).square().mean(dim=1).nan_to_num(math.inf)
-        index = int(errors.argmin())
-        error = error_between(self.forms[width][index], computed)
-        return (error, index) if error == error else (math.inf, -1)
-
-    def error(self, computed: Tensor) -> float:
-        return self.nearest(computed)[0]
+        error = error_between(self.forms[width][int(errors.argmin())], computed)
+        return error if error == error else math.inf
 
     def holds(self, computed: Tensor) -> bool:
         return self.error(computed) < CLOSE

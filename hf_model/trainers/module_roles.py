@@ -4,7 +4,7 @@ import collections
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -84,27 +84,26 @@ def same_attention(one: Attention, other: Attention) -> bool:
     return (one.n_head, one.scale) == (other.n_head, other.scale) and torch.equal(one.rows, other.rows)
 
 
-def attentions(width: int, heads: Iterable[int]) -> Iterator[Attention]:
+def attentions(width: int, n_head: int) -> Iterator[Attention]:
     """Ways to read joined projections: the order of queries, keys and values, of heads and of their values."""
-    for n_head in heads:
-        size = width // n_head
-        index = torch.arange(3 * width)
-        orders = {
-            "which, head, value": index.view(3, n_head, size),
-            "head, which, value": index.view(n_head, 3, size).permute(1, 0, 2),
-            "head, value, which": index.view(n_head, size, 3).permute(2, 0, 1),
-            "value, which, head": index.view(size, 3, n_head).permute(1, 2, 0),
-            "which, value, head": index.view(3, size, n_head).permute(0, 2, 1),
-        }
-        seen = set()
-        for order in orders.values():
-            for which in itertools.permutations(range(3)):
-                rows = order[list(which)].reshape(-1)
-                if (key := tuple(rows.tolist())) in seen:
-                    continue
-                seen.add(key)
-                for scale in dict.fromkeys((size**-0.5, width**-0.5, 1.0)):
-                    yield Attention(rows, n_head, scale)
+    size = width // n_head
+    index = torch.arange(3 * width)
+    orders = {
+        "which, head, value": index.view(3, n_head, size),
+        "head, which, value": index.view(n_head, 3, size).permute(1, 0, 2),
+        "head, value, which": index.view(n_head, size, 3).permute(2, 0, 1),
+        "value, which, head": index.view(size, 3, n_head).permute(1, 2, 0),
+        "which, value, head": index.view(3, size, n_head).permute(0, 2, 1),
+    }
+    seen = set()
+    for order in orders.values():
+        for which in itertools.permutations(range(3)):
+            rows = order[list(which)].reshape(-1)
+            if (key := tuple(rows.tolist())) in seen:
+                continue
+            seen.add(key)
+            for scale in dict.fromkeys((size**-0.5, width**-0.5, 1.0)):
+                yield Attention(rows, n_head, scale)
 
 
 def head_counts(n: int) -> list[int]:

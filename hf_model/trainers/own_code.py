@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_model.errors import UserError, one_line
-from hf_model.trainers import archive
-from hf_model.trainers.pickle_reader import StandIn, StoredTensor, dict_of, kind_of
+from hf_model.errors import UserError, one_line, some_of
+from hf_model.trainers.checkpoint import load_content, naming
+from hf_model.trainers.pickle_reader import StoredTensor, fields_of
 from hf_model.trainers.tensors import find_weights, weights_of
 
 STATED = ("model_args", "config", "hyper_parameters", "model_config", "args")
@@ -42,29 +42,22 @@ def build_module(model: str, checkpoint_path: Path) -> nn.Module:
         UserError: the code or the file is not there, the code fails, or the weights are those of another model.
     """
     make = _import(model)
-    try:
-        file = archive.load(checkpoint_path)
-        content = dict_of(file.value)
-        if not isinstance(content, dict):
-            raise UserError(f"holds a {kind_of(content)}, not a dict: save model.state_dict() with torch.save")
+    with naming(checkpoint_path):
+        file, content = load_content(checkpoint_path)
         _, weights = find_weights(content)
-    except UserError as error:
-        raise UserError(f"{checkpoint_path}: {error}") from None
     try:
         module = _call(make, _stated(content))
     except Exception as error:  # the user's code may fail in any way
         raise UserError(f"--model {model}: failed: {type(error).__name__}: {one_line(error, 200)}") from error
     if not isinstance(module, nn.Module):
         raise UserError(f"--model {model}: gives a {type(module).__name__}, not a torch.nn.Module")
-    try:
+    with naming(checkpoint_path):
         own = module.state_dict()
         names = {name: value for name, value in weights.items() if isinstance(name, str)}
         matched = _without_prefix(names, own)
         _check_names(matched, module)
         tensors = weights_of(file, {name: matched[name] for name in matched if own[name].is_floating_point()})
         _copy(tensors, own)
-    except UserError as error:
-        raise UserError(f"{checkpoint_path}: {error}") from None
     return module.eval()
 
 
@@ -97,12 +90,8 @@ def _import(model: str) -> Any:
 
 
 def _stated(content: Mapping[Any, Any]) -> Stated:
-    for key in STATED:
-        stated = dict_of(content.get(key))
-        stated = stated.state if isinstance(stated, StandIn) else stated
-        if isinstance(stated, dict) and stated:
-            return Stated({name: value for name, value in stated.items() if isinstance(name, str)})
-    return Stated()
+    stated = next(filter(None, (fields_of(content.get(key)) for key in STATED)), {})
+    return Stated({name: value for name, value in stated.items() if isinstance(name, str)})
 
 
 def _call(make: Any, stated: Stated) -> Any:
@@ -139,18 +128,13 @@ def _check_names(weights: dict[str, Any], module: nn.Module) -> None:
         del weights[name]
     unknown = [name for name in unknown if name not in masks]
     if missing or unknown:
-        said = [f"the file lacks {_some(missing)}"] * bool(missing)
-        said += [f"the model has no place for {_some(unknown)}"] * bool(unknown)
+        said = [f"the file lacks {some_of(list(map(repr, missing)), 3)}"] * bool(missing)
+        said += [f"the model has no place for {some_of(list(map(repr, unknown)), 3)}"] * bool(unknown)
         raise UserError(f"does not belong to the model of --model: {', and '.join(said)}")
 
 
 def _is_square(shape: Any) -> bool:
     return len(shape) in (2, 3, 4) and shape[-1] == shape[-2] and all(n == 1 for n in shape[:-2])
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(map(repr, names[:3])) + more
 
 
 @torch.no_grad()

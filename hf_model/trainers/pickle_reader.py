@@ -100,6 +100,13 @@ def dict_of(value: Any) -> Any:
     return value.content if isinstance(value, StandIn) and isinstance(value.content, dict) else value
 
 
+def fields_of(value: Any) -> dict[Any, Any] | None:
+    """A dict, or the items or the attributes of an object; None for any other value."""
+    fields = dict_of(value)
+    fields = fields.state if isinstance(fields, StandIn) else fields
+    return fields if isinstance(fields, dict) else None
+
+
 def read_pickle(file: bytes | IO[bytes] | mmap) -> tuple[Any, list[StoredBytes]]:
     """The value of the pickle at the file's position, and the storages that the pickle refers to.
 
