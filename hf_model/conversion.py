@@ -103,7 +103,7 @@ def convert(
         write_page(inspection, loaded.model, loaded.tokenizer, page)
         report(f"report        {page}")
 
-    card = card_facts(loaded.checkpoint, inspection, source.path, folder, about or About())
+    card = card_facts(loaded, inspection, source, folder, about or About())
     rounded = describe_rounding(loaded.dtype, loaded.model.dtype)
     choices = replace(choices, card=replace(card, rounded=rounded))
     with whole_folder(folder, overwrite, say=report) as new:
@@ -116,7 +116,7 @@ def convert(
         lines = [f"written       {folder}"]
         lines += [f"              {path.name:<32} {_file_size(path):>10}" for path in sorted(new.iterdir())]
         if evidence:
-            lines.append(f"verified      {evidence}")
+            lines.append(f"verified      your model's own logits: {evidence}")
         if verify:
             lines.append(_verify(target, new, source, choices, folder))
     for line in lines:  # the folder is in its place now

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_model.errors import one_line
 from hf_model.learnt.inspection import Inspection
-from hf_model.loading import Loaded, describe_architecture
+from hf_model.loading import Loaded, Source, describe_architecture
 from hf_model.tokenizer import (
     example_prompt,
     format_example,
@@ -23,7 +23,6 @@ from hf_model.tokenizer import (
     is_of_characters,
     takes_instructions,
 )
-from hf_model.trainers import Checkpoint
 
 MISSING = "[More Information Needed]"  # the Hub's own mark for what the author has still to write
 STAGES = ("finetune", "pretrain", "sft")  # folder names that tell a stage of training; the folder above names the model
@@ -163,15 +162,14 @@ class CardFacts:
         return self.about.repo if self.about.repo and "/" in self.about.repo else self.place
 
 
-def card_facts(
-    checkpoint: Checkpoint | None, inspection: Inspection | None, source: Path, folder: Path, about: About
-) -> CardFacts:
+def card_facts(loaded: Loaded, inspection: Inspection | None, source: Source, folder: Path, about: About) -> CardFacts:
     """Gather what is known of a model that was read from `source` and goes into `folder`.
 
     Args:
-        checkpoint: the trainer's file; None if the source is a folder.
+        loaded: the model as it was read.
         inspection: what was found in the model; None if it was not inspected.
     """
+    checkpoint = loaded.checkpoint
     data = [f"[{markdown(name)}](https://huggingface.co/datasets/{quote(name, safe='/')})" for name in about.datasets]
     started_from, progress = None, ""
     if checkpoint is not None:
@@ -182,13 +180,13 @@ def card_facts(
             data.append(f"The checkpoint names its data {code(checkpoint.dataset)}.")
     evaluation = [f"The checkpoint tells: {markdown(progress)}."] if progress else []
     return CardFacts(
-        title=about.model_name or (about.repo or "").rpartition("/")[2] or title_of(folder, source),
+        title=about.model_name or (about.repo or "").rpartition("/")[2] or title_of(folder, source.path),
         place=place_of(folder),
         about=about,
         base_model=f"{GPT2_OWNER}/{started_from}" if started_from else None,
         learnt=tuple(map(markdown, _learnt(inspection))) if inspection else (),
         data="\n\n".join([*data, MISSING]),
-        evaluation="\n\n".join([*evaluation, _evidence(inspection, is_file=checkpoint is not None), MISSING]),
+        evaluation="\n\n".join([*evaluation, _evidence(loaded, inspection, source), MISSING]),
     )
 
 
@@ -203,10 +201,13 @@ def _learnt(inspection: Inspection) -> list[str]:
     return [*(text for item, text in inspection.choices if item == "warning"), *lines]
 
 
-def _evidence(inspection: Inspection | None, is_file: bool) -> str:
+def _evidence(loaded: Loaded, inspection: Inspection | None, source: Source) -> str:
     """How far the conversion was checked; the strongest check that there is."""
-    source = "checkpoint file" if is_file else "source folder"
-    only = f"The conversion compares its result with the {source}, not with the model inside its trainer."
+    if loaded.evidence:
+        only = f"The model's logits, compared with those of its own trainer's code: {loaded.evidence}."
+    else:
+        name = "source folder" if source.is_folder else "checkpoint file"
+        only = f"The conversion compares its result with the {name}, not with the model inside its trainer."
     if inspection is None or inspection.measurement is None:
         return only
     name = code(Path(inspection.measurement.path).name)

@@ -18,6 +18,8 @@ MAX_LOGITS = 2**27  # compared at most: half a gigabyte on either side
 
 def compared_with(source: Source) -> str:
     """The words before the result of a comparison, which tell what it was compared with and no more."""
+    if source.module is not None:
+        return "compared with your model: "
     return f"compared with the {'folder' if source.is_folder else 'file'}: "
 
 

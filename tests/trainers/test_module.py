@@ -99,6 +99,8 @@ def test_the_written_folder_is_verified_and_the_report_says_how_near_it_is(text:
     lines: list[str] = []
     converted(moved(Own()), text, report=lines.append)
     assert any("your model's own logits: equal bit for bit" in line for line in lines)
+    assert any("compared with your model: " in line for line in lines)
+    assert "those of its own trainer's code: equal bit for bit" in (text.parent / "hf" / "README.md").read_text()
 
 
 def test_parameters_without_a_use_are_named(text: Path) -> None:
