@@ -21,18 +21,27 @@ def read_bytes(path: Path, max_bytes: int, *, streams: bool = False) -> bytes:
     Raises:
         UserError: there is no such file, it is larger, it is a folder, pipe or device, or it cannot be read.
     """
+    content = read_start(path, max_bytes + 1, streams=streams)
+    if len(content) > max_bytes:
+        raise UserError(f"{path}: is larger than {max_bytes:,} bytes")
+    return content
+
+
+def read_start(path: Path, n_bytes: int, *, streams: bool = False) -> bytes:
+    """The first bytes of a regular file.
+
+    Raises:
+        UserError: there is no such file, it is a folder, pipe or device (without `streams`), or it cannot be read.
+    """
     try:
-        if not streams and not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its other end
-            raise UserError(f"{path}: is not a regular file")
-        with path.open("rb") as file:
-            content = file.read(max_bytes + 1)
+        if streams or stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its other end
+            with path.open("rb") as file:
+                return file.read(n_bytes)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    if len(content) > max_bytes:
-        raise UserError(f"{path}: is larger than {max_bytes:,} bytes")
-    return content
+    raise UserError(f"{path}: is not a regular file")
 
 
 def read_text(path: Path, max_bytes: int, *, streams: bool = False) -> str:

@@ -10,7 +10,7 @@ from tokenizers import BertWordPieceTokenizer, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_model.errors import UserError, one_line
-from hf_model.reading import read_text
+from hf_model.reading import read_start, read_text
 from hf_model.tokenizer.trial import MAX_TOKENIZER_BYTES, check_by_trial
 
 MAX_VOCABULARY_BYTES = 2**25
@@ -24,7 +24,7 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     # Look at the first bytes, so that a large file of another kind is not read whole.
-    text = read_text(path, MAX_TOKENIZER_BYTES) if read_start(path).lstrip().startswith(b"{") else ""
+    text = read_text(path, MAX_TOKENIZER_BYTES) if beginning(path).lstrip().startswith(b"{") else ""
     check_by_trial(text, path)
     return Tokenizer.from_str(text)
 
@@ -40,30 +40,13 @@ def tokenizer_of(content: dict[str, Any], path: Path) -> Tokenizer:
     return Tokenizer.from_str(text)
 
 
-def read_start(path: Path) -> bytes:
-    """The first bytes of a file.
+def beginning(path: Path) -> bytes:
+    """The first bytes of a file, by which its kind is known, without a byte order mark.
 
     Raises:
         UserError: there is no such file, or it cannot be read.
     """
-    check_regular(path)
-    try:
-        with path.open("rb") as file:
-            return file.read(64).removeprefix(b"\xef\xbb\xbf")
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def check_regular(path: Path) -> None:
-    """Refuse a pipe, a device or a folder: opening a pipe would wait for its other end.
-
-    Raises:
-        UserError: the path exists and is not a regular file.
-    """
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path}: is not a regular file")
+    return read_start(path, 64).removeprefix(b"\xef\xbb\xbf")
 
 
 def read_word_pieces(path: Path) -> tuple[Tokenizer, str]:

@@ -20,9 +20,8 @@ from hf_model.tokenizer.characters import (
     read_meta,
 )
 from hf_model.tokenizer.files import (
-    check_regular,
+    beginning,
     load_auto,
-    read_start,
     read_tokenizer,
     read_word_pieces,
     tokenizer_of,
@@ -176,12 +175,11 @@ def _named(source: str | Path, model: ModelInfo, choices: Choices) -> FoundToken
         return _of_folder(path, model, choices)
     if not path.exists():
         return _of_name(str(source), model, choices)
-    check_regular(path)
+    start = beginning(path)
     if pair := find_pair(path):
         return _of_pair(pair, f"{pair[0]} and {pair[1].name}", model, choices)
     if other := other_half(path):
         raise UserError(f"{path}: is half of a vocabulary: its other file, {other}, is not beside it")
-    start = read_start(path)
     if path.suffix in (".pkl", ".pickle") or start.startswith(b"\x80"):
         if b"tiktoken" in start:
             raise UserError(f"{path}: {PICKLED_ENCODING}")
