@@ -23,15 +23,12 @@ from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.reading import parse_json
 from hf_model.tokenizer.trial import MAX_TOKENIZER_BYTES, check_by_trial
 from hf_model.trainers import widest
+from hf_model.trainers.tensors import WEIGHT_DTYPES, dtype_name
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TEMPLATES = "additional_chat_templates"  # the only folder in a folder that transformers reads
-DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F64": torch.float64,
-}  # the keys are safetensors' names
+# By their names in a safetensors file.
+SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 MAX_BYTES = {"tokenizer.json": MAX_TOKENIZER_BYTES, INDEX: 2**25}
 MAX_OTHER_BYTES = 2**21
@@ -152,7 +149,7 @@ def read_config(folder: Path) -> CustomGPTConfig:
         if name in fields and not (isinstance(fields[name], dict) and len(fields[name]) <= MAX_LABELS):
             raise cannot_load(folder, f"config.json: {name} is not a dict of at most {MAX_LABELS} labels")
     for name in ("dtype", "torch_dtype"):
-        if fields.get(name) not in (None, *(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())):
+        if fields.get(name) not in (None, *map(dtype_name, WEIGHT_DTYPES)):
             raise cannot_load(folder, f"config.json: unsupported {name} {fields[name]!r}")
     _warn_of_unknown(folder, "config.json", fields, CONFIG_FIELDS)
     return CustomGPTConfig.from_dict({name: value for name, value in fields.items() if name in CONFIG_FIELDS})
@@ -367,9 +364,9 @@ def check_weights(folder: Path, config: CustomGPTConfig) -> torch.dtype:
     for name, shape in shapes.items():
         if shape != expected[name]:
             raise _mismatch(folder, f"{name} has the shape {shape}, and config.json says {expected[name]}")
-        if dtypes[name] not in DTYPES:
+        if dtypes[name] not in SAFETENSORS_DTYPES:
             raise UserError(f"{folder}: {name} has the unsupported dtype {dtypes[name]}")
-    return widest(DTYPES[dtype] for dtype in dtypes.values())
+    return widest(SAFETENSORS_DTYPES[dtype] for dtype in dtypes.values())
 
 
 def _mismatch(folder: Path, what: str) -> UserError:

@@ -44,7 +44,7 @@ from hf_model.trainers.module_calls import logits_of as module_logits
 from hf_model.trainers.module_calls import untouched, unwrap
 from hf_model.trainers.own_code import build_module
 from hf_model.trainers.pickle_reader import kind_of
-from hf_model.trainers.tensors import WEIGHT_DTYPES
+from hf_model.trainers.tensors import WEIGHT_DTYPES, dtype_name
 
 AUTO_MAP = {
     "AutoConfig": "configuration_custom_gpt.CustomGPTConfig",
@@ -98,7 +98,7 @@ class Loaded:
     checkpoint: Checkpoint | None = None
     """What the trainer's file held, if there is one."""
     evidence: str = ""
-    """How near the logits are to those of the user's own model, if there is one."""
+    """How near the logits are to those of the user's own model, in words; "" if there is none."""
     choices: tuple[tuple[str, str], ...] = ()
     """What the user left open: the option, and what was chosen and why."""
 
@@ -396,9 +396,7 @@ def compare_logits(module: nn.Module, model: CustomGPTForCausalLM, reading: Read
                     f"{length} tokens are {off:.2g} of their spread off"
                 )
             largest = max(largest, off)
-    return "your model's own logits: " + (
-        "equal bit for bit" if largest == 0 else f"within {largest:.1e} of their spread"
-    )
+    return "equal bit for bit" if largest == 0 else f"within {largest:.1e} of their spread"
 
 
 def own_tokenizer(folder: Path, config: CustomGPTConfig | None = None) -> FoundTokenizer:
@@ -469,10 +467,6 @@ def _folder_model(
 
 
 # Dtypes and devices.
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 DTYPES = {dtype_name(dtype): dtype for dtype in WEIGHT_DTYPES}

@@ -26,8 +26,9 @@ from hf_model.formats.target import (
     with_usual_scale,
     write_tokenizer,
 )
-from hf_model.loading import FROM_PRETRAINED, Loaded, Source, default_generation
+from hf_model.loading import FROM_PRETRAINED, Loaded, Source
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
+from hf_model.tokenizer import unused_ids
 
 TRANSPOSED = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # Conv1D has (in, out), Linear (out, in)
 
@@ -119,7 +120,7 @@ def stock_generation(loaded: Loaded) -> GenerationConfig:
     generation = copy.deepcopy(loaded.model.generation_config)
     generation.max_new_tokens, generation.max_length = None, config.block_size
     if generation.suppress_tokens is None:
-        generation.suppress_tokens = default_generation(loaded.tokenizer, config.vocab_size).suppress_tokens
+        generation.suppress_tokens = unused_ids(loaded.tokenizer, config.vocab_size) or None
     return generation
 
 

@@ -21,10 +21,10 @@ from hf_model.loading import (
     describe_parameters,
     describe_source,
     describe_tokenizer,
-    dtype_name,
 )
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.tokenizer import PAD, is_of_characters, takes_instructions
+from hf_model.trainers.tensors import dtype_name
 
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "tie_word_embeddings", "dropout")
 READ_KEYS = ("iter_num", "step", "loss", "best_val_loss", "val_loss", "model_args")

@@ -35,7 +35,7 @@ DESCRIPTOR_BYTES = 24  # behind an entry at most: its CRC32 and sizes once more
 NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE; Python's mmap has no name for it
 
 # The dtype of each storage class.
-DTYPES = {
+STORAGE_DTYPES = {
     **{"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16},
     **{"BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32},
     **{"ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool},
@@ -254,7 +254,7 @@ def _legacy_storages(content: mmap.mmap, place: int, keys: list[Any], stored: li
     for key in keys:
         storage = by_key.pop(key)
         (length,) = struct.unpack_from("<q", content, place)
-        size = length * DTYPES[storage.dtype].itemsize
+        size = length * STORAGE_DTYPES[storage.dtype].itemsize
         if length != storage.length or place + 8 + size > len(content):
             raise ValueError(f"the storage {key!r} is cut short")
         storages[key] = Entry(place + 8, size)

@@ -12,12 +12,16 @@ import torch
 
 from hf_model.errors import UserError
 from hf_model.trainers.architecture import is_tied
-from hf_model.trainers.archive import DTYPES, Archive
+from hf_model.trainers.archive import STORAGE_DTYPES, Archive
 from hf_model.trainers.pickle_reader import StandIn, StoredTensor, dict_of, kind_of
 
 WEIGHT_KEYS = ("model_state_dict", "model", "state_dict")
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 NUMBER_DTYPES = (*WEIGHT_DTYPES, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
@@ -77,7 +81,7 @@ def number_of(archive: Archive, stored: StoredTensor) -> int | float | None:
 
 def dtype_of(stored: StoredTensor) -> torch.dtype | None:
     """The dtype of a tensor; None if the file names no dtype that torch has."""
-    dtype = getattr(torch, stored.dtype, None) if stored.dtype else DTYPES.get(stored.storage.dtype)
+    dtype = getattr(torch, stored.dtype, None) if stored.dtype else STORAGE_DTYPES.get(stored.storage.dtype)
     return dtype if isinstance(dtype, torch.dtype) else None
 
 
@@ -91,7 +95,9 @@ def _span(shape: Sequence[int], stride: Sequence[int]) -> int:
 def _is_whole(archive: Archive, stored: StoredTensor) -> bool:
     """Whether the file holds all bytes of a tensor's storage, and no more."""
     entry, storage = archive.storages.get(stored.storage.key), stored.storage
-    return entry is not None and entry.length == storage.length * DTYPES.get(storage.dtype, torch.uint8).itemsize
+    return (
+        entry is not None and entry.length == storage.length * STORAGE_DTYPES.get(storage.dtype, torch.uint8).itemsize
+    )
 
 
 def _is_inside(archive: Archive, stored: StoredTensor) -> bool:
