@@ -155,7 +155,7 @@ class TestOtherFiles:
 
     def test_a_pipe_does_not_keep_it_waiting(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "tokenizer.json")
-        with pytest.raises(UserError, match=r"tokenizer\.json: is not a regular file"):
+        with pytest.raises(UserError, match=r"^[^:]*tokenizer\.json: is not a regular file$"):
             read_tokenizer(tmp_path / "tokenizer.json")
 
 
