@@ -242,7 +242,9 @@ class TestArguments:
         tokenizer = ("--tokenizer_path", str(TOKENIZER), "--n_head", "3", "--response_only")
         refused = call(generate, "--checkpoint_path", "ema.safetensors", *tokenizer, *FRANCE)
         assert refused.status == 2
-        subprocess.run(shlex.split(refused.err.partition("make one: ")[2]), check=True, timeout=120)
+        command = shlex.split(refused.err.partition("make one: ")[2])
+        assert command[0] == "python"  # of the activated environment
+        subprocess.run([sys.executable, *command[1:]], check=True, timeout=120)
         assert call(generate, "--checkpoint_path", "ckpt.pt", *tokenizer, *FRANCE).out == "Paris\n"
 
     def test_a_prompt_may_stand_in_a_file(self, tmp_path: Path, call: Callable[..., Result]) -> None:
