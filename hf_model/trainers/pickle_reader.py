@@ -34,7 +34,7 @@ DATA = re.compile(
     r"builtins\.(object|type|bool|int|float|complex|str|bytes|bytearray|tuple|list|dict|(frozen)?set|range|slice"
     r"|[A-Z]\w*)|collections\.(defaultdict|deque)|datetime\.(date|time|datetime|timedelta|timezone)|array\._?array\w*"
     r"|argparse\.Namespace|types\.(SimpleNamespace|MappingProxyType|GenericAlias|(None|Union|Ellipsis)Type)"
-    r"|copyreg\._reconstructor|_codecs\.encode|functools\.partial|re\._compile|_?operator\.getitem"
+    r"|copyreg\._reconstructor|_codecs\.encode|functools\.partial|re\._compile|_?operator\.(getitem|or_)"
     r"|_?io\.(Bytes|String)IO|time\.struct_time|torch\.(device|bool|half|float|double|short|int|long|strided|sparse_\w+"
     r"|([qu]*int|b?float|complex|bits)\d\w*|per_(tensor|channel)_\w+)"
     r"|torch\.(serialization\._get_layout|nn\.functional\.\w+|_C\._nn\.\w+)|numpy\.(dtype|ndarray|recarray|record|matrix"
@@ -125,9 +125,9 @@ def read_pickle(file: bytes | IO[bytes] | mmap) -> tuple[Any, list[StoredBytes]]
             raise ValueError(f"the opcode {opcode.name}")
         STEPS[opcode.name](machine, argument)
     (value,) = machine.last(1)
-    if machine.refused:
-        found = find(value, lambda value: isinstance(value, StandIn) and value.name in machine.refused)
-        name, place = (found[0].name, found[1]) if found else (next(iter(machine.refused)), "")
+    if refused := machine.refused | machine.unproven:
+        found = find(value, lambda value: isinstance(value, StandIn) and value.name in refused)
+        name, place = (found[0].name, found[1]) if found else (next(iter(refused)), "")
         raise UserError(
             f"{place}{': ' if place else ''}refers to {one_line(name, 100)}. Functions, and classes that can "
             f"act, are not read, since a file can use them to run code (nothing was run)"
@@ -166,12 +166,16 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((str(index), inner) for index, inner in enumerate(value))
 
 
+def _is_capital(name: str) -> bool:
+    return name.lstrip("_")[:1].isupper()
+
+
 def _is_data(module: str, name: str) -> bool:
     """Whether a stand-in may take the place of a class, or of a function that only puts data together.
 
     A name that begins with a capital letter is taken for a class.
     """
-    is_class = all(part.lstrip("_")[:1].isupper() for part in name.split("."))
+    is_class = all(map(_is_capital, name.split(".")))
     if DATA.fullmatch(f"{module}.{name}"):
         return True
     if module.partition(".")[0] in STANDARD_LIBRARY:
@@ -197,8 +201,10 @@ class _Machine:
     """For each mark the stack below it."""
     memo: list[Any] = field(default_factory=list)
     names: dict[str, StandIn] = field(default_factory=dict)
+    unproven: dict[str, None] = field(default_factory=dict)
+    """Names of code, unless their use shows otherwise, in the order of the file."""
     refused: dict[str, None] = field(default_factory=dict)
-    """Names of code, in the order of the file."""
+    """Names of code that the pickle has used as such."""
     storages: list[StoredBytes] = field(default_factory=list)
     steps: int = 0
 
@@ -269,8 +275,21 @@ class _Machine:
         if full not in self.names:
             self.names[full] = StandIn(full)
             if not _is_data(module, name):
-                self.refused[full] = None
+                self.unproven[full] = None
         return self.names[full]
+
+    def member(self, owner: Any = None, name: Any = None, *more: Any) -> StandIn:
+        """What pickle writes as `getattr(cls, name)`: a class inside a class (protocols 0 to 3), or an enum's member.
+
+        Python 3.11.0 to 3.11.3 write members so. As in `_is_data`, a name with a capital letter is not a method's.
+        """
+        is_named = isinstance(owner, StandIn) and self.names.get(owner.name) is owner
+        if more or not is_named or not isinstance(name, str) or len(name) > MAX_NAME or not _is_capital(name):
+            self.refused["builtins.getattr"] = None
+            return StandIn("builtins.getattr", (owner, name))
+        self.unproven.pop("builtins.getattr", None)
+        full = f"{owner.name}.{name}"
+        return self.names.setdefault(full, StandIn(full))
 
     def persistent(self, written: Any) -> Any:
         """A storage. torch writes it as ("storage", class, key, device, length); older files add a view.
@@ -302,7 +321,7 @@ class _Machine:
         if not isinstance(cls, StandIn) or not isinstance(args, tuple):
             raise TypeError("makes an object of a value that is not a class")
         if cls.name.partition(".")[0] not in STANDARD_LIBRARY:
-            self.refused.pop(cls.name, None)
+            self.unproven.pop(cls.name, None)
         return StandIn(cls.name, args, content=content)
 
     def instance(self, cls: StandIn | None) -> Any:
@@ -394,6 +413,7 @@ def _of_type(machine: _Machine, function: Any, cls: Any, args: Any, state: Any) 
 
 # The calls that make dicts, objects and tensors.
 UNDERSTOOD: dict[str, Callable[..., Any]] = {
+    "builtins.getattr": _Machine.member,
     "collections.OrderedDict": _ordered_dict,
     "copyreg._reconstructor": lambda machine, cls, base, items: machine.new(cls, (), items),  # protocols 0 and 1
     "torch._utils._rebuild_tensor": _tensor,

@@ -26,6 +26,7 @@ class Marker:
     """Code of a stranger's in every place that pickle looks for some; all of it shows by a file."""
 
     path: Path
+    MEMBER = 1
 
     def __init__(self, value: int = 0):
         self.value = value
@@ -53,6 +54,11 @@ EXPLOITS: dict[str, Callable[[str], Any]] = {
     "torch.save": lambda path: Calls(torch.save, {}, path),
     "torch's own functions": lambda path: Calls(torch.UntypedStorage.from_file, path, True, 8),
     "a harmless class's method": lambda path: Calls(Calls(getattr, Calls(Path, path), "touch")),
+    "a class's method": lambda path: Calls(Calls(getattr, Path, "touch"), Calls(Path, path)),
+    "a method before a member": lambda path: (
+        Calls(Calls(getattr, Calls(Path, path), "touch")),
+        Calls(getattr, Marker, "MEMBER"),
+    ),
 }
 PLACES: dict[str, Callable[[Any], Any]] = {
     "the whole file": lambda exploit: exploit,

@@ -87,7 +87,16 @@ class Config:
 
 
 class _Private:
-    pass
+    class Config(dict):
+        """A class inside a class."""
+
+    class Kind(enum.Enum):
+        """Its members are written as Python 3.11.0 to 3.11.3 write them."""
+
+        SMALL = 1
+
+        def __reduce_ex__(self, protocol: int) -> tuple:
+            return getattr, (type(self), self.name)
 
 
 class Node:
@@ -117,6 +126,7 @@ HONEST: dict[str, Any] = {
     "paths": [pathlib.Path("out"), pathlib.PurePosixPath("a"), pathlib.PureWindowsPath("b")],
     "a partial of a class": functools.partial(torch.optim.AdamW, lr=1e-3),
     "classes": [nn.GELU, torch.optim.AdamW, int, str, dict, type(None), ValueError, Config],
+    "classes in classes": [_Private.Config, _Private.Config(n_head=4), _Private.Kind.SMALL, {_Private.Kind.SMALL: 1}],
     "objects": [Config(), Slots(), _Private(), Node(), argparse.Namespace(a=1), types.SimpleNamespace(b=2)],
     "types": [typing.Any, typing.Optional[int], dict[str, int], typing.Callable],  # noqa: UP045
     "an exception": RuntimeError("stopped", 3),
@@ -173,8 +183,20 @@ def test_an_object_keeps_what_was_pickled(protocol: int) -> None:
     config, items, colour, cls = read
     assert isinstance(config, StandIn) and config.name.endswith(".Config") and config.state["n_head"] == 8
     assert items.content == {"lr": 1e-3}
-    assert colour.args == ("red",)
+    if Colour.RED.__reduce_ex__(protocol)[0] is getattr:  # Python 3.11.0 to 3.11.3
+        assert colour.name.endswith(".Colour.RED")
+    else:
+        assert colour.args == ("red",)
     assert cls.name == config.name and cls.state is None
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_class_in_a_class_has_its_full_name(protocol: int) -> None:
+    value = [_Private.Config, _Private.Config(n_head=8), _Private.Kind.SMALL, _Private.Kind.SMALL]
+    cls, config, member, again = read_pickle(pickle.dumps(value, protocol))[0]
+    assert cls.name == config.name == f"{__name__}._Private.Config"
+    assert config.content == {"n_head": 8}
+    assert member.name == f"{__name__}._Private.Kind.SMALL" and again is member
 
 
 def test_a_pickled_module_keeps_its_tensors(tmp_path: Path) -> None:
