@@ -91,7 +91,8 @@ def convert(
     if page is not None:
         check_page(page)
 
-    source = Source.of(checkpoint_path, tokenizer_path, **how)  # only now: with `model`, this runs the user's code
+    # Only now: with `model`, this runs the user's code.
+    source = Source.of(checkpoint_path, tokenizer_path, training_data=training_data, **how)
     loaded = source.load(needs_tokenizer=format != "checkpoint" or training_data is not None or page is not None)
     inspection = None
     if loaded.found is not None:

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 from transformers.activations import ACT2FN
 from typing_extensions import Unpack
 
+from hf_model.choosing import TEXT_BYTES, Chosen, choose_form, describe_form
 from hf_model.configuration_custom_gpt import CustomGPTConfig
-from hf_model.errors import UserError, memory_for, one_line
+from hf_model.errors import UserError, memory_for, one_line, some_of
 from hf_model.fast_cpu import fast_on_cpu
 from hf_model.folder import (
     check_weights,
@@ -27,6 +28,7 @@ from hf_model.folder import (
     with_weights,
 )
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
+from hf_model.reading import read_start
 from hf_model.tokenizer import (
     FoundTokenizer,
     ModelInfo,
@@ -42,6 +44,7 @@ from hf_model.trainers.architecture import Architecture, is_copied
 from hf_model.trainers.module import Reading, read_module
 from hf_model.trainers.module_calls import logits_of as module_logits
 from hf_model.trainers.module_calls import untouched, unwrap
+from hf_model.trainers.names import FAMILY
 from hf_model.trainers.own_code import build_module
 from hf_model.trainers.pickle_reader import kind_of
 from hf_model.trainers.tensors import WEIGHT_DTYPES, dtype_name
@@ -65,7 +68,7 @@ MODULE_ACTIVATIONS = {
 }
 # The largest difference of two logits, divided by their standard deviation, that counts as rounding.
 LOGITS_CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
-ACTIVATIONS = ("auto", "gelu", "gelu_new", "gelu_pytorch_tanh")
+ACTIVATIONS = ("auto", *MODULE_ACTIVATIONS)
 # One thread at a time: while `from_pretrained` builds a model, it sets torch's default dtype for the whole process.
 FROM_PRETRAINED = threading.Lock()
 
@@ -138,6 +141,8 @@ class Source:
     """The token that ends an answer."""
     pad_token: str | None = None
     """The token that fills up the rows of a batch."""
+    training_data: str | Path | None = None
+    """Text that the model was trained on, for a checkpoint whose names leave open what the model computes."""
     ignore_model_args: Sequence[str] = ()
     """Names of options in the checkpoint's `model_args` that are not known here and may be left out."""
     module: nn.Module | None = None
@@ -148,6 +153,8 @@ class Source:
         cls,
         origin: str | Path | nn.Module,
         tokenizer_path: str | Path | None = None,
+        *,
+        training_data: str | Path | None = None,
         **options: Unpack[SourceOptions],
     ) -> "Source":
         """The source of the public functions' arguments."""
@@ -155,7 +162,7 @@ class Source:
         if isinstance(origin, nn.Module):
             return cls(Path(type(unwrap(origin)).__name__), tokenizer_path, module=origin, **options)
         module = None if model is None else build_module(model, Path(origin))
-        return cls(Path(origin), tokenizer_path, module=module, **options)
+        return cls(Path(origin), tokenizer_path, module=module, training_data=training_data, **options)
 
     @property
     def is_folder(self) -> bool:
@@ -239,21 +246,46 @@ class Source:
             )
         dtype, architecture = pick_dtype(self.dtype, checkpoint.dtype), checkpoint.architecture(self.n_head)
         found = self._find_tokenizer(_info(checkpoint, architecture))
-        tokenizer, chosen = found.tokenizer, checkpoint.trainer.activation
+        tokenizer = found.tokenizer
         try:
-            config = CustomGPTConfig(
-                **asdict(architecture),
-                activation_function=chosen if self.activation == "auto" else self.activation,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
+            forms = [
+                CustomGPTConfig(
+                    **asdict(architecture) | checkpoint.options | form,
+                    bos_token_id=tokenizer.bos_token_id,
+                    eos_token_id=tokenizer.eos_token_id,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+                for form in checkpoint.forms(architecture, None if self.activation == "auto" else self.activation)
+            ]
         except StrictDataclassError as error:
             raise UserError(f"{self.path}: {error}") from None
+        chosen = Chosen(forms[0], "") if len(forms) == 1 else self._choose_form(forms, checkpoint, found)
+        config = chosen.config
         config.dtype, config.auto_map = dtype, AUTO_MAP
         model = with_weights(config, {name: tensor.to(dtype) for name, tensor in checkpoint.state_dict.items()})
         model.generation_config = default_generation(tokenizer, config.vocab_size)
-        return Loaded(model, found, checkpoint.dtype, checkpoint, choices=tuple(self._choices(checkpoint, found)))
+        choices = [("form", f"{describe_form(config)} ({chosen.why})")] if chosen.why else []
+        choices += self._choices(checkpoint, found)
+        return Loaded(model, found, checkpoint.dtype, checkpoint, choices=tuple(choices))
+
+    def _choose_form(self, forms: list[CustomGPTConfig], checkpoint: Checkpoint, found: FoundTokenizer) -> Chosen:
+        """Choose by the loss on the text that the user gave.
+
+        Raises:
+            UserError: there is no text, or the text does not tell.
+        """
+        path = self.characters_of or self.training_data
+        if path is None:
+            raise UserError(
+                f"{self.path}: models of several kinds have the names of {checkpoint.names.trainer} (norms before or "
+                "after, two scales of attention): give the text that the model was trained on, with --characters_of or "
+                "--training_data, or the code that makes the model, with --model train.py:GPT"
+            )
+        text = read_start(Path(path), TEXT_BYTES).decode("utf-8", "ignore")
+        try:
+            return choose_form(forms, checkpoint.state_dict, found.encode(text))
+        except UserError as error:
+            raise UserError(f"{path}: {error}, or the code that makes the model, with --model train.py:GPT") from None
 
     def _load_module(self, module: nn.Module, needs_tokenizer: bool) -> Loaded:
         if self.tokenizer_path is None and self.characters_of is None and needs_tokenizer:
@@ -278,8 +310,12 @@ class Source:
         return Loaded(model, found, own, evidence=evidence, choices=tuple(choices))
 
     def _choices(self, checkpoint: Checkpoint, found: FoundTokenizer) -> Iterator[tuple[str, str]]:
-        if self.n_head is None and (beside := checkpoint.heads_beside()):
-            yield "heads", f"{beside[0]} ({beside[1]})"
+        if checkpoint.names is not FAMILY:
+            yield "names", f"those of {checkpoint.names.trainer}"
+        if self.n_head is None and (told := checkpoint.told_heads()):
+            yield "heads", f"{told[0]} ({told[1]})"
+        if checkpoint.no_biases:
+            yield "biases", f"zeros for {some_of(checkpoint.no_biases, 2)}, since the file has none there"
         for name, value in checkpoint.unknown_args.items():
             ignored = f"{name}={_shown(value)} in model_args was ignored"
             yield "warning", f"{ignored}: the model may not compute what its trainer computes"
@@ -290,9 +326,17 @@ class Source:
         if checkpoint.has_head_alone:
             yield "head", "tied: the file has lm_head.weight alone, which is taken for the embedding too"
         trainer = checkpoint.trainer
-        if self.activation == "auto" and not trainer.is_known:
-            unsure = "nothing in the file tells; models of older trainers need --activation gelu_new"
-            yield "activation", f"{trainer.activation} ({unsure})"
+        if self.activation == "auto" and len(checkpoint.names.forms) > 1:
+            pass  # the loss has decided
+        elif self.activation == "auto" and not trainer.is_known:
+            likely = f"the likeliest, since {trainer.why}" if trainer.why else "the most common"
+            yield "activation", f"{trainer.activation} ({likely})"
+            yield (
+                "warning",
+                "nothing in the file tells the activation, and a wrong one changes the answers a little. Choose it with "
+                "--activation, check it with --inspect --training_data FILE, or give the code that makes the model, "
+                "with --model train.py:GPT",
+            )
         elif self.activation == "auto" and trainer.why:
             yield "activation", f"{trainer.activation} ({trainer.why})"
         yield from tokenizer_choices(found)

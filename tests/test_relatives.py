@@ -152,7 +152,7 @@ class TestChoices:
         lines: list[str] = []
         meta = relatives.save_meta(tmp_path / "meta.pkl")
         convert(tmp_path / "ckpt.pt", meta, tmp_path / "hf", report=lines.append)
-        assert "activation    gelu (nothing in the file tells" in "\n".join(lines)
+        assert any(re.match(r"warning: nothing in the file tells the activation", line) for line in lines)
 
     def test_the_user_s_word_is_the_last(self, family: dict[str, Relative]) -> None:
         meta = family["nanoGPT of characters"].path.parent.parent / "data" / "tiny_char" / "meta.pkl"

@@ -175,7 +175,7 @@ def inspect(
     Raises:
         UserError: a file or the folder is invalid.
     """
-    source = Source.of(checkpoint_path, tokenizer_path, **options)
+    source = Source.of(checkpoint_path, tokenizer_path, training_data=training_data, **options)
     loaded = source.load()
     return examine(source, loaded, training_data), loaded.model, loaded.tokenizer
 
@@ -219,7 +219,8 @@ def _architecture(source: Source, loaded: Loaded) -> dict[str, Found]:
         return {name: Found(getattr(config, name), place) for name in (*SIZES, "activation_function")}
     default = "the trainer's default (the file does not tell)"
     activation = checkpoint.trainer.why or default
-    heads = "config.json beside the file" if "heads" in dict(loaded.choices) else "model_args"
+    told = checkpoint.told_heads()
+    heads = told[1] if told else "model_args"
     origin = dict.fromkeys(SIZES, "the weights") | {
         "n_head": heads if source.n_head is None else "--n_head",
         "dropout": "model_args" if "dropout" in checkpoint.model_args else default,

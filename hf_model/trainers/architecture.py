@@ -1,7 +1,7 @@
-"""The names and shapes of the tensors in a checkpoint.
+"""The names and shapes of the model's tensors.
 
-The Hugging Face model has the same names, so nothing is renamed or transposed. A state dict is checked against the
-table, and the model's sizes are read from the shapes.
+The Hugging Face model has nanoGPT's names. A state dict is checked against the table, and the model's sizes are read
+from the shapes.
 """
 
 import re
@@ -14,7 +14,7 @@ from hf_model.errors import UserError, some_of
 if TYPE_CHECKING:
     import torch
 
-# C = n_embd, V = vocab_size, T = block_size; {i} is the layer. Linear weights are (out, in).
+# C = n_embd, H = the MLP's width, V = vocab_size, T = block_size; {i} is the layer. Linear weights are (out, in).
 WEIGHTS = {
     "transformer.wte.weight": ("V", "C"),
     "transformer.wpe.weight": ("T", "C"),
@@ -22,8 +22,8 @@ WEIGHTS = {
     "transformer.h.{i}.attn.c_attn.weight": ("3C", "C"),  # q, k, v stacked
     "transformer.h.{i}.attn.c_proj.weight": ("C", "C"),
     "transformer.h.{i}.ln_2.weight": ("C",),
-    "transformer.h.{i}.mlp.c_fc.weight": ("4C", "C"),
-    "transformer.h.{i}.mlp.c_proj.weight": ("C", "4C"),
+    "transformer.h.{i}.mlp.c_fc.weight": ("H", "C"),
+    "transformer.h.{i}.mlp.c_proj.weight": ("C", "H"),
     "transformer.ln_f.weight": ("C",),
     "lm_head.weight": ("V", "C"),
 }
@@ -32,12 +32,10 @@ BIASES = {
     "transformer.h.{i}.attn.c_attn.bias": ("3C",),
     "transformer.h.{i}.attn.c_proj.bias": ("C",),
     "transformer.h.{i}.ln_2.bias": ("C",),
-    "transformer.h.{i}.mlp.c_fc.bias": ("4C",),
+    "transformer.h.{i}.mlp.c_fc.bias": ("H",),
     "transformer.h.{i}.mlp.c_proj.bias": ("C",),
     "transformer.ln_f.bias": ("C",),
 }
-CAUSAL_MASK = re.compile(r"transformer\.h\.\d+\.attn\.bias")  # a buffer of models without fused attention
-WRAPPERS = {"_orig_mod", "module"}  # torch.compile, DistributedDataParallel
 SIZES = ("n_layer", "n_embd", "block_size", "vocab_size")
 
 
@@ -53,38 +51,21 @@ class Architecture:
     bias: bool
     dropout: float
     tie_word_embeddings: bool
+    n_inner: int | None = None
+    """The MLP's width; None is four times `n_embd`."""
+    head_bias: bool = False
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name to shape of every tensor of the model, without a tied head."""
         C = self.n_embd
-        size = {"C": C, "3C": 3 * C, "4C": 4 * C, "V": self.vocab_size, "T": self.block_size}
-        table = WEIGHTS | (BIASES if self.bias else {})
+        size = {"C": C, "3C": 3 * C, "H": self.n_inner or 4 * C, "V": self.vocab_size, "T": self.block_size}
+        table = WEIGHTS | (BIASES if self.bias else {}) | ({"lm_head.bias": ("V",)} if self.head_bias else {})
         return {
             template.format(i=layer): tuple(size[dim] for dim in dims)
             for template, dims in table.items()
             for layer in (range(self.n_layer) if "{i}" in template else (0,))
             if not (self.tie_word_embeddings and template == "lm_head.weight")
         }
-
-
-def clean_names(state_dict: Mapping[Any, Any]) -> dict[str, Any]:
-    """The same values under the names of the table, without the wrappers' prefixes and the causal masks.
-
-    Raises:
-        UserError: a name is not a string, or two names become the same.
-    """
-    clean: dict[str, Any] = {}
-    source: dict[str, str] = {}
-    for name, tensor in state_dict.items():
-        if not isinstance(name, str):
-            raise UserError(f"its state dict has the key {name!r}, which is not a name")
-        stripped = ".".join(part for part in name.split(".") if part not in WRAPPERS)
-        if CAUSAL_MASK.fullmatch(stripped):
-            continue
-        if stripped in clean:
-            raise UserError(f"the weights {source[stripped]!r} and {name!r} are both {stripped!r}")
-        clean[stripped], source[stripped] = tensor, name
-    return clean
 
 
 def infer_architecture(
@@ -102,6 +83,8 @@ def infer_architecture(
             number of heads is unknown or impossible.
     """
     wte, wpe = (_matrix(state_dict, f"transformer.{name}.weight") for name in ("wte", "wpe"))
+    up = state_dict.get("transformer.h.0.mlp.c_fc.weight")
+    n_inner = None if up is None or up.shape[0] == 4 * wte.shape[1] else up.shape[0]
     layers = {int(match[1]) for name in state_dict if (match := re.match(r"transformer\.h\.(\d{1,6})\.", name))}
     sizes = {
         "n_layer": len(layers),
@@ -118,12 +101,30 @@ def infer_architecture(
     architecture = Architecture(
         **sizes,
         n_head=_heads(n_head if n_head is not None else model_args.get("n_head"), sizes["n_embd"]),
-        bias=any(name.endswith(".bias") for name in state_dict),
+        bias=any(name.endswith(".bias") and name != "lm_head.bias" for name in state_dict),
         dropout=_dropout(model_args.get("dropout", 0.1)),
         tie_word_embeddings=is_tied(state_dict),
+        n_inner=n_inner,
+        head_bias="lm_head.bias" in state_dict,
     )
     _check_shapes(state_dict, architecture.shapes())
     return architecture
+
+
+def with_zero_biases(state_dict: Mapping[str, "torch.Tensor"]) -> dict[str, "torch.Tensor"]:
+    """The tensors, and zeros for each bias that no layer has, if the model has other biases. The result is the same."""
+    filled = dict(state_dict)
+    biases = {_without_layer(name) for name in state_dict if name.endswith(".bias")}
+    if biases - {"lm_head.bias"}:
+        for name, weight in state_dict.items():
+            bias = name.removesuffix("weight") + "bias"
+            if _without_layer(bias) in BIASES.keys() - biases:
+                filled[bias] = weight.new_zeros(weight.shape[0])
+    return filled
+
+
+def _without_layer(name: str) -> str:
+    return re.sub(r"\.h\.\d+\.", ".h.{i}.", name)
 
 
 def is_tied(state_dict: Mapping[str, "torch.Tensor"]) -> bool:
@@ -139,10 +140,7 @@ def is_copied(head: "torch.Tensor", embedding: "torch.Tensor") -> bool:
 
 def _matrix(state_dict: Mapping[str, "torch.Tensor"], name: str) -> "torch.Tensor":
     if name not in state_dict:
-        names = ", ".join(list(state_dict)[:5])
-        raise UserError(
-            f"there is no {name!r} among its {len(state_dict)} tensors ({names}, …): not a GPT of this family"
-        )
+        raise UserError(f"it lacks {name!r}")
     if state_dict[name].ndim != 2 or 0 in state_dict[name].shape:
         raise UserError(f"{name!r} has shape {tuple(state_dict[name].shape)}, not that of an embedding")
     return state_dict[name]

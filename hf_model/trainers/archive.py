@@ -1,14 +1,15 @@
-"""Reads a `torch.save` file: the values in it, and where the bytes of its tensors are. Nothing in it is run.
+"""Reads a `torch.save` file or a plain pickle: its values, and where the bytes of its tensors are. Nothing is run.
 
 Only this module reads the file, so what is checked is what is used.
 """
 
+import io
 import mmap
 import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +23,17 @@ from hf_model.trainers.pickle_reader import MAX_PICKLE_BYTES, StoredBytes, read_
 ZIP = b"PK\x03\x04"
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of torch's magic number
 OTHER_FORMATS = {
-    b"\x80": "is a plain pickle, which can run code: it was not opened. Save it with torch.save",
     b"version https://git-lfs": "is a git-lfs pointer, not the file itself: run `git lfs pull`",
     b"<": "is a web page, not a checkpoint: download the file itself",
     b"\x1f\x8b": "is gzip-compressed: unpack it first",
     b"{": "is a JSON file, not a checkpoint",
 }
+PLAIN_PICKLE = b"\x80"  # of protocol 2 or later
 ADVICE = "Save only the weights and plain values: torch.save({'model': model.state_dict(), 'model_args': {...}}, path)"
 TOO_MUCH = f"holds more than {MAX_PICKLE_BYTES // 2**20} MiB of values beside its tensors. {ADVICE}"
 MAX_DIRECTORY_BYTES = 16 * 2**20  # of a zip file; a storage takes about a hundred
 DESCRIPTOR_BYTES = 24  # behind an entry at most: its CRC32 and sizes once more
+ALIGNMENT = 64  # bytes, of the storages of a plain pickle
 NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE; Python's mmap has no name for it
 
 # The dtype of each storage class.
@@ -58,7 +60,7 @@ class Entry:
 class Archive:
     """An open file: its bytes, mapped, and what they hold."""
 
-    content: mmap.mmap
+    content: mmap.mmap | bytearray
     value: Any
     """What was pickled, as `read_pickle` gives it."""
     storages: dict[str, Entry]
@@ -77,17 +79,24 @@ def load(path: Path) -> Archive:
     Raises:
         UserError: the file cannot be read, is damaged, refers to code, or was not written by `torch.save`.
     """
-    head = _head(path)
+    head = read_head(path)
     with distrust(), memory_for("to load it"), path.open("rb") as file:
         if head.startswith((ZIP, LEGACY)):
             return _load_zip(file) if head.startswith(ZIP) else _load_legacy(file)
+        if head.startswith(PLAIN_PICKLE):
+            return _load_plain(file)
         if head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < path.stat().st_size:
             raise UserError("is a safetensors file, not a torch.save checkpoint")
     messages = (message for magic, message in OTHER_FORMATS.items() if head.lstrip().startswith(magic))
     raise UserError(next(messages, "is not a torch.save checkpoint"))
 
 
-def _head(path: Path) -> bytes:
+def read_head(path: Path) -> bytes:
+    """A file's first 64 bytes.
+
+    Raises:
+        UserError: it cannot be read, is a folder, or is empty.
+    """
     try:
         if path.is_dir():
             raise UserError("is a folder, not a checkpoint file")
@@ -115,14 +124,16 @@ def distrust() -> Iterator[None]:
         raise UserError(f"is damaged or was not written to its end ({one_line(error, 120)})") from None
 
 
-def _value(file: bytes | IO[bytes] | mmap.mmap) -> tuple[Any, list[StoredBytes]]:
+def _value(
+    file: bytes | IO[bytes] | mmap.mmap, embedded: Callable[[bytes], StoredBytes] | None = None
+) -> tuple[Any, list[StoredBytes]]:
     try:
-        return read_pickle(file)
+        return read_pickle(file, embedded)
     except UserError as error:
         raise UserError(f"{error}. {ADVICE}") from None
 
 
-def _map(file: IO[bytes]) -> mmap.mmap:
+def map_file(file: IO[bytes]) -> mmap.mmap:
     """Map the file for reading. Changes of the memory stay private and never reach the file.
 
     The system must not reserve memory for such private copies: a file can be larger than memory.
@@ -140,7 +151,7 @@ def _map(file: IO[bytes]) -> mmap.mmap:
 
 
 def _load_zip(file: IO[bytes]) -> Archive:
-    content = _map(file)
+    content = map_file(file)
     entries = _entries(file, content)
     pickles = [name for name in entries if name.split("/")[-1] == "data.pkl"]
     if len(pickles) != 1:
@@ -231,22 +242,29 @@ def _start_of(content: mmap.mmap, info: zipfile.ZipInfo) -> int:
 
 
 def _load_legacy(file: IO[bytes]) -> Archive:
-    content = _map(file)
+    content = map_file(file)
     with mmap.mmap(file.fileno(), min(len(content), MAX_PICKLE_BYTES), access=mmap.ACCESS_READ) as head:
-        head.seek(len(LEGACY))
         try:
-            (_, _), (_, _), (value, stored), (keys, _) = (_value(head) for _ in range(4))
+            return _legacy(content, head)
         except ValueError:
             if head.tell() == MAX_PICKLE_BYTES:
                 raise UserError(TOO_MUCH) from None
             raise
-        place = head.tell()
+
+
+def _legacy(content: mmap.mmap | bytearray, head: IO[bytes] | mmap.mmap) -> Archive:
+    """Read the pickles from `head`, the beginning of the content."""
+    head.seek(len(LEGACY))
+    (_, _), (_, _), (value, stored), (keys, _) = (_value(head) for _ in range(4))
+    place = head.tell()
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise ValueError("the keys of its storages are not a list")
     return Archive(content, value, _legacy_storages(content, place, keys, stored))
 
 
-def _legacy_storages(content: mmap.mmap, place: int, keys: list[Any], stored: list[StoredBytes]) -> dict[str, Entry]:
+def _legacy_storages(
+    content: mmap.mmap | bytearray, place: int, keys: list[Any], stored: list[StoredBytes]
+) -> dict[str, Entry]:
     by_key = {storage.key: storage for storage in stored}
     if len({(storage.key, storage.dtype, storage.length) for storage in stored}) > len(by_key):
         raise ValueError("a storage of two kinds")
@@ -262,3 +280,27 @@ def _legacy_storages(content: mmap.mmap, place: int, keys: list[Any], stored: li
     if by_key or place != len(content):
         raise ValueError("it holds other storages than it says")
     return storages
+
+
+# A plain pickle, as pickle.dump writes a whole model: each storage in it is a file of the older format, as bytes.
+
+
+def _load_plain(file: IO[bytes]) -> Archive:
+    raw = file.read(MAX_PICKLE_BYTES + 1)
+    if len(raw) > MAX_PICKLE_BYTES:
+        raise UserError(f"is a plain pickle of more than {MAX_PICKLE_BYTES // 2**20} MiB. {ADVICE}")
+    content = bytearray()
+    storages: dict[str, Entry] = {}
+
+    def embedded(inner: bytes) -> StoredBytes:
+        archive = _legacy(bytearray(inner), io.BytesIO(inner))
+        if not inner.startswith(LEGACY) or not isinstance(stored := archive.value, StoredBytes):
+            raise ValueError("a storage of another format")
+        entry, key = archive.storages[stored.key], str(len(storages))
+        content.extend(bytes(-len(content) % ALIGNMENT))
+        storages[key] = Entry(len(content), entry.length)
+        content.extend(inner[entry.start : entry.start + entry.length])
+        return StoredBytes(key, stored.dtype, stored.length)
+
+    value, _ = _value(raw, embedded)
+    return Archive(content, value, storages)

@@ -1,7 +1,5 @@
 """Reads what a checkpoint file holds of the model: weights under clean names, sizes, progress."""
 
-import re
-import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,23 +8,16 @@ from typing import Any
 
 import torch
 
-from hf_model.errors import UserError, one_line
-from hf_model.trainers import archive
-from hf_model.trainers.architecture import Architecture, clean_names, infer_architecture, is_tied
-from hf_model.trainers.pickle_reader import StandIn, StoredTensor, dict_of, fields_of, kind_of
+from hf_model.errors import UserError, one_line, some_of
+from hf_model.trainers import archive, llm_c
+from hf_model.trainers.architecture import Architecture, infer_architecture, is_tied, with_zero_biases
+from hf_model.trainers.names import FAMILY, WRITTEN_OUT_TANH, Names, Placed, place_names
+from hf_model.trainers.pickle_reader import StandIn, dict_of, kind_of
+from hf_model.trainers.pickled_module import activation_of, epsilon_of, heads_of, is_module
+from hf_model.trainers.stated import HEADS, progress_of, stated_options, stated_sizes, unknown_options
 from hf_model.trainers.table import Trainer, find_trainer, heads_beside
-from hf_model.trainers.tensors import find_weights, number_of, weights_of, widest
+from hf_model.trainers.tensors import find_weights, is_no_weight, weights_of, widest
 
-# Options that change no forward pass in evaluation, by their names.
-HARMLESS_ARGS = re.compile(
-    r"drop|flash|sdpa|device|dtype|compile|seed|batch|(^|_)lr($|_)|learning_rate|decay|betas?($|_)|grad|warmup|(^|_)iters?($|_)"
-    r"|max_steps|optim|path|(^|_)dir|(^|_)log(_|$|ging)|wandb|data|name|checkpoint|init_|tie_|tying|use_cache"
-)
-KNOWN_DEFAULTS: dict[str, Any] = {"layer_norm_epsilon": 1e-5, "layer_norm_eps": 1e-5, "norm_eps": 1e-5, "causal": True}
-OFF = (None, False, 0, "", "none", "None")
-MODEL_ARGS_KEYS = ("model_args", "config")
-SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout")
-PROGRESS = ("iter_num", "step", "loss", "best_val_loss", "val_loss")
 MAX_NAME = 200
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
@@ -59,6 +50,17 @@ class Checkpoint:
     other_keys: tuple[str, ...] = ()
     """The keys of what else the file holds. None of it is kept."""
 
+    names: Names = FAMILY
+    """The trainer's names of the tensors in the file."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Fields of `CustomGPTConfig` that the file tells beside the sizes."""
+    module_class: str = ""
+    """The class of the whole module that the file holds; "" for a state dict."""
+    n_head: int | None = None
+    """The number of heads that the tensors or the module's attributes show."""
+    no_biases: tuple[str, ...] = ()
+    """Biases that the file lacks in every layer, while it has others. They are zeros here."""
+
     def architecture(self, n_head: int | None = None) -> Architecture:
         """The architecture, from the weights and `model_args`; `n_head` overrides the file's.
 
@@ -66,17 +68,48 @@ class Checkpoint:
             UserError: as `infer_architecture`, with the name of the file.
         """
         with naming(self.path):
-            beside = self.heads_beside() if n_head is None else None
+            stated = n_head if n_head is not None else self.model_args.get("n_head")
+            if self.n_head is not None and not self.module_class and stated not in (None, self.n_head):
+                raise UserError(f"n_head={stated}, but its layers have tensors for {self.n_head} heads")
+            told = self.told_heads() if n_head is None else None
             model_args = {"dropout": self.trainer.dropout} | self.model_args
-            return infer_architecture(self.state_dict, model_args, beside[0] if beside else n_head)
+            return infer_architecture(self.state_dict, model_args, told[0] if told else n_head)
 
-    def heads_beside(self) -> tuple[int, str] | None:
-        """For a bare state dict, the number of heads in the config.json beside it, and the words that say so."""
+    def forms(self, architecture: Architecture, activation: str | None) -> list[dict[str, Any]]:
+        """What the model may compute, as fields of `CustomGPTConfig`; several if the trainer's names leave it open.
+
+        Args:
+            activation: the user's choice; None leaves it to the file.
+        """
+        if len(self.names.forms) == 1:
+            return [{"activation_function": activation or self.trainer.activation}]
+        activation = activation or (self.trainer.activation if self.trainer.is_known else None)
+        forms = []
+        for named in self.names.forms:
+            form = dict(named) | ({"activation_function": activation} if activation else {})
+            if form["attention_scale"] == "width":
+                form["attention_scale"] = architecture.n_embd**-0.5
+            if form not in forms and not (form["attention_scale"] is not None and architecture.n_head == 1):
+                forms.append(form)
+        return forms
+
+    def told_heads(self) -> tuple[int, str] | None:
+        """The number of heads if `model_args` do not state it, and the words that say what does.
+
+        Raises:
+            UserError: the config.json beside the file belongs to a model of other sizes.
+        """
+        if self.n_head is not None:
+            return self.n_head, "the saved module says so" if self.module_class else "each head has its own tensors"
         embedding = self.state_dict.get("transformer.wte.weight")
-        if self.weights_key is not None or embedding is None or embedding.ndim != 2:
+        if self.model_args.get("n_head") is not None or embedding is None or embedding.ndim != 2:
             return None
-        n_layer = len({name.split(".")[2] for name in self.state_dict if name.startswith("transformer.h.")})
-        return heads_beside(self.path, n_layer, embedding.shape[1])
+        width = embedding.shape[1]
+        if self.weights_key is None and (beside := heads_beside(self.path, n_layers(self.state_dict), width)):
+            return beside
+        if (usual := self.names.n_head.get(width)) is not None:
+            return usual, f"{self.names.trainer}'s number for this width; give another one with --n_head"
+        return None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -99,47 +132,92 @@ def read_checkpoint(path: str | Path, check_bytes: bool = True) -> Checkpoint:
     """
     path = Path(path)
     with naming(path):
-        file, content = load_content(path)
-        weights_key, weights = find_weights(content)
-        named = clean_names(weights)
-        # Some savers keep one name of a tied pair. The original's heads are never tied: there, a weight is missing.
-        may_be_tied = weights_key != "model_state_dict"
-        has_head_alone = may_be_tied and "lm_head.weight" in named and "transformer.wte.weight" not in named
-        if has_head_alone:
-            named["transformer.wte.weight"] = named.pop("lm_head.weight")
-        state_dict = weights_of(file, named, check_bytes)
-    beside = {} if weights_key is None else {key: value for key, value in content.items() if isinstance(key, str)}
-    stated = _stated(beside)
-    told = {name: value for name in SIZES if (value := stated.get(name)) is not None}
-    model_args = {name: _number(value, file, f"a {kind_of(value)}") for name, value in told.items()}
+        if llm_c.is_model(archive.read_head(path)):
+            model_args, state_dict = llm_c.read(path)
+            trainer = Trainer(WRITTEN_OUT_TANH, "llm.c's")
+            return Checkpoint(path, state_dict, model_args, weights_key=None, trainer=trainer)
+        return _read(path, check_bytes)
+
+
+def n_layers(state_dict: Mapping[str, torch.Tensor]) -> int:
+    return len({name.split(".")[2] for name in state_dict if name.startswith("transformer.h.")})
+
+
+def _read(path: Path, check_bytes: bool) -> Checkpoint:
+    file, content = load_content(path)
+    weights_key, weights = find_weights(content)
+    placed = _place(file, weights)
+    tied = placed.names_of("wte", "lm_head")
+    joined = placed.joined(weights_of(file, {name: weights[name] for name in placed.places}, check_bytes, tied))
+    # Some savers keep one name of a tied pair. The original's heads are never tied: there, a weight is missing.
+    is_original = placed.names is FAMILY and weights_key == "model_state_dict"
+    has_head_alone = not is_original and "lm_head.weight" in joined and "transformer.wte.weight" not in joined
+    if has_head_alone:
+        joined["transformer.wte.weight"] = joined.pop("lm_head.weight")
+    state_dict = with_zero_biases(joined)
+
+    whole = content[weights_key] if weights_key is not None else None
+    module = whole if is_module(whole) else None
+    beside = {key: value for key, value in content.items() if isinstance(key, str) and key not in weights}
+    stated, is_of_model = stated_options(beside)
+    sizes = stated_sizes(stated, file)
+    known = {size for tensor in state_dict.values() for size in tensor.shape} | {n_layers(state_dict), *sizes.values()}
     config = beside.get("config")
     dataset, start = (config.get(key) if isinstance(config, dict) else None for key in ("dataset", "init_from"))
+    trainer = find_trainer(
+        placed.names,
+        weights_key,
+        beside.keys(),
+        sizes,
+        has_config_object=isinstance(config, StandIn),
+        has_masks=any(len(weights[name].shape) > 1 for name in placed.others),
+        has_biases=any(name.endswith(".bias") for name in state_dict),
+        is_tied="transformer.wte.weight" in state_dict and is_tied(state_dict),
+    )
+    options: dict[str, Any] = {}
+    if module is not None:
+        if activation := activation_of(module):
+            trainer = Trainer(activation, "the saved module has it", dropout=trainer.dropout)
+        if epsilon := epsilon_of(module):
+            options["layer_norm_epsilon"] = epsilon
     return Checkpoint(
         path=path,
         state_dict=state_dict,
-        model_args=model_args,
+        model_args=sizes,
         weights_key=weights_key,
-        progress={key: number for key in PROGRESS if (number := _number(beside.get(key), file)) is not None},
-        trainer=find_trainer(
-            weights_key,
-            beside.keys(),
-            model_args,
-            has_config_object=isinstance(config, StandIn),
-            has_masks=len(state_dict) < len(weights),
-            has_biases=any(name.endswith(".bias") for name in state_dict),
-            is_tied="transformer.wte.weight" in state_dict and is_tied(state_dict),
-        ),
+        progress=progress_of(beside, file),
+        trainer=trainer,
         dataset=dataset if isinstance(dataset, str) and len(dataset) <= MAX_NAME else None,
         started_from=start if isinstance(start, str) and start in GPT2_NAMES else None,
-        is_pretrained=weights_key == "model_state_dict" and "loss" in beside and "config" not in beside,
-        unknown_args=_unknown_args(beside, stated),
+        is_pretrained=is_original and "loss" in beside and "config" not in beside,
+        unknown_args=unknown_options(stated, known) if is_of_model else {},
         has_head_alone=has_head_alone,
         other_keys=tuple(
             one_line(key, MAX_NAME)
             for key, value in beside.items()
             if key != weights_key and value is not None and value != {}
         ),
+        names=placed.names,
+        options=options,
+        module_class=kind_of(module) if module else "",
+        n_head=placed.n_head or (heads_of(module, HEADS) if module else None),
+        no_biases=tuple(name for name in state_dict if name not in joined),
     )
+
+
+def _place(file: archive.Archive, weights: Mapping[Any, Any]) -> Placed:
+    """Place the tensors by the table of trainers' names. What has no place must be a buffer, such as a causal mask.
+
+    Raises:
+        UserError: the names are no trainer's, or other tensors are left.
+    """
+    for name in weights:
+        if not isinstance(name, str):
+            raise UserError(f"its state dict has the key {name!r}, which is not a name")
+    placed = place_names({name: getattr(value, "shape", ()) for name, value in weights.items()})
+    if others := [name for name in placed.others if not is_no_weight(file, weights[name])]:
+        raise UserError(f"it holds {some_of(list(map(repr, others)), 5)}, which this model has no place for")
+    return placed
 
 
 def load_content(path: Path) -> tuple[archive.Archive, dict[Any, Any]]:
@@ -149,7 +227,7 @@ def load_content(path: Path) -> tuple[archive.Archive, dict[Any, Any]]:
         UserError: as `read_checkpoint`, without the name of the file.
     """
     file = archive.load(path)
-    content = dict_of(file.value)
+    content = {"model": file.value} if is_module(file.value) else dict_of(file.value)
     if not isinstance(content, dict):
         raise UserError(f"holds a {kind_of(content)}, not a dict: save model.state_dict() with torch.save")
     return file, content
@@ -162,48 +240,3 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-
-
-def _stated(content: Mapping[str, Any]) -> dict[Any, Any]:
-    """`model_args`, or else `config`: a dict, or the items or the attributes of an object."""
-    found = (fields_of(content.get(key)) for key in MODEL_ARGS_KEYS)
-    return next((fields for fields in found if fields is not None), {})
-
-
-def _unknown_args(content: Mapping[str, Any], stated: Mapping[Any, Any]) -> dict[str, Any]:
-    """Options of the model that this project does not know, and that are switched on.
-
-    They are looked for in `model_args` and in a configuration object. A `config` that is a dict holds the training's
-    options too.
-    """
-    if not isinstance(content.get("model_args"), (dict, StandIn)) and not isinstance(content.get("config"), StandIn):
-        return {}
-    return {
-        name: value
-        for name, value in stated.items()
-        if isinstance(name, str)
-        and name not in SIZES
-        and not HARMLESS_ARGS.search(name)
-        and not (isinstance(value, (bool, int, float, str, type(None))) and value in OFF)
-        and KNOWN_DEFAULTS.get(name, OFF) != value
-    }
-
-
-NUMPY_FORMATS = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "u8": "Q", "u4": "I", "b1": "?"}
-
-
-def _number(value: Any, file: archive.Archive, default: Any = None) -> int | float | Any:
-    """A plain number from a number, a tensor of one element or a pickled NumPy scalar; else the default."""
-    if isinstance(value, float) or (isinstance(value, int) and value.bit_length() < 64):
-        return value
-    if isinstance(value, StoredTensor):
-        return default if (number := number_of(file, value)) is None else number
-    if isinstance(value, StandIn) and len(value.args) == 2 and isinstance(value.args[0], StandIn):
-        dtype, raw = value.args
-        if isinstance(raw, StandIn) and raw.name == "_codecs.encode" and raw.args:  # bytes in protocol 2
-            text = raw.args[0]
-            raw = text.encode("latin1", "ignore") if isinstance(text, str) and len(text) <= 8 else None
-        code = NUMPY_FORMATS.get(dtype.args[0]) if dtype.args and isinstance(dtype.args[0], str) else None
-        if code and isinstance(raw, bytes) and struct.calcsize(code) == len(raw):
-            return struct.unpack("<" + code, raw)[0]
-    return default

@@ -107,16 +107,21 @@ def fields_of(value: Any) -> dict[Any, Any] | None:
     return fields if isinstance(fields, dict) else None
 
 
-def read_pickle(file: bytes | IO[bytes] | mmap) -> tuple[Any, list[StoredBytes]]:
+def read_pickle(
+    file: bytes | IO[bytes] | mmap, embedded: Callable[[bytes], StoredBytes] | None = None
+) -> tuple[Any, list[StoredBytes]]:
     """The value of the pickle at the file's position, and the storages that the pickle refers to.
 
     The position moves to the end of the pickle.
+
+    Args:
+        embedded: reads a storage that stands in the pickle itself; None if there must be none.
 
     Raises:
         UserError: the pickle refers to code, or holds too much.
         Exception: of any kind, if it is damaged.
     """
-    machine = _Machine()
+    machine = _Machine(embedded)
     for opcode, argument, _ in pickletools.genops(file):  # type: ignore[arg-type]  # which an mmap serves too
         machine.count(1)
         if opcode.name == "STOP":
@@ -196,6 +201,7 @@ def _key(value: Any) -> Any:
 class _Machine:
     """Pickle's stack and memo, and the names that the pickle refers to."""
 
+    embedded: Callable[[bytes], StoredBytes] | None = None
     stack: list[Any] = field(default_factory=list)
     marked: list[list[Any]] = field(default_factory=list)
     """For each mark the stack below it."""
@@ -290,6 +296,17 @@ class _Machine:
         self.unproven.pop("builtins.getattr", None)
         full = f"{owner.name}.{name}"
         return self.names.setdefault(full, StandIn(full))
+
+    def storage(self, raw: Any = None) -> Any:
+        """A storage that is written into the pickle, as `pickle.dump` does."""
+        if isinstance(raw, StandIn) and raw.name == "_codecs.encode" and isinstance(raw.args[0], str):  # protocol 2
+            raw = raw.args[0].encode("latin1")
+        if self.embedded is None or not isinstance(raw, bytes):
+            self.refused["torch.storage._load_from_bytes"] = None
+            return None
+        self.unproven.pop("torch.storage._load_from_bytes", None)
+        self.storages.append(self.embedded(raw))
+        return self.storages[-1]
 
     def persistent(self, written: Any) -> Any:
         """A storage. torch writes it as ("storage", class, key, device, length); older files add a view.
@@ -416,6 +433,7 @@ UNDERSTOOD: dict[str, Callable[..., Any]] = {
     "builtins.getattr": _Machine.member,
     "collections.OrderedDict": _ordered_dict,
     "copyreg._reconstructor": lambda machine, cls, base, items: machine.new(cls, (), items),  # protocols 0 and 1
+    "torch.storage._load_from_bytes": _Machine.storage,
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _tensor,

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_model.errors import UserError
+from hf_model.trainers.names import EXACT, FAMILY, TORCH_TANH, WRITTEN_OUT_TANH, Names
 
-EXACT, WRITTEN_OUT_TANH, TORCH_TANH = "gelu", "gelu_new", "gelu_pytorch_tanh"
 MAX_CONFIG_BYTES = 2**20
 
 # minGPT's model types: layers, heads, width. Its checkpoint lacks the heads; its config.json may have only the type.
@@ -33,12 +33,13 @@ class Trainer:
     why: str = ""
     """Why it has this activation, in words; empty for the original, and if nothing shows it."""
     is_known: bool = True
-    """Whether the file shows the activation."""
+    """Whether the file shows the activation. If not, `activation` is the likeliest one."""
     dropout: float = 0.1
     """The dropout of a file that states none."""
 
 
 def find_trainer(
+    names: Names,
     weights_key: str | None,
     keys: Set[str],
     model_args: dict[str, Any],
@@ -51,13 +52,18 @@ def find_trainer(
     """The trainer that writes such files.
 
     Args:
+        names: whose names the weights have.
         weights_key: the key of the weights, None for a bare state dict.
         keys: the file's other keys.
         model_args: the sizes that the file states.
         has_config_object: whether `config` is an object of a class, not a dict.
         has_masks: whether there are causal masks among the weights.
     """
-    if weights_key == "model_state_dict":
+    if len(names.forms) > 1:
+        return Trainer(is_known=False)
+    if names.activation is not None:
+        return Trainer(names.activation, f"{names.trainer}'s")
+    if names is FAMILY and weights_key == "model_state_dict":
         return Trainer()
     if weights_key == "model" and has_config_object and keys >= {"step", "val_loss"}:
         return Trainer(TORCH_TANH, "build-nanogpt's default: a config object, step and val_loss", dropout=0.0)
@@ -69,6 +75,8 @@ def find_trainer(
         )
     if weights_key is None and has_masks and has_biases and not is_tied:
         return Trainer(WRITTEN_OUT_TANH, "minGPT's default: a bare state dict with causal masks and biases")
+    if has_masks and has_biases:
+        return Trainer(WRITTEN_OUT_TANH, "causal masks and biases are in llm.c's and older trainers' files", False)
     return Trainer(is_known=False)
 
 

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from hf_model.errors import UserError
-from hf_model.trainers.architecture import is_tied
+from hf_model.trainers.architecture import is_copied
 from hf_model.trainers.archive import STORAGE_DTYPES, Archive
 from hf_model.trainers.pickle_reader import StandIn, StoredTensor, dict_of, kind_of
+from hf_model.trainers.pickled_module import is_module, state_dict_of
 
 WEIGHT_KEYS = ("model_state_dict", "model", "state_dict")
+PLAIN = (bool, int, float, str, bytes, type(None), list, dict)  # values beside the tensors of a bare state dict
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 NUMBER_DTYPES = (*WEIGHT_DTYPES, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
@@ -32,30 +34,46 @@ def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 def find_weights(content: dict[Any, Any]) -> tuple[str | None, dict[Any, Any]]:
     """The state dict and its key. The key is None if the content itself is the state dict.
 
+    A whole pickled module stands for its state dict.
+
     Raises:
-        UserError: there is no state dict.
+        UserError: there is no state dict, or several stand under keys that are not known.
     """
-    for key in WEIGHT_KEYS:
-        if isinstance(weights := dict_of(content.get(key)), dict):
-            return key, weights
-    if any(isinstance(value, StoredTensor) and isinstance(key, str) and "." in key for key, value in content.items()):
-        return None, content
-    for key in WEIGHT_KEYS:
-        if isinstance(model := content.get(key), StandIn):
-            raise UserError(
-                f"holds a whole {kind_of(model)} under {key!r}, not its state dict: save model.state_dict()"
-            )
-    keys = [str(key) if isinstance(key, (str, int)) else f"a {kind_of(key)}" for key in list(content)[:10]]
-    raise UserError(f"holds no weights under {', '.join(WEIGHT_KEYS)}; its keys are {', '.join(keys)}")
+    found = {key: weights for key, value in content.items() if (weights := _state_dict(value)) is not None}
+    key = next((key for key in WEIGHT_KEYS if key in found), None)
+    is_bare = any(isinstance(value, StoredTensor) and "." in str(key) for key, value in content.items())
+    if key is None and is_bare:
+        return None, {key: value for key, value in content.items() if not isinstance(value, PLAIN)}
+    if key is None:
+        named = [
+            key for key, weights in found.items() if any(isinstance(one, StoredTensor) for one in weights.values())
+        ]
+        if len(named) > 1:
+            raise UserError(f"holds tensors under {', '.join(map(str, named[:5]))}: save one of them alone")
+        if not named:
+            keys = [str(key) if isinstance(key, (str, int)) else f"a {kind_of(key)}" for key in list(content)[:10]]
+            raise UserError(f"holds no weights under {', '.join(WEIGHT_KEYS)}; its keys are {', '.join(keys)}")
+        key = named[0]
+    return key, found[key]
 
 
-def weights_of(archive: Archive, state_dict: Mapping[str, Any], check_bytes: bool = True) -> dict[str, torch.Tensor]:
+def _state_dict(value: Any) -> dict[Any, Any] | None:
+    if is_module(value):
+        return state_dict_of(value)
+    weights = dict_of(value)
+    return weights if isinstance(weights, dict) else None
+
+
+def weights_of(
+    archive: Archive, state_dict: Mapping[str, Any], check_bytes: bool = True, tied: tuple[str, ...] = ()
+) -> dict[str, torch.Tensor]:
     """The tensors of a state dict, each with a floating-point dtype and a place of its own in the file.
 
     They are mapped from the file. A view with gaps between its values is copied, without the gaps.
 
     Args:
         check_bytes: compare every storage with its CRC32.
+        tied: the names of the embedding and the head, which may share their values.
 
     Raises:
         UserError: a weight is not such a tensor, is damaged, or shares its values with another.
@@ -66,11 +84,31 @@ def weights_of(archive: Archive, state_dict: Mapping[str, Any], check_bytes: boo
         _check_bytes(archive, state_dict)
     mapped = _Storages(archive)
     tensors = {name: mapped.tensor(value) for name, value in state_dict.items()}
-    _check_places(tensors)
+    _check_places(tensors, tied)
     return {
         name: tensor if _span(tensor.shape, tensor.stride()) == tensor.numel() else tensor.contiguous()
         for name, tensor in tensors.items()
     }
+
+
+def is_no_weight(archive: Archive, stored: Any) -> bool:
+    """Whether a tensor is a causal mask, whole numbers in order (positions), or one whole number (a counter).
+
+    Modules keep these as buffers. A mask has one value on and below its diagonal and another one above.
+    """
+    if not isinstance(stored, StoredTensor) or dtype_of(stored) not in NUMBER_DTYPES or not stored.is_plain:
+        return False
+    is_expanded = math.prod(stored.shape) > _span(stored.shape, stored.stride)
+    if is_expanded or not _is_inside(archive, stored):
+        return False
+    tensor = _Storages(archive).tensor(stored)
+    if tensor.ndim >= 2 and tensor.shape[-1] == tensor.shape[-2] and tensor.numel() == tensor.shape[-1] ** 2:
+        mask = tensor.reshape(tensor.shape[-2:])
+        seen = torch.ones_like(mask, dtype=torch.bool).tril()
+        past, future = mask[seen], mask[~seen]
+        return bool((past == past[0]).all() and (future == future[:1]).all() and (future != past[0]).all())
+    is_whole = not tensor.is_floating_point()
+    return is_whole and (tensor.numel() == 1 or bool((tensor.flatten() == torch.arange(tensor.numel())).all()))
 
 
 def number_of(archive: Archive, stored: StoredTensor) -> int | float | None:
@@ -141,13 +179,14 @@ def _check_bytes(archive: Archive, stored: Mapping[str, StoredTensor]) -> None:
                 )
 
 
-def _check_places(state_dict: Mapping[str, torch.Tensor]) -> None:
+def _check_places(state_dict: Mapping[str, torch.Tensor], tied: tuple[str, ...]) -> None:
     """Refuse weights that overlap, except for a tied head. Otherwise a small file could make a large model."""
-    is_head_tied = "transformer.wte.weight" in state_dict and is_tied(state_dict)
+    pair = [state_dict[name] for name in tied if name in state_dict]
+    is_head_tied = len(pair) == 2 and is_copied(*pair)
     places = sorted(
         (tensor.data_ptr(), tensor.element_size() * _span(tensor.shape, tensor.stride()), name)
         for name, tensor in state_dict.items()
-        if not (is_head_tied and name == "lm_head.weight")
+        if not (is_head_tied and name == tied[-1])
     )
     for (start, size, name), (next_start, _, next_name) in pairwise(places):
         if start + size > next_start:
