@@ -68,7 +68,9 @@ MODULE_ACTIVATIONS = {
 }
 # The largest difference of two logits, divided by their standard deviation, that counts as rounding.
 LOGITS_CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
-ACTIVATIONS = ("auto", *MODULE_ACTIVATIONS)
+# Those that a user may name for a checkpoint.
+GELUS = ("gelu", "gelu_new", "gelu_pytorch_tanh")
+ACTIVATIONS = ("auto", *GELUS, "relu", "silu", "quick_gelu", "relu2", "leaky_relu", "mish")
 # One thread at a time: while `from_pretrained` builds a model, it sets torch's default dtype for the whole process.
 FROM_PRETRAINED = threading.Lock()
 
@@ -128,7 +130,7 @@ class Source:
     n_head: int | None = None
     """The number of attention heads, for a checkpoint that does not state it."""
     activation: str = "auto"
-    """`"gelu"` (exact), `"gelu_new"` or `"gelu_pytorch_tanh"` (tanh form); `"auto"` follows the trainer."""
+    """`"gelu"` (exact), `"gelu_new"` or `"gelu_pytorch_tanh"` (tanh form) and others; `"auto"`: the trainer's."""
     characters_of: str | Path | None = None
     """The training text of a character-level model, in place of `tokenizer_path`."""
     raw: bool = False
@@ -333,9 +335,9 @@ class Source:
             yield "activation", f"{trainer.activation} ({likely})"
             yield (
                 "warning",
-                "nothing in the file tells the activation, and a wrong one changes the answers a little. Choose it with "
-                "--activation, check it with --inspect --training_data FILE, or give the code that makes the model, "
-                "with --model train.py:GPT",
+                "nothing in the file tells the activation, and a wrong one changes the answers a little. Choose it "
+                "with --activation, check it with --inspect --training_data FILE, or give the code that makes the "
+                "model, with --model train.py:GPT",
             )
         elif self.activation == "auto" and trainer.why:
             yield "activation", f"{trainer.activation} ({trainer.why})"

@@ -21,7 +21,7 @@ DEFAULT_TOKENIZER = "data/tokenizer/custom_gpt_tokenizer.json"
 
 # The package's names.
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh")
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "quick_gelu", "relu2", "leaky_relu", "mish")
 FORMATS = ("transformers", "gpt2", "gguf", "ctranslate2", "onnx", "checkpoint")
 GGUF_TYPES = ("f32", "f16", "q8_0")
 QUANTIZATIONS = ("int8", "int8_float32", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16", "float32")
@@ -168,7 +168,7 @@ def add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--activation",
         choices=ACTIVATIONS,
-        help="gelu is exact, the others are the tanh form (default: what the checkpoint tells)",
+        help="gelu is exact, gelu_new and gelu_pytorch_tanh are its tanh form (default: what the checkpoint tells)",
     )
     group.add_argument(
         "--ignore_model_args",

@@ -86,7 +86,7 @@ class TestArguments:
             (("--seed", "lucky"), "--seed: invalid int value: 'lucky'"),
             (("--seed", str(2**64)), "--seed: must be at least -9223372036854775808 and at most 18446744073709551615"),
             (("--dtype", "int8"), "--dtype: invalid choice: 'int8'"),
-            (("--activation", "relu"), "--activation: invalid choice: 'relu'"),
+            (("--activation", "rely"), "--activation: invalid choice: 'rely'"),
             (("--checkpoint_path", "no/ckpt.pt"), "--checkpoint_path: there is no no/ckpt.pt"),
             (("--tokenizer_path", "no.json"), "--tokenizer_path: there is no file no.json"),
             (("--colour", "red"), "unrecognized arguments: --colour red"),
@@ -106,7 +106,7 @@ class TestArguments:
         "arguments, message",
         [
             (("--dtype", "int8"), "--dtype: invalid choice: 'int8'"),
-            (("--activation", "relu"), "--activation: invalid choice: 'relu'"),
+            (("--activation", "rely"), "--activation: invalid choice: 'rely'"),
             (("--max_shard_size", "big"), "--max_shard_size: must be a size such as 500MB or 5GB, got big"),
             (("--max_shard_size", "0GB"), "--max_shard_size: must be a size such as 500MB or 5GB, got 0GB"),
             (("--n_head", "0"), "--n_head: must be at least 1, got 0"),

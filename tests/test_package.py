@@ -62,7 +62,7 @@ class TestPythonFace:
         [
             ({"dtype": "nope"}, "dtype='nope' is none of auto, float32, float16, bfloat16, float64"),
             ({"dtype": "int8"}, "dtype='int8' is none of auto"),
-            ({"activation": "relu"}, "activation='relu' is none of auto, gelu, gelu_new, gelu_pytorch_tanh"),
+            ({"activation": "rely"}, "activation='rely' is none of auto, gelu, gelu_new, gelu_pytorch_tanh, relu"),
             ({"format": "nope"}, "format='nope' is none of transformers, gpt2, gguf"),
             ({"format": "gguf", "gguf_type": "zz"}, "gguf_type='zz' is none of f32, f16, q8_0"),
             ({"format": "checkpoint", "like": "zz"}, "like='zz' is none of original, nanogpt"),
