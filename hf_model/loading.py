@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 
 from hf_model.choosing import TEXT_BYTES, Chosen, choose_form, describe_form
 from hf_model.configuration_custom_gpt import CustomGPTConfig
-from hf_model.errors import UserError, memory_for, one_line, some_of
+from hf_model.errors import UserError, memory_for, one_line
 from hf_model.fast_cpu import fast_on_cpu
 from hf_model.folder import (
     check_weights,
@@ -317,7 +317,7 @@ class Source:
         if self.n_head is None and (told := checkpoint.told_heads()):
             yield "heads", f"{told[0]} ({told[1]})"
         if checkpoint.no_biases:
-            yield "biases", f"zeros for {some_of(checkpoint.no_biases, 2)}, since the file has none there"
+            yield "biases", f"zeros for {', '.join(checkpoint.no_biases)}, which the file does not have"
         for name, value in checkpoint.unknown_args.items():
             ignored = f"{name}={_shown(value)} in model_args was ignored"
             yield "warning", f"{ignored}: the model may not compute what its trainer computes"

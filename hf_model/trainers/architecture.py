@@ -114,16 +114,16 @@ def infer_architecture(
 def with_zero_biases(state_dict: Mapping[str, "torch.Tensor"]) -> dict[str, "torch.Tensor"]:
     """The tensors, and zeros for each bias that no layer has, if the model has other biases. The result is the same."""
     filled = dict(state_dict)
-    biases = {_without_layer(name) for name in state_dict if name.endswith(".bias")}
+    biases = {without_layer(name) for name in state_dict if name.endswith(".bias")}
     if biases - {"lm_head.bias"}:
         for name, weight in state_dict.items():
             bias = name.removesuffix("weight") + "bias"
-            if _without_layer(bias) in BIASES.keys() - biases:
+            if without_layer(bias) in BIASES.keys() - biases:
                 filled[bias] = weight.new_zeros(weight.shape[0])
     return filled
 
 
-def _without_layer(name: str) -> str:
+def without_layer(name: str) -> str:
     return re.sub(r"\.h\.\d+\.", ".h.{i}.", name)
 
 

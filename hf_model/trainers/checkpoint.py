@@ -10,7 +10,7 @@ import torch
 
 from hf_model.errors import UserError, one_line, some_of
 from hf_model.trainers import archive, llm_c
-from hf_model.trainers.architecture import Architecture, infer_architecture, is_tied, with_zero_biases
+from hf_model.trainers.architecture import Architecture, infer_architecture, is_tied, with_zero_biases, without_layer
 from hf_model.trainers.names import FAMILY, WRITTEN_OUT_TANH, Names, Placed, place_names
 from hf_model.trainers.pickle_reader import StandIn, dict_of, kind_of
 from hf_model.trainers.pickled_module import activation_of, epsilon_of, heads_of, is_module
@@ -59,7 +59,7 @@ class Checkpoint:
     n_head: int | None = None
     """The number of heads that the tensors or the module's attributes show."""
     no_biases: tuple[str, ...] = ()
-    """Biases that the file lacks in every layer, while it has others. They are zeros here."""
+    """Biases that the file lacks in every layer, while it has others. They are zeros here. `{i}` is the layer."""
 
     def architecture(self, n_head: int | None = None) -> Architecture:
         """The architecture, from the weights and `model_args`; `n_head` overrides the file's.
@@ -201,7 +201,7 @@ def _read(path: Path, check_bytes: bool) -> Checkpoint:
         options=options,
         module_class=kind_of(module) if module else "",
         n_head=placed.n_head or (heads_of(module, HEADS) if module else None),
-        no_biases=tuple(name for name in state_dict if name not in joined),
+        no_biases=tuple({without_layer(name): None for name in state_dict if name not in joined}),
     )
 
 
