@@ -1,5 +1,11 @@
 """Configuration of the CustomGPT model: the names of a checkpoint's `model_args`, mapped to the standard names."""
 
+import transformers
+from packaging.version import Version
+
+if Version(transformers.__version__) < Version("5.4"):
+    raise ImportError("This folder's code needs transformers 5.4 or later; a folder of `--format gpt2` loads anywhere.")
+
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 

@@ -30,7 +30,8 @@ TEMPLATES = "additional_chat_templates"  # the only folder in a folder that tran
 # By their names in a safetensors file.
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
-MAX_BYTES = {"tokenizer.json": MAX_TOKENIZER_BYTES, INDEX: 2**25}
+# transformers writes one id to a line of generation_config.json, and a padded vocabulary can have 2**20 unused ids.
+MAX_BYTES = {"tokenizer.json": MAX_TOKENIZER_BYTES, INDEX: 2**25, "generation_config.json": 2**24}
 MAX_OTHER_BYTES = 2**21
 MAX_LABELS = 10_000
 MAX_TEMPLATES = 100
@@ -197,9 +198,8 @@ def read_generation_config(folder: Path, config: CustomGPTConfig) -> GenerationC
         is_valid, what = GENERATION_FIELDS[name]
         if not is_valid(value):
             raise UserError(f"{folder}: generation_config.json says {name}={value!r}, which is not {what}")
-    suppressed = known.get("suppress_tokens") or []
-    if any(token >= config.vocab_size for token in (suppressed if isinstance(suppressed, list) else [suppressed])):
-        raise UserError(f"{folder}: generation_config.json says suppress_tokens with ids past the model's vocabulary")
+    if isinstance(suppressed := known.get("suppress_tokens"), list):  # the vocabulary may have become smaller since
+        known["suppress_tokens"] = [token for token in suppressed if token < config.vocab_size] or None
     silent = {"transformers_version", "_from_model_config"}
     _warn_of_unknown(folder, "generation_config.json", fields, GENERATION_FIELDS.keys() | silent)
     return GenerationConfig(**known)

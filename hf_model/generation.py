@@ -311,10 +311,12 @@ def continue_prompts(
         UserError: as `generate`.
     """
     width = max(prompt.shape[1] for prompt in prompts)
-    # A character-level tokenizer has no padding token. The attention mask hides it, so any id will do.
-    input_ids = torch.full((len(prompts), width), tokenizer.pad_token_id or 0)
+    input_ids = torch.empty(len(prompts), width, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
     for row, prompt in enumerate(prompts):
+        # The model does not see the padding, but before transformers 5.23 the repetition penalty does. A row's first
+        # token as its padding changes nothing: a token is penalised once.
+        input_ids[row] = prompt[0, 0]
         input_ids[row, width - prompt.shape[1] :] = prompt[0]
         attention_mask[row, width - prompt.shape[1] :] = 1
     new, _ = _generate(model, tokenizer, input_ids.to(model.device), attention_mask.to(model.device), sampling)

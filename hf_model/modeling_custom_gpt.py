@@ -13,7 +13,7 @@ import torch.nn as nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
@@ -313,6 +313,22 @@ class CustomGPTForCausalLM(CustomGPTPreTrainedModel, GenerationMixin):
     def _prepare_static_cache(self, *args: Any, max_cache_len: int, **kwargs: Any) -> Cache:
         """A static cache is no longer than the context: past it, no cache is used."""
         return super()._prepare_static_cache(*args, max_cache_len=min(max_cache_len, self.config.block_size), **kwargs)
+
+    def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs: Any) -> Any:
+        """A caller's `max_length` holds: in the library, the folder's `max_new_tokens` would take precedence."""
+        prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        for given in (kwargs, {} if generation_config is None else generation_config.to_dict()):
+            if given.get("max_length") or given.get("max_new_tokens"):
+                prepared.max_new_tokens = given.get("max_new_tokens")
+                break
+        return prepared, model_kwargs
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in the library. `generate` may use the first `new_num_tokens` ids then, and none of the padding rows."""
+        embedding = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if new_num_tokens is not None:
+            self.generation_config.suppress_tokens = list(range(new_num_tokens, embedding.num_embeddings)) or None
+        return embedding
 
     def prepare_inputs_for_generation(
         self,

@@ -20,9 +20,10 @@ from generate import main
 from hf_model import batch, loading
 from hf_model.batch import Processes, answer_file
 from hf_model.errors import UserError
-from hf_model.generation import Sampling, encode, generate
+from hf_model.generation import Sampling, continue_prompts, encode, generate
 from hf_model.loading import load
 from hf_model.tokenizer import format_prompt
+from tests import relatives
 from tests.tiny import ROOT
 
 GREEDY = Sampling(temperature=0, max_new_tokens=12)
@@ -92,6 +93,17 @@ class TestAnswers:
             prompt = encode(tokenizer, format_prompt(record["instruction"], record.get("input") or ""))
             one_by_one += generate(model, tokenizer, prompt, sampling, response_only=True).texts
         assert [record["response"] for record in written(tmp_path / "out.jsonl")] == one_by_one
+
+    @pytest.mark.parametrize("penalty", [1.3, 4.0])
+    def test_a_repetition_penalty_counts_no_padding(self, penalty: float, tmp_path: Path) -> None:
+        original = relatives.nano_character_model()
+        original.transformer.wte.weight.data[0] = 2 * original.transformer.ln_f.bias  # the id 0 has large logits
+        path = relatives.save_nanogpt(tmp_path, original)
+        model, tokenizer = load(path, relatives.save_meta(tmp_path / "meta.pkl"), device=torch.device("cpu"))
+        sampling = Sampling(temperature=0, max_new_tokens=20, repetition_penalty=penalty)
+        prompts = [encode(tokenizer, text) for text in ("To be", "t", "not to be", "so", "that is", "be")]
+        alone = [generate(model, tokenizer, prompt, sampling, response_only=True).texts[0] for prompt in prompts]
+        assert continue_prompts(model, tokenizer, prompts, sampling) == alone
 
     def test_a_special_token_in_a_record_is_text_unless_parsed(
         self, model_and_tokenizer: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -90,6 +90,20 @@ class TestLoad:
         ):
             load(folder, device=CPU)
 
+    def test_a_folder_with_many_ids_without_a_token_is_read_as_it_was_written(self, tmp_path: Path) -> None:
+        many = gpt(vocab_size=400_000, n_layer=1, n_embd=8, tied=True)
+        model, tokenizer = load(convert(*save_files(tmp_path, many), tmp_path / "hf"), device=CPU)
+        assert model.generation_config.suppress_tokens == list(range(len(tokenizer), 400_000))
+
+    def test_suppressed_ids_that_a_smaller_vocabulary_no_longer_has_are_left_out(
+        self, capitals: Path, tmp_path: Path
+    ) -> None:
+        folder = shutil.copytree(capitals, tmp_path / "hf")
+        generation = json.loads((folder / "generation_config.json").read_text())
+        generation["suppress_tokens"] = [1024, 1025]
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+        assert load(folder, device=CPU)[0].generation_config.suppress_tokens is None
+
     def test_a_file_without_a_tokenizer_is_refused(self) -> None:
         with pytest.raises(UserError, match=r"ckpt\.pt: needs a tokenizer"):
             load(CHECKPOINT, None, device=CPU)

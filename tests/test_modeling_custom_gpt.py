@@ -1,12 +1,13 @@
 """The model against the plain-PyTorch reference, and everything that transformers expects of a model."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, StaticCache, pipeline
 from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
 
 from hf_model import CustomGPTConfig, CustomGPTForCausalLM
@@ -195,6 +196,40 @@ class TestPastTheContext:
             model.generate(ids, max_new_tokens=20, prompt_lookup_num_tokens=2, **how)
 
 
+class TestLength:
+    """Of a model whose folder says `max_new_tokens`, as every converted folder does."""
+
+    @pytest.fixture
+    def model(self) -> CustomGPTForCausalLM:
+        model = twin(gpt())
+        model.generation_config = GenerationConfig(max_new_tokens=30, pad_token_id=PAD)
+        return model
+
+    @pytest.mark.parametrize("how", [{"max_length": 9}, {"generation_config": GenerationConfig(max_length=9)}], ids=str)
+    def test_the_caller_s_max_length_holds(self, model: CustomGPTForCausalLM, how: dict) -> None:
+        assert model.generate(tokens(1, 4), **how).shape == (1, 9)
+
+    @pytest.mark.parametrize("own", [{}, {"max_length": 9}, {"max_new_tokens": 7}], ids=str)
+    def test_the_arguments_go_before_the_caller_s_configuration(self, model: CustomGPTForCausalLM, own: dict) -> None:
+        config = GenerationConfig(**own)
+        assert model.generate(tokens(1, 4), generation_config=config, max_length=12).shape == (1, 12)
+        assert model.generate(tokens(1, 4), generation_config=config, max_new_tokens=5).shape == (1, 9)
+
+    def test_of_two_limits_of_the_caller_the_new_tokens_count_as_in_the_library(
+        self, model: CustomGPTForCausalLM
+    ) -> None:
+        assert model.generate(tokens(1, 4), max_length=9, max_new_tokens=7).shape == (1, 11)
+
+    @pytest.mark.parametrize("how", [{}, {"generation_config": GenerationConfig(do_sample=True)}], ids=str)
+    def test_without_a_limit_of_the_caller_the_folder_s_holds(self, model: CustomGPTForCausalLM, how: dict) -> None:
+        assert model.generate(tokens(1, 4), **how).shape == (1, 34)
+
+    def test_a_pipeline_s_max_length_holds(self, capitals: Path) -> None:
+        ask = pipeline("text-generation", str(capitals), max_length=20, eos_token_id=None, return_tensors=True)
+        assert len(ask("Sing!")[0]["generated_token_ids"]) == 20
+        assert len(ask("Sing!", max_length=12)[0]["generated_token_ids"]) == 12
+
+
 class TestForward:
     def test_embeddings_serve_as_tokens_do(self) -> None:
         model = twin(gpt())
@@ -309,6 +344,18 @@ class TestEmbeddings:
         after = model(ids).logits
         assert after.shape[-1] == SIZES["vocab_size"] + 8
         torch.testing.assert_close(after[..., : SIZES["vocab_size"]], before)
+
+    @pytest.mark.parametrize(
+        "size, multiple, suppressed",
+        [(301, 64, range(301, 320)), (301, None, ()), (320, None, ()), (330, 8, range(330, 336))],
+    )
+    def test_after_resizing_the_ids_of_padding_rows_are_suppressed_and_no_others(
+        self, size: int, multiple: int | None, suppressed: Sequence[int]
+    ) -> None:
+        model = twin(gpt(vocab_size=320))
+        model.generation_config.suppress_tokens = list(range(300, 320))
+        model.resize_token_embeddings(size, pad_to_multiple_of=multiple)
+        assert (model.generation_config.suppress_tokens or []) == list(suppressed)
 
     @pytest.mark.parametrize("tied", [False, True])
     def test_a_saved_model_loads_as_it_was(self, tied: bool, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ report = {
     "classes": [type(thing).__name__ for thing in (config, base, model)],
     "modules": [type(thing).__module__ for thing in (config, base, model, again)],
     "prompt": prompt.input_ids[0].tolist(),
+    "length": model.generate(**prompt, max_length=20, eos_token_id=None).shape[1],
     "again": sorted(path.name for path in (out / "again").iterdir()),
 }
 (out / "report.json").write_text(json.dumps(report))
@@ -94,6 +95,10 @@ def test_generation_goes_on_past_the_context_as_the_original_does(
 ) -> None:
     expected = original.generate(torch.tensor([report["prompt"]]), max_new_tokens=90, temperature=0)
     assert tensors["past the context"].tolist() == expected.tolist()
+
+
+def test_the_caller_s_max_length_holds(report: dict) -> None:
+    assert report["length"] == 20
 
 
 def test_the_classes_are_the_folder_s_own(report: dict) -> None:

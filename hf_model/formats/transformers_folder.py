@@ -29,7 +29,7 @@ tokenizer = AutoTokenizer.from_pretrained({{{{ name }}}}, trust_remote_code=True
 {GENERATE}
 ```"""
 NOTES = (
-    "The model's code needs transformers 5.21 or later. For an older version, convert with `--format gpt2`.",
+    "The model's code needs transformers 5.4 or later. A folder of `--format gpt2` loads in older versions too.",
     "`generate` samples with temperature 0.8 and top_k 50 unless it is told otherwise (`generation_config.json`).",
     "`generate` goes on past the context of {block_size} with the last {block_size} tokens.",
 )

@@ -112,7 +112,6 @@ class TestGeneration:
             {"eos_token_id": [3, None]},
             {"pad_token_id": -1},
             {"bos_token_id": {}},
-            {"suppress_tokens": [10**7]},
             {"suppress_tokens": "all"},
             {"do_sample": "yes"},
         ],
