@@ -1,10 +1,7 @@
 """Converted folders in older versions of transformers: the same ids, logits and greedy answer, or one true sentence.
 
-The versions are folders that pip made, named in OLDER_TRANSFORMERS and separated by the system's path separator
-(`.ci/run` has the packages that each version needs):
-
-    pip install --no-deps --target OLD transformers==5.4.0 tokenizers==0.22.2 huggingface_hub==1.31.0 httpx httpcore h11
-    OLDER_TRANSFORMERS=OLD python -m pytest tests/formats/test_older_transformers.py
+OLDER_TRANSFORMERS names the folders of the versions, separated by the system's path separator. `.ci/run` makes them with
+`pip install --no-deps --target FOLDER` and the packages that each version needs, which are laid over the environment.
 """
 
 import json
@@ -31,7 +28,7 @@ PROGRAM = """
 import json, sys, torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, prompt, trust = sys.argv[1], sys.argv[2], sys.argv[3] == "trust"
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
 inputs = tokenizer(prompt, return_tensors="pt")
 with torch.inference_mode():
