@@ -27,7 +27,7 @@ from hf_model.loading import (
     describe_rounding,
     describe_source,
 )
-from hf_model.output_dir import check_target, resolved, whole_folder
+from hf_model.output_dir import Hashes, check_target, resolved, whole_folder
 
 
 class ConvertOptions(SourceOptions, total=False):
@@ -107,7 +107,8 @@ def convert(
     card = card_facts(loaded, inspection, source, folder, about or About())
     rounded = describe_rounding(loaded.dtype, loaded.model.dtype)
     choices = replace(choices, card=replace(card, rounded=rounded))
-    with whole_folder(folder, overwrite, say=report) as new:
+    hashes = Hashes()
+    with whole_folder(folder, overwrite, say=report, hashes=hashes) as new:
         for line in target.write(loaded, new, choices):
             report(line)
         evidence = loaded.evidence
@@ -118,6 +119,7 @@ def convert(
         lines += [f"              {path.name:<32} {_file_size(path):>10}" for path in sorted(new.iterdir())]
         if evidence:
             lines.append(f"verified      your model's own logits: {evidence}")
+        hashes.begin(new)  # while the folder is read back
         if verify:
             lines.append(_verify(target, new, source, choices, folder))
     for line in lines:  # the folder is in its place now

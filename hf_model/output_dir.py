@@ -21,6 +21,7 @@ import shutil
 import stat
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -32,6 +33,30 @@ MANIFEST = ".manifest.json"
 WRITER = "custom-gpt-hf"
 MARK = "made-by-custom-gpt-hf"
 MAX_MANIFEST_BYTES = 2**20
+
+
+class Hashes:
+    """The SHA-256 of the files in a folder, computed beside other work."""
+
+    def __init__(self) -> None:
+        self._begun: dict[tuple[str, int, int], Future[str]] = {}
+        self._thread = ThreadPoolExecutor(1)
+
+    def begin(self, folder: Path) -> None:
+        """Hash the files that are there now, in a thread."""
+        for name in _entries(folder):
+            self._begun[self._version(folder, name)] = self._thread.submit(_hash, folder / name)
+
+    def of(self, folder: Path) -> dict[str, str]:
+        """Name to hash of each file. A file that has changed since `begin`, or is new, is hashed now."""
+        self._thread.shutdown()
+        begun = {name: self._begun.get(self._version(folder, name)) for name in _entries(folder)}
+        return {name: future.result() if future else _hash(folder / name) for name, future in begun.items()}
+
+    @staticmethod
+    def _version(folder: Path, name: str) -> tuple[str, int, int]:
+        found = (folder / name).stat()
+        return name, found.st_size, found.st_mtime_ns
 
 
 def check_target(target: Path, overwrite: bool) -> None:
@@ -61,7 +86,12 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def whole_folder(target: Path, overwrite: bool = False, say: Callable[[str], None] = warnings.warn) -> Iterator[Path]:
+def whole_folder(
+    target: Path,
+    overwrite: bool = False,
+    say: Callable[[str], None] = warnings.warn,
+    hashes: Hashes | None = None,
+) -> Iterator[Path]:
     """Give a folder to write into, and put it in the target's place when the block ends without an error.
 
     Args:
@@ -69,6 +99,7 @@ def whole_folder(target: Path, overwrite: bool = False, say: Callable[[str], Non
         overwrite: replace a folder that exists. It is deleted or kept, as the top of this module says.
         say: called with a line that names the place where an older folder was kept, or with a warning that something
             could not be deleted or synced.
+        hashes: hashes of the new files that were begun in the block.
 
     Raises:
         UserError: as `check_target`, the place cannot be written, or another run is writing the same target.
@@ -80,7 +111,7 @@ def whole_folder(target: Path, overwrite: bool = False, say: Callable[[str], Non
             new = place / "new"
             new.mkdir()
             yield new
-            content = {"written_by": WRITER, "sha256": {name: _hash(new / name) for name in _entries(new)}}
+            content = {"written_by": WRITER, "sha256": (hashes or Hashes()).of(new)}
             (new / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             _sync_tree(place)
             check_target(target, overwrite)  # again: a file may have appeared while the block ran

@@ -12,7 +12,7 @@ from hf_model.formats.target import Options, save_model, write_tokenizer
 from hf_model.loading import FROM_PRETRAINED, Loaded, Source, describe_rounding
 from hf_model.trainers import widest
 
-VERIFY_BYTES = 256 * 2**20  # compared before the memory is freed
+VERIFY_BYTES = 2**30  # compared before the memory is freed
 TRY_IT = """\
 {generate} --checkpoint_path {folder} --prompt {prompt}
 pip install "transformers[serving]" && transformers serve {folder} --trust-remote-code"""

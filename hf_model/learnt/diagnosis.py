@@ -56,6 +56,9 @@ class Finding:
         return f"{self.about}: {self.text}" if self.about in ("note", "warning") else f"{self.about:<13} {self.text}"
 
 
+LARGE, N_PROMPTS_LARGE = 300_000_000, 3  # a model with more parameters gets so few prompts, which take seconds
+
+
 @dataclass(frozen=True)
 class Probe:
     """What the model makes of one prompt of its own format."""
@@ -146,7 +149,8 @@ def diagnose(model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerBase) ->
     """
     steps = min(RUN_STEPS, model.config.block_size // 2 - 1)
     longest = model.config.block_size - 1 - steps
-    prompts = [ids[-longest:] for ids in own_prompts(tokenizer)]
+    most = N_PROMPTS_LARGE if model.num_parameters() > LARGE else None
+    prompts = [ids[-longest:] for ids in own_prompts(tokenizer)[:most]]
     ordinary = _ordinary_tokens(tokenizer)
     if steps < 1 or not prompts or len(ordinary) < 2:
         return Diagnosis("unknown")
