@@ -36,10 +36,12 @@ MAX_OTHER_BYTES = 2**21
 MAX_LABELS = 10_000
 MAX_TEMPLATES = 100
 
+# The field of config.json that says whose model this was, if its trainer has names of its own.
+CONVERTED_FROM = "converted_from"
 CONFIG_FIELDS = {
     *CustomGPTConfig.__annotations__,
     *("model_type", "architectures", "auto_map", "transformers_version", "problem_type", "id2label", "label2id"),
-    *("dtype", "torch_dtype", "quantization_config"),
+    *("dtype", "torch_dtype", "quantization_config", CONVERTED_FROM),
 }
 TOKENIZER_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast", "GPT2Tokenizer", "GPT2TokenizerFast", None)
 # The fields of tokenizer_config.json that are used, and their types. Any other field whose name ends in _token is used

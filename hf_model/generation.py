@@ -21,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError, memory_for, one_line
+from hf_model.folder import CONVERTED_FROM
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.tokenizer import check_characters, is_of_characters, takes_instructions
 
@@ -397,8 +398,15 @@ def _seeded(sampling: Sampling, model: CustomGPTForCausalLM) -> Iterator[None]:
     with DRAWING:
         torch.manual_seed(sampling.seed)
         if sampling.seed_like_original:
-            if model.config.n_inner is not None or not model.config.final_norm or model.config.head_bias:
-                raise UserError("--seed_like_original: this model's own trainer is not known; leave the option out")
+            trainer, is_fork = (
+                getattr(model.config, CONVERTED_FROM, None),
+                model.config.n_inner or model.config.head_bias,
+            )
+            if trainer or is_fork:
+                raise UserError(
+                    f"--seed_like_original: the random numbers that {trainer or 'this fork of nanoGPT'} draws are not "
+                    "known; leave the option out"
+                )
             replay_initialisation(model.config)
         yield
 

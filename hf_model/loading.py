@@ -19,6 +19,7 @@ from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError, memory_for, one_line
 from hf_model.fast_cpu import fast_on_cpu
 from hf_model.folder import (
+    CONVERTED_FROM,
     check_weights,
     load_tokenizer,
     read_config,
@@ -263,6 +264,8 @@ class Source:
             raise UserError(f"{self.path}: {error}") from None
         chosen = Chosen(forms[0], "") if len(forms) == 1 else self._choose_form(forms, checkpoint, found)
         config = chosen.config
+        if checkpoint.names is not FAMILY:
+            setattr(config, CONVERTED_FROM, checkpoint.names.trainer)
         config.dtype, config.auto_map = dtype, AUTO_MAP
         model = with_weights(config, {name: tensor.to(dtype) for name, tensor in checkpoint.state_dict.items()})
         model.generation_config = default_generation(tokenizer, config.vocab_size)
@@ -296,6 +299,7 @@ class Source:
         own = reading.state_dict["transformer.wte.weight"].dtype
         config = CustomGPTConfig(**reading.options, bos_token_id=None, eos_token_id=None, pad_token_id=None)
         config.dtype, config.auto_map = own, AUTO_MAP
+        setattr(config, CONVERTED_FROM, "a class of its own")
         model = with_weights(config, reading.state_dict)
         evidence = compare_logits(module, model, reading)
         if (dtype := pick_dtype(self.dtype, own)) != own:

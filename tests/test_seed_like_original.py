@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from examples.plain_gpt import GPT, GPTConfig
+from hf_model import convert
+from hf_model.errors import UserError
 from hf_model.generation import Sampling, encode, generate, replay_initialisation
 from hf_model.loading import load
 from tests import relatives
 from tests.tiny import SIZES, gpt, twin
+from tests.trainers.trainer_models import TrainLLM, V, moved
 
 SHAPES = [{}, {"bias": False}, {"tied": True}, {"n_layer": 3, "n_embd": 12, "vocab_size": 301}, {"block_size": 1}]
 
@@ -21,6 +24,15 @@ def test_the_generator_is_left_as_building_the_model_leaves_it(shape: dict) -> N
     torch.manual_seed(1337)
     replay_initialisation(model.config)
     assert torch.equal(torch.get_rng_state(), expected)
+
+
+def test_a_trainer_whose_draws_are_not_known_is_refused(tmp_path) -> None:
+    torch.save(moved(TrainLLM()).state_dict(), tmp_path / "model.pt")
+    (tmp_path / "input.txt").write_text("".join(map(chr, range(0x4E00, 0x4E00 + V))), encoding="utf-8")
+    folder = convert(tmp_path / "model.pt", None, tmp_path / "hf", characters_of=tmp_path / "input.txt")
+    model, tokenizer = load(folder, device="cpu")
+    with pytest.raises(UserError, match="that train-llm-from-scratch draws are not known"):
+        generate(model, tokenizer, encode(tokenizer, chr(0x4E00)), Sampling(seed_like_original=True))
 
 
 def test_the_text_is_the_script_s(tmp_path) -> None:
