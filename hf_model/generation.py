@@ -398,16 +398,14 @@ def _seeded(sampling: Sampling, model: CustomGPTForCausalLM) -> Iterator[None]:
     with DRAWING:
         torch.manual_seed(sampling.seed)
         if sampling.seed_like_original:
-            trainer, is_fork = (
-                getattr(model.config, CONVERTED_FROM, None),
-                model.config.n_inner or model.config.head_bias,
-            )
-            if trainer or is_fork:
+            config = model.config
+            trainer = getattr(config, CONVERTED_FROM, None)
+            if trainer or config.n_inner or config.head_bias:
                 raise UserError(
                     f"--seed_like_original: the random numbers that {trainer or 'this fork of nanoGPT'} draws are not "
                     "known; leave the option out"
                 )
-            replay_initialisation(model.config)
+            replay_initialisation(config)
         yield
 
 
