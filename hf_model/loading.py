@@ -1,9 +1,10 @@
 """Load a model: `Source` says where the model comes from, `Loaded` is what was loaded."""
 
+import copy
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -43,8 +44,7 @@ from hf_model.tokenizer.prompt import PROMPT_FORMAT, RAW
 from hf_model.trainers import Checkpoint, read_checkpoint
 from hf_model.trainers.architecture import Architecture, is_copied
 from hf_model.trainers.module import Reading, read_module
-from hf_model.trainers.module_calls import logits_of as module_logits
-from hf_model.trainers.module_calls import untouched, unwrap
+from hf_model.trainers.module_parts import unwrap
 from hf_model.trainers.names import FAMILY
 from hf_model.trainers.own_code import build_module
 from hf_model.trainers.pickle_reader import kind_of
@@ -67,8 +67,7 @@ MODULE_ACTIVATIONS = {
         *("tanh", "sigmoid", "relu6", "laplace"),
     )
 }
-# The largest difference of two logits, divided by their standard deviation, that counts as rounding.
-LOGITS_CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
+LOGITS_CLOSE = {torch.float32: 1e-3, torch.float64: 1e-9}  # largest difference, in standard deviations of the logits
 # Those that a user may name for a checkpoint.
 GELUS = ("gelu", "gelu_new", "gelu_pytorch_tanh")
 ACTIVATIONS = ("auto", *GELUS, "relu", "silu", "quick_gelu", "relu2", "leaky_relu", "mish")
@@ -182,7 +181,7 @@ class Source:
             UserError: a file is missing, damaged or not of this model family, or the files do not belong together.
         """
         if self.module is not None:
-            loaded = self._load_module(self.module, needs_tokenizer)
+            loaded = self._load_module(needs_tokenizer)
         else:
             loaded = self._load_folder(needs_tokenizer) if self.is_folder else self._load_checkpoint()
         if is_quantized(loaded.model.config) and not may_be_quantized:
@@ -213,11 +212,20 @@ class Source:
         weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])
         return weights
 
-    @functools.cached_property
+    @property
     def _reading(self) -> Reading:
-        """What `module` computes. To find out takes seconds; most of the tensors are the module's own."""
+        return self._read[0]
+
+    @functools.cached_property
+    def _read(self) -> tuple[Reading, str]:
+        """What `module` computes, and how near its logits are. To find out takes seconds, so it is done once.
+
+        Most of the tensors are the module's own.
+        """
         assert self.module is not None
-        return read_module(self.module, MODULE_ACTIVATIONS)
+        reading = read_module(self.module, MODULE_ACTIVATIONS)
+        evidence = compare_logits(str(self.path), with_weights(_module_config(reading), reading.state_dict), reading)
+        return replace(reading, samples=()), evidence
 
     @property
     def _has_own_tokenizer(self) -> bool:
@@ -292,16 +300,12 @@ class Source:
         except UserError as error:
             raise UserError(f"{path}: {error}, or the code that makes the model, with --model train.py:GPT") from None
 
-    def _load_module(self, module: nn.Module, needs_tokenizer: bool) -> Loaded:
+    def _load_module(self, needs_tokenizer: bool) -> Loaded:
         if self.tokenizer_path is None and self.characters_of is None and needs_tokenizer:
             raise UserError(f"{self.path}: needs a tokenizer: give tokenizer_path, or characters_of=TEXT")
-        reading = self._reading
-        own = reading.state_dict["transformer.wte.weight"].dtype
-        config = CustomGPTConfig(**reading.options, bos_token_id=None, eos_token_id=None, pad_token_id=None)
-        config.dtype, config.auto_map = own, AUTO_MAP
-        setattr(config, CONVERTED_FROM, "a class of its own")
-        model = with_weights(config, reading.state_dict)
-        evidence = compare_logits(module, model, reading)
+        reading, evidence = self._read
+        config = _module_config(reading)
+        own, model = config.dtype, with_weights(config, reading.state_dict)
         if (dtype := pick_dtype(self.dtype, own)) != own:
             model = model.to(dtype)
             config.dtype = dtype
@@ -421,9 +425,19 @@ def load(
     return fast_on_cpu(loaded.model.to(pick_device(device))), loaded.tokenizer
 
 
+def _module_config(reading: Reading) -> CustomGPTConfig:
+    config = CustomGPTConfig(**reading.options, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    config.dtype, config.auto_map = reading.state_dict["transformer.wte.weight"].dtype, AUTO_MAP
+    setattr(config, CONVERTED_FROM, "a class of its own")
+    return config
+
+
 @torch.no_grad()
-def compare_logits(module: nn.Module, model: CustomGPTForCausalLM, reading: Reading) -> str:
-    """Compare a converted model's logits with those of the user's own model, for 1 and 5 tokens and the whole context.
+def compare_logits(name: str, model: CustomGPTForCausalLM, reading: Reading) -> str:
+    """Compare a converted model's logits with those of the user's own model; half precision is computed in float32.
+
+    Args:
+        name: of the user's own model, for messages.
 
     Returns:
         What was found, in words.
@@ -431,21 +445,22 @@ def compare_logits(module: nn.Module, model: CustomGPTForCausalLM, reading: Read
     Raises:
         UserError: they differ by more than rounding.
     """
+    if model.dtype not in LOGITS_CLOSE:
+        config = copy.deepcopy(model.config)
+        config.dtype = torch.float32
+        model = with_weights(config, {key: tensor.float() for key, tensor in model.state_dict().items()})
     largest = 0.0
-    with untouched(module):
-        for length in dict.fromkeys((1, min(5, reading.ids.shape[1]), reading.ids.shape[1])):
-            ids = reading.ids[:, :length]
-            is_whole = length == reading.ids.shape[1]
-            expected = reading.logits if is_whole else module_logits(module, ids).float().cpu()
-            got = model(ids, use_cache=False, logits_to_keep=expected.shape[1]).logits.float()
-            spread = float(expected.std())
-            off = float((got - expected).abs().max()) / spread if spread > 0 else 0.0
-            if not off <= LOGITS_CLOSE[model.dtype]:
-                raise UserError(
-                    f"{type(unwrap(module)).__name__}: cannot be read as a GPT: its layers fit, but its logits for "
-                    f"{length} tokens are {off:.2g} of their spread off"
-                )
-            largest = max(largest, off)
+    for ids, expected in reading.samples:
+        difference = model(ids, use_cache=False, logits_to_keep=expected.shape[1]).logits
+        spread = float(expected.std())
+        difference -= expected
+        off = float(max(difference.max(), -difference.min())) / spread if spread > 0 else 0.0
+        if not off <= LOGITS_CLOSE[model.dtype]:
+            raise UserError(
+                f"{name}: cannot be read as a GPT: its layers fit, but its logits for {ids.shape[1]} tokens are "
+                f"{off:.2g} of their spread off"
+            )
+        largest = max(largest, off)
     return "equal bit for bit" if largest == 0 else f"within {largest:.1e} of their spread"
 
 

@@ -11,6 +11,7 @@ Shapes: B rows of L tokens, C = n_embd, H the width of the MLP, V = vocab_size.
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,11 +27,12 @@ from hf_model.trainers.module_calls import (
     Pool,
     Recorder,
     error_between,
-    logits_of,
-    moved,
+    exchanged,
+    find_call,
+    random_weights,
     untouched,
-    unwrap,
 )
+from hf_model.trainers.module_parts import check_held, main_part, unwrap
 from hf_model.trainers.module_roles import (
     Attention,
     Layer,
@@ -57,6 +59,7 @@ LLAMA = (
     "If this is Llama's shape (RMSNorm, rotary positions, a gated MLP), use a converter to LlamaForCausalLM, such as "
     "llama2.c's export.py or minimind's convert_model.py"
 )
+MERGE = ". It has LoRA matrices: convert the result of its merge_and_unload()"
 LENGTH_NAMES = re.compile(
     r"(block|context|ctx|max|seq|pos).*(size|len|length|ctx|positions?|embeddings)|n_ctx|n_positions"
 )
@@ -72,10 +75,9 @@ class Reading:
     """Fields of `CustomGPTConfig`: sizes, `activation_function`, `layer_norm_epsilon` and so on."""
     state_dict: dict[str, Tensor]
     """Tensors under the names of `CustomGPTForCausalLM`, on the CPU, in the module's dtype."""
-    ids: Tensor
-    """Random token ids (1, block_size), the longest input that the module takes."""
-    logits: Tensor
-    """The module's logits for `ids`, (1, T, V), or (1, 1, V) if it gives the last position only."""
+    samples: tuple[tuple[Tensor, Tensor], ...]
+    """Random token ids (1, T), for T of 1, 5 and block_size, and the module's logits in float32 or float64: (1, T, V),
+    or (1, 1, V) if it gives the last position only."""
     notes: tuple[str, ...] = ()
     """What was folded or filled in, in words."""
 
@@ -91,25 +93,31 @@ def read_module(module: nn.Module, activations: Mapping[str, Activation]) -> Rea
         UserError: no form of this model family fits, or more than one does; the message names the step.
     """
     module = unwrap(module)
+    check_held(module)
     with untouched(module):
         try:
             return _Reader(module, activations).read()
         except NoReadingError as error:
-            raise UserError(f"{type(module).__name__}: cannot be read as a GPT: {error}") from None
+            advice = MERGE if any("lora_" in name for name, _ in module.named_parameters()) else ""
+            raise UserError(f"{type(module).__name__}: cannot be read as a GPT: {error}{advice}") from None
 
 
 class _Reader:
     def __init__(self, module: nn.Module, activations: Mapping[str, Activation]):
-        self.module, self.activations = module, activations
-        self.parameters = {
-            name: parameter.detach() for name, parameter in module.named_parameters() if parameter.is_floating_point()
-        }
+        self.activations = activations
         self.notes: list[str] = []
         self.epsilon: float | None = None
+        self.device = next(module.parameters()).device
+        self.module, self.logits_of = self._find_call(module)
+        self.parameters = {
+            name: parameter.detach()
+            for name, parameter in self.module.named_parameters()
+            if parameter.is_floating_point()
+        }
 
     def read(self) -> Reading:
         self._find_embedding()
-        with moved(self.module, std=1.5 * self.width**-0.5):
+        with exchanged(self.module, random_weights(std=1.5 * self.width**-0.5)):
             self.moved = {name: self.module.get_parameter(name).detach().cpu() for name in self.parameters}
             self._record()
             self._find_input()
@@ -118,7 +126,26 @@ class _Reader:
             final, head = self._head(layers, layer)
             self._check_all(layers, layer, final, head)
         del self.moved, self.pool, self.recorder
-        return self._assemble(layers, layer, final, head, self._as_long_as_it_runs(positions))
+        samples = self._own_logits(positions)
+        return self._assemble(layers, layer, final, head, positions[: samples[-1][0].shape[1]], samples)
+
+    def _find_call(self, module: nn.Module) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+        """The module, or the one part that is a whole GPT in a module which does not take token ids by itself."""
+        ids = torch.ones((B, 2), dtype=torch.long, device=self.device)
+        part: nn.Module | None = module
+        failure: NoReadingError | None = None
+        while part is not None:
+            try:
+                found = find_call(part, ids)
+            except NoReadingError as error:
+                failure, part = failure or error, main_part(part)
+                continue
+            if part is not module:
+                name = next(name for name, one in module.named_modules() if one is part)
+                self.notes.append(f"read from its part {name!r} ({type(part).__name__}), because {failure}")
+            return part, found
+        assert failure is not None
+        raise failure
 
     def _find_layers(self) -> tuple[list[dict[str, str]], Layer]:
         first: NoReadingError | None = None
@@ -139,6 +166,7 @@ class _Reader:
                 raise NoReadingError(f"layer {i + 1} of {len(layers)} is not like the first: it is {error:.2g} off")
         if final is not None:
             x = normalized(x, final, self.moved, self._epsilons()[0])
+        x = x[:, -self.logits.shape[1] :]
         if not (error := error_between(self._linear_of(x, head, self.moved), self.logits)) < allowed:
             raise NoReadingError(f"its layers fit, but its logits are {error:.2g} off")
 
@@ -163,11 +191,10 @@ class _Reader:
 
     def _find_embedding(self) -> None:
         """The parameter that the token ids look up."""
-        self.device = next(iter(self.parameters.values())).device
-        ids = torch.zeros((B, 2), dtype=torch.long, device=self.device)
-        recorder = Recorder(ids)
+        ids = torch.ones((B, 2), dtype=torch.long, device=self.device)
+        recorder = Recorder(ids, keep=False)
         with NoFastPath(), recorder:
-            logits_of(self.module, ids)
+            self.logits_of(ids)
         if (found := recorder.embedding) is None:
             raise NoReadingError("its token embedding was not found: no matrix is looked up by the token ids")
         same = (n for n, p in self.parameters.items() if p.shape == found.shape and torch.equal(p, found))
@@ -179,22 +206,26 @@ class _Reader:
     def _record(self) -> None:
         """Run the module on the longest input of `LENGTHS` that it takes."""
         for length in LENGTHS:
-            self.ids = torch.randint(self.vocab_size, (B, length), generator=torch.Generator().manual_seed(0))
-            recorder = Recorder(self.ids.to(self.device))
+            self.ids = self._random_ids(B, length)
+            recorder = Recorder(self.ids)
             try:
                 with NoFastPath(), recorder:
-                    logits = logits_of(self.module, recorder.ids)
+                    logits = self.logits_of(recorder.ids)
                 break
             except NoReadingError as error:
                 failure = error
         else:
             raise failure
-        again = logits_of(self.module, recorder.ids)
+        again = self.logits_of(recorder.ids)
         if not torch.equal(logits, again) and error_between(logits, again) > CLOSE:
             raise NoReadingError("it gives other logits for the same tokens the second time: dropout left on?")
         self.length, self.recorder = length, recorder
-        self.logits = logits.cpu()
+        self.ids, self.logits = self.ids.cpu(), logits.cpu()
         self.pool = Pool(recorder.values, length)
+
+    def _random_ids(self, rows: int, length: int) -> Tensor:
+        generator = torch.Generator().manual_seed(length)
+        return torch.randint(self.vocab_size, (rows, length), generator=generator, device="cpu").to(self.device)
 
     # Embeddings.
 
@@ -234,17 +265,25 @@ class _Reader:
                 return computed
         raise NoReadingError("its positions are computed, and no attribute such as block_size says how many there are")
 
-    def _as_long_as_it_runs(self, table: Tensor) -> Tensor:
-        """The table up to the longest input that the module takes; its logits for such an input are kept."""
-        for length in (len(table), *(n for n in self._stated_lengths() if n < len(table))):
-            generator = torch.Generator().manual_seed(1)
-            self.longest = torch.randint(self.vocab_size, (1, length), generator=generator).to(self.device)
+    def _own_logits(self, positions: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Token ids and logits with the module's own weights, for 1 and 5 tokens and as many as the module takes."""
+        dtypes = {parameter.dtype for parameter in self.parameters.values()}
+        is_wide = dtypes <= {torch.float32, torch.float64}
+        with nullcontext() if is_wide else exchanged(self.module, lambda tensor: tensor.data.float()):
+            ids, logits = self._longest(len(positions))
+            lengths = [n for n in (1, 5) if n < ids.shape[1]]
+            samples = [(ids[:, :length], self.logits_of(ids[:, :length])) for length in lengths]
+        return tuple((ids.cpu(), logits.cpu()) for ids, logits in (*samples, (ids, logits)))
+
+    def _longest(self, n_positions: int) -> tuple[Tensor, Tensor]:
+        """The longest input that the module takes, and its logits."""
+        for length in (n_positions, *(n for n in self._stated_lengths() if n < n_positions)):
+            ids = self._random_ids(1, length)
             try:
-                self.longest_logits = logits_of(self.module, self.longest, every_position=False)
-                return table[:length]
+                return ids, self.logits_of(ids)
             except NoReadingError:
                 continue
-        raise NoReadingError(f"it does not run on {len(table)} tokens, as many as it has positions for")
+        raise NoReadingError(f"it does not run on {n_positions} tokens, as many as it has positions for")
 
     def _stated_lengths(self) -> list[int]:
         """Lengths that attributes or causal masks of the module state, the longest first."""
@@ -266,7 +305,7 @@ class _Reader:
         recorder = Recorder(ids)
         try:
             with NoFastPath(), recorder:
-                logits_of(self.module, ids)
+                self.logits_of(ids)
         except NoReadingError:
             return None
         row = self.scale * self.moved[self.embedding_name][0]
@@ -470,7 +509,7 @@ class _Reader:
         """The activation: the first name whose result is as near as the best one, if all such names agree."""
         best = min(errors, key=lambda name: errors[name])
         fits = [name for name, error in errors.items() if error < max(CLOSE / APART, APART * errors[best])]
-        grid = torch.linspace(-6, 6, 1001)
+        grid = torch.linspace(-6, 6, 1001, device="cpu", dtype=torch.float32)
         different = [n for n in fits if error_between(self.activations[n](grid), self.activations[best](grid)) > CLOSE]
         if different:
             raise NoReadingError(f"the activation may be {best} or {different[0]}: its input is too small to tell")
@@ -494,7 +533,7 @@ class _Reader:
         nearest = math.inf
         for form in reversed(forms):
             for head in heads:
-                y = self._linear_of(form, head, outside)
+                y = self._linear_of(form[:, -self.logits.shape[1] :], head, outside)
                 if y.shape[2] != V:
                     continue
                 error = error_between(y, self.logits)
@@ -529,6 +568,7 @@ class _Reader:
         final: Norm | None,
         head: Linear,
         positions: Tensor,
+        samples: tuple[tuple[Tensor, Tensor], ...],
     ) -> Reading:
         assert layer.attention is not None
         C, n_head, scale = self.width, layer.attention.n_head, layer.attention.scale
@@ -571,8 +611,7 @@ class _Reader:
             "head_bias": head.bias is not None,
             "attention_scale": None if scale == (C // n_head) ** -0.5 else scale,
         }
-        logits = self.longest_logits.float().cpu()
-        return Reading(options, filled(state, has_bias), self.longest.cpu(), logits, tuple(self.notes))
+        return Reading(options, filled(state, has_bias), samples, tuple(self.notes))
 
     def _note_unused(self, layers: Sequence[Mapping[str, str]], layer: Layer, final: Norm | None, head: Linear) -> None:
         used = {self.embedding_name, self.position_name, head.weight, head.bias}

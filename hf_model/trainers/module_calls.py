@@ -1,7 +1,7 @@
 """Run a module of any class, and record each tensor that its operators return."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,98 +10,138 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_model.errors import one_line
+
 B = 2  # rows of tokens
-SAMPLE = 4096  # values of a recorded tensor that are compared first
+SAMPLE = 512  # values of a recorded tensor that are compared first
+BLOCK = 2**20 + 7  # random values that are drawn; a prime, so that no two rows of a larger tensor are equal
 CLOSE = 3e-5  # relative error (root mean square) of two float32 results that differ by rounding only
-WRAPPERS = ("_orig_mod", "module")  # torch.compile; DataParallel, DistributedDataParallel
+# How a module is called: the first way that gives the logits of each position is taken.
+CALLS: tuple[Callable[[nn.Module, Tensor], Any], ...] = (
+    lambda module, ids: module(ids),
+    lambda module, ids: module(ids, targets=ids),
+    lambda module, ids: module(ids, labels=ids),
+    lambda module, ids: module(ids, ids),
+)
 
 
 class NoReadingError(Exception):
     """No form fits at one step; the message names the step and how far the nearest form is off."""
 
 
-def unwrap(module: nn.Module) -> nn.Module:
-    """The module that `torch.compile`, `DataParallel` or `DistributedDataParallel` wraps."""
-    while [name for name, _ in module.named_children()] in [[name] for name in WRAPPERS]:
-        (module,) = module.children()
-    return module
-
-
 @contextmanager
 def untouched(module: nn.Module) -> Iterator[None]:
-    """Run a block without gradients and in evaluation mode; restore the modes, buffers and random state after it."""
-    modes = {part: part.training for part in module.modules()}
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    devices = {parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        module.eval()
-        try:
+    """Run a block in evaluation mode, without gradients, autocast or TF32, and leave all as it was.
+
+    Restored are the modes, attributes and buffers of the module and its parts, and the random state.
+    """
+    parts = [(part, dict(vars(part)), dict(part._buffers)) for part in module.modules()]
+    values = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    device = next(module.parameters()).device
+    cuda = {parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"}
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    precisions = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with (
+            torch.random.fork_rng(devices=list(cuda)),
+            torch.no_grad(),
+            torch.autocast(device.type, enabled=False),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            module.eval()
             yield
-        finally:
-            for part, mode in modes.items():
-                part.training = mode
-            for name, buffer in module.named_buffers():
-                if name in buffers and not torch.equal(buffer, buffers[name]):
-                    buffer.copy_(buffers[name])
+    finally:
+        for backend, precision in zip(backends, precisions, strict=True):
+            backend.fp32_precision = precision
+        for part, attributes, buffers in parts:
+            vars(part).clear()
+            vars(part).update(attributes)
+            part._buffers.clear()
+            part._buffers.update(buffers)
+        for buffer, value in values:
+            if not torch.equal(buffer, value):
+                with torch.no_grad():
+                    buffer.copy_(value)
 
 
 @contextmanager
-def moved(module: nn.Module, std: float) -> Iterator[None]:
-    """Exchange a module's weights for random ones in float32, and put its own tensors back.
-
-    Which form a module computes does not depend on its weights. An untrained model's weights hide the form: a bias of
-    zeros, gains of one and attention that is almost even make several forms give the same result.
-    """
-    tensors = [*module.parameters(), *module.buffers()]
-    own = [(tensor, tensor.data) for tensor in tensors if tensor.is_floating_point()]
-    generator = torch.Generator().manual_seed(0)
+def exchanged(module: nn.Module, new: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let a module use `new` of each floating-point parameter and buffer; put its own tensors back after the block."""
+    own = [(tensor, tensor.data) for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
     try:
-        for tensor, data in own:
-            if isinstance(tensor, nn.Parameter):
-                values = torch.randn(data.shape, generator=generator)
-                values.mul_(std) if data.ndim > 1 else values.mul_(0.5).add_(0.5)
-                tensor.data = values.to(data.device)
-            else:
-                tensor.data = data.float()
+        for tensor, _ in own:
+            tensor.data = new(tensor)
         yield
     finally:
         for tensor, data in own:
             tensor.data = data
 
 
-def logits_of(module: nn.Module, ids: Tensor, every_position: bool = True) -> Tensor:
-    """Logits (B, T, V) for token ids (B, T).
+def random_weights(std: float) -> Callable[[Tensor], Tensor]:
+    """Random float32 values in place of a parameter's: matrices of this standard deviation, vectors of 0.5 around 0.5.
 
-    Takes a tensor, a tuple or list that begins with one, a dict or an object with `logits`; of shape (B, T, V) or
-    (B T, V). If the module gives the last position only, targets are given too, and at last each prefix is run.
+    Which form a module computes does not depend on its weights. An untrained model's weights hide the form: a bias of
+    zeros, gains of one and attention that is almost even make several forms give the same result.
+    """
+    generator = torch.Generator().manual_seed(0)
+    block = torch.randn(BLOCK, generator=generator, device="cpu", dtype=torch.float32)
+
+    def random(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            return tensor.data.float()
+        start = int(torch.randint(BLOCK, (), generator=generator, device="cpu"))
+        values = torch.cat([block[start:], block.repeat(1 + tensor.numel() // BLOCK)])[: tensor.numel()]
+        values = values.view(tensor.shape)  # copied by `cat`
+        values.mul_(std) if tensor.ndim > 1 else values.mul_(0.5).add_(0.5)
+        return values.to(tensor.device)
+
+    return random
+
+
+def find_call(module: nn.Module, ids: Tensor) -> Callable[[Tensor], Tensor]:
+    """How the module gives logits for token ids: a function of ids (B, T) to logits (B, T, V).
+
+    The module may return a tensor, a tuple or list that holds one, a dict or an object with `logits`; of shape
+    (B, T, V) or (B T, V). If it gives the last position only, it is called with targets too. If it gives no more then,
+    the function's logits have the shape (B, 1, V).
 
     Args:
-        every_position: False accepts the last position only, (B, 1, V), and saves running each prefix.
+        ids: to try it with, (B, T).
 
     Raises:
         NoReadingError: the module does not run on token ids, or returns no logits.
     """
-    rows, length = ids.shape
-    last = _logits(_call(module, ids), rows, length)
-    if last.shape[1] == length:
-        return last
-    for args, kwargs in (((), {"targets": ids}), ((), {"labels": ids}), ((ids,), {})):
+    last: Tensor | None = None
+    failure: NoReadingError | None = None
+    for call in CALLS:
         try:
-            full = _logits(module(ids, *args, **kwargs), rows, length)
-        except Exception:
+            logits = logits_by(call, module)(ids)
+        except NoReadingError as error:
+            failure = failure or error
             continue
-        if full.shape[1] == length and torch.allclose(full[:, -1:], last, rtol=1e-3, atol=1e-4):
-            return full
-    if not every_position:
-        return last
-    return torch.cat([_logits(_call(module, ids[:, : n + 1]), rows, n + 1)[:, -1:] for n in range(length)], dim=1)
+        if logits.shape[1] == ids.shape[1]:
+            if last is None or torch.allclose(logits[:, -1:], last, rtol=1e-3, atol=1e-4, equal_nan=True):
+                return logits_by(call, module)
+        elif last is None:
+            last, only_last = logits, logits_by(call, module)
+    if last is None:
+        assert failure is not None
+        raise failure
+    return only_last
 
 
-def _call(module: nn.Module, ids: Tensor) -> Any:
-    try:
-        return module(ids)
-    except Exception as error:  # the user's code may fail in any way
-        raise NoReadingError(f"it does not run on token ids of shape {tuple(ids.shape)} ({error})") from None
+def logits_by(call: Callable[[nn.Module, Tensor], Any], module: nn.Module) -> Callable[[Tensor], Tensor]:
+    def logits(ids: Tensor) -> Tensor:
+        try:
+            output = call(module, ids)
+        except Exception as error:  # the user's code may fail in any way
+            said = one_line(error, 200)
+            raise NoReadingError(f"it does not run on token ids of shape {tuple(ids.shape)} ({said})") from None
+        return _logits(output, *ids.shape)
+
+    return logits
 
 
 def _logits(output: Any, rows: int, length: int) -> Tensor:
@@ -131,12 +171,16 @@ class NoFastPath(TorchFunctionMode):
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps a copy of each floating-point tensor that an operator returns, the norms' epsilons and the embedding."""
+    """Keeps a copy of each tensor that an operator returns and that has values for each token.
 
-    def __init__(self, ids: Tensor):
+    It also notes the norms' epsilons and the embedding.
+    """
+
+    def __init__(self, ids: Tensor, keep: bool = True):
         super().__init__()
-        self.ids = ids
+        self.ids, self.keep = ids, keep
         self.values: list[Tensor] = []
+        """Of shape (B, L, D), in float32."""
         self.epsilons: list[float] = []
         self.embedding: Tensor | None = None
         """The matrix that the token ids look up."""
@@ -150,8 +194,10 @@ class Recorder(TorchDispatchMode):
         if func is torch.ops.aten.index.Tensor and self.embedding is None and args[0].ndim == 2:
             self._look_up(args[0], args[1][0])
         for value in output if isinstance(output, (tuple, list)) else (output,):
-            if isinstance(value, Tensor) and value.is_floating_point() and value.numel() % self.ids.numel() == 0:
-                self.values.append(value.detach().float().cpu().clone())
+            if self.keep and isinstance(value, Tensor) and value.is_floating_point():
+                rows = as_rows(value.detach(), self.ids.shape[1])
+                if rows is not None:
+                    self.values.append(rows.float().cpu().clone())
         return output
 
     def _look_up(self, matrix: Tensor, index: Tensor | None) -> None:
@@ -165,10 +211,12 @@ class Pool:
     def __init__(self, values: Iterable[Tensor], length: int):
         self.forms: dict[int, list[Tensor]] = {}
         for value in values:
-            for form in _forms(value, length):
-                self.forms.setdefault(form.shape[2], []).append(form)
+            self.forms.setdefault(value.shape[2], []).append(value)
         generator = torch.Generator().manual_seed(0)
-        self.places = {width: torch.randperm(B * length * width, generator=generator)[:SAMPLE] for width in self.forms}
+        self.places = {
+            width: torch.randperm(B * length * width, generator=generator, device="cpu")[:SAMPLE]
+            for width in self.forms
+        }
         self.samples = {
             width: torch.stack([form.reshape(-1)[self.places[width]] for form in forms])
             for width, forms in self.forms.items()
@@ -192,16 +240,17 @@ def error_between(one: Tensor, other: Tensor) -> float:
     return float((one - other).square().mean().sqrt() / other.std().clamp(min=1e-30))
 
 
-def _forms(value: Tensor, length: int) -> Iterator[Tensor]:
-    """A recorded tensor as (B, L, D): rows and positions in either order or as one, heads apart or not."""
+def as_rows(value: Tensor, length: int) -> Tensor | None:
+    """A tensor as (B, L, D): rows and positions in either order or as one, heads apart or not; None for other shapes."""
     shape = value.shape
     if shape[:2] == (B, length):
-        yield value.reshape(B, length, -1)
-    elif shape[:2] == (length, B):
-        yield value.transpose(0, 1).reshape(B, length, -1)
-    elif value.ndim == 4 and shape[0] == B and shape[2] == length:  # (B, heads, L, D)
-        yield value.transpose(1, 2).reshape(B, length, -1)
-    elif value.ndim == 3 and shape[1] == length and shape[0] % B == 0:  # (B heads, L, D)
-        yield value.view(B, -1, length, shape[2]).transpose(1, 2).reshape(B, length, -1)
-    elif value.ndim == 2 and shape[0] == B * length:
-        yield value.view(B, length, -1)
+        return value.reshape(B, length, -1)
+    if shape[:2] == (length, B):
+        return value.transpose(0, 1).reshape(B, length, -1)
+    if value.ndim == 4 and shape[0] == B and shape[2] == length:  # (B, heads, L, D)
+        return value.transpose(1, 2).reshape(B, length, -1)
+    if value.ndim == 3 and shape[1] == length and shape[0] % B == 0:  # (B heads, L, D)
+        return value.view(B, -1, length, shape[2]).transpose(1, 2).reshape(B, length, -1)
+    if value.ndim == 2 and shape[0] == B * length:
+        return value.view(B, length, -1)
+    return None
