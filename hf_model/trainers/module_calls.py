@@ -91,9 +91,10 @@ def random_weights(std: float) -> Callable[[Tensor], Tensor]:
     def random(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, nn.Parameter):
             return tensor.data.float()
-        start = int(torch.randint(BLOCK, (), generator=generator, device="cpu"))
-        values = torch.cat([block[start:], block.repeat(1 + tensor.numel() // BLOCK)])[: tensor.numel()]
-        values = values.view(tensor.shape)  # copied by `cat`
+        rolled = block.roll(int(torch.randint(BLOCK, (), generator=generator, device="cpu")))
+        values = torch.empty(tensor.shape, device="cpu", dtype=torch.float32)
+        for part in values.view(-1).split(BLOCK):
+            part.copy_(rolled[: len(part)])
         values.mul_(std) if tensor.ndim > 1 else values.mul_(0.5).add_(0.5)
         return values.to(tensor.device)
 
@@ -241,7 +242,7 @@ def error_between(one: Tensor, other: Tensor) -> float:
 
 
 def as_rows(value: Tensor, length: int) -> Tensor | None:
-    """A tensor as (B, L, D): rows and positions in either order or as one, heads apart or not; None for other shapes."""
+    """A tensor as (B, L, D): rows and positions in either order or as one, heads apart or not; None if it is not so."""
     shape = value.shape
     if shape[:2] == (B, length):
         return value.reshape(B, length, -1)
