@@ -44,6 +44,7 @@ from hf_model.tokenizer.prompt import PROMPT_FORMAT, RAW
 from hf_model.trainers import Checkpoint, read_checkpoint
 from hf_model.trainers.architecture import Architecture, is_copied
 from hf_model.trainers.module import Reading, read_module
+from hf_model.trainers.module_calls import exact
 from hf_model.trainers.module_parts import unwrap
 from hf_model.trainers.names import FAMILY
 from hf_model.trainers.own_code import build_module
@@ -432,7 +433,7 @@ def _module_config(reading: Reading) -> CustomGPTConfig:
     return config
 
 
-@torch.no_grad()
+@exact("cpu")
 def compare_logits(name: str, model: CustomGPTForCausalLM, reading: Reading) -> str:
     """Compare a converted model's logits with those of the user's own model; half precision is computed in float32.
 

@@ -32,7 +32,7 @@ from hf_model.trainers.module_calls import (
     random_weights,
     untouched,
 )
-from hf_model.trainers.module_parts import check_held, main_part, unwrap
+from hf_model.trainers.module_parts import check_held, main_part, unwrap, without_fsdp
 from hf_model.trainers.module_roles import (
     Attention,
     Layer,
@@ -59,7 +59,6 @@ LLAMA = (
     "If this is Llama's shape (RMSNorm, rotary positions, a gated MLP), use a converter to LlamaForCausalLM, such as "
     "llama2.c's export.py or minimind's convert_model.py"
 )
-MERGE = ". It has LoRA matrices: convert the result of its merge_and_unload()"
 LENGTH_NAMES = re.compile(
     r"(block|context|ctx|max|seq|pos).*(size|len|length|ctx|positions?|embeddings)|n_ctx|n_positions"
 )
@@ -93,13 +92,15 @@ def read_module(module: nn.Module, activations: Mapping[str, Activation]) -> Rea
         UserError: no form of this model family fits, or more than one does; the message names the step.
     """
     module = unwrap(module)
-    check_held(module)
-    with untouched(module):
-        try:
-            return _Reader(module, activations).read()
-        except NoReadingError as error:
-            advice = MERGE if any("lora_" in name for name, _ in module.named_parameters()) else ""
-            raise UserError(f"{type(module).__name__}: cannot be read as a GPT: {error}{advice}") from None
+    with without_fsdp(module):
+        check_held(module)
+        with untouched(module):
+            try:
+                return _Reader(module, activations).read()
+            except NoReadingError as error:
+                has_lora = any("lora_" in name for name, _ in module.named_parameters())
+                why = "it has LoRA matrices; convert the result of its merge_and_unload()" if has_lora else error
+                raise UserError(f"{type(module).__name__}: cannot be read as a GPT: {why}") from None
 
 
 class _Reader:
@@ -142,7 +143,8 @@ class _Reader:
                 continue
             if part is not module:
                 name = next(name for name, one in module.named_modules() if one is part)
-                self.notes.append(f"read from its part {name!r} ({type(part).__name__}), because {failure}")
+                kinds = type(part).__name__, type(module).__name__
+                self.notes.append(f"read from its part {name!r} ({kinds[0]}), as {kinds[1]} itself gives no logits")
             return part, found
         assert failure is not None
         raise failure

@@ -30,39 +30,42 @@ class NoReadingError(Exception):
 
 
 @contextmanager
-def untouched(module: nn.Module) -> Iterator[None]:
-    """Run a block in evaluation mode, without gradients, autocast or TF32, and leave all as it was.
-
-    Restored are the modes, attributes and buffers of the module and its parts, and the random state.
-    """
-    parts = [(part, dict(vars(part)), dict(part._buffers)) for part in module.modules()]
-    values = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    device = next(module.parameters()).device
-    cuda = {parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"}
+def exact(device: str) -> Iterator[None]:
+    """Run a block without gradients, and compute float32 as such: without autocast or TF32."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     precisions = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
             backend.fp32_precision = "ieee"
-        with (
-            torch.random.fork_rng(devices=list(cuda)),
-            torch.no_grad(),
-            torch.autocast(device.type, enabled=False),
-            torch.compiler.set_stance("force_eager"),
-        ):
-            module.eval()
+        with torch.no_grad(), torch.autocast(device, enabled=False):
             yield
     finally:
         for backend, precision in zip(backends, precisions, strict=True):
             backend.fp32_precision = precision
-        for part, attributes, buffers in parts:
-            vars(part).clear()
-            vars(part).update(attributes)
-            part._buffers.clear()
-            part._buffers.update(buffers)
-        for buffer, value in values:
-            if not torch.equal(buffer, value):
-                with torch.no_grad():
+
+
+@contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Run a block with a module in evaluation mode, and leave all as it was.
+
+    Restored are the modes, attributes and buffers of the module and its parts, and the random state.
+    """
+    parts = [(part, dict(vars(part)), dict(part._buffers)) for part in module.modules()]
+    values = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    cuda = {parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"}
+    device = next(module.parameters()).device.type
+    with exact(device), torch.random.fork_rng(devices=list(cuda)), torch.compiler.set_stance("force_eager"):
+        try:
+            module.eval()
+            yield
+        finally:
+            for part, attributes, buffers in parts:
+                vars(part).clear()
+                vars(part).update(attributes)
+                part._buffers.clear()
+                part._buffers.update(buffers)
+            for buffer, value in values:
+                if not torch.equal(buffer, value):
                     buffer.copy_(value)
 
 

@@ -1,26 +1,51 @@
 """Find the GPT in what wraps it, and check that it holds its weights."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 
 from hf_model.errors import UserError
 
 WRAPPERS = ("_orig_mod", "module")  # torch.compile; DataParallel, DistributedDataParallel
-SHARDED = (
-    "its weights are sharded by fully_shard. On all ranks: state = get_model_state_dict(model, "
-    "options=StateDictOptions(full_state_dict=True, cpu_offload=True)), from torch.distributed.checkpoint.state_dict. "
-    "Then on rank 0: plain = GPT(config); plain.load_state_dict(state); convert(plain, ...)"
-)
-FLAT = (
-    "its weights are sharded by FullyShardedDataParallel. On all ranks: with FSDP.summon_full_params(model, "
-    "writeback=False): and in this block, on rank 0: convert(model, ...)"
+GATHER = (
+    "its weights are sharded. On all ranks: state = get_model_state_dict(model, options=StateDictOptions("
+    "full_state_dict=True, cpu_offload=True)), from torch.distributed.checkpoint.state_dict. Then on rank 0: "
+    "plain = GPT(config); plain.load_state_dict(state); convert(plain, ...)"
 )
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The module that `torch.compile`, `DataParallel` or `DistributedDataParallel` wraps."""
-    while [name for name, _ in module.named_children()] in [[name] for name in WRAPPERS]:
+    """The module that `torch.compile`, `DataParallel`, `DistributedDataParallel` or FSDP wraps."""
+    while _is_summoned(module) or [name for name, _ in module.named_children()] in [[name] for name in WRAPPERS]:
         (module,) = module.children()
     return module
+
+
+@contextmanager
+def without_fsdp(module: nn.Module) -> Iterator[None]:
+    """Run a block in which a module's parts are not wrapped by FSDP, whose whole weights were summoned."""
+    wrapped = [
+        (parent, name, part)
+        for parent in module.modules()
+        for name, part in parent.named_children()
+        if _is_summoned(part)
+    ]
+    try:
+        for parent, name, part in wrapped:
+            parent._modules[name] = unwrap(part)
+        yield
+    finally:
+        for parent, name, part in wrapped:
+            parent._modules[name] = part
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    return type(module).__name__ == "FullyShardedDataParallel"  # by name: its import takes a second
+
+
+def _is_summoned(module: nn.Module) -> bool:
+    return _is_fsdp(module) and getattr(module, "training_state").name == "SUMMON_FULL_PARAMS"  # noqa: B009
 
 
 def main_part(module: nn.Module) -> nn.Module | None:
@@ -45,10 +70,7 @@ def check_held(module: nn.Module) -> None:
     name, parameters = type(module).__name__, list(module.parameters())
     if not parameters:
         raise UserError(f"{name}: has no parameters")
-    kinds = {type(parameter).__name__ for parameter in parameters}
-    if "DTensor" in kinds:
-        raise UserError(f"{name}: {SHARDED}")
-    if "FlatParameter" in kinds:
-        raise UserError(f"{name}: {FLAT}")
+    if any(type(parameter).__name__ == "DTensor" for parameter in parameters) or any(map(_is_fsdp, module.modules())):
+        raise UserError(f"{name}: {GATHER}")
     if any(parameter.device.type == "meta" for parameter in parameters):
         raise UserError(f"{name}: its weights are on the meta device, which holds no values: load them first")
