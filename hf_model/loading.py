@@ -423,7 +423,10 @@ def load(
     report("tokenizer", loaded.found.taken + (f" ({loaded.found.why})" if loaded.found.why else ""))
     for item, text in loaded.choices:
         report(item, text)
-    return fast_on_cpu(loaded.model.to(pick_device(device))), loaded.tokenizer
+    model = loaded.model
+    if isinstance(checkpoint_path, nn.Module):
+        model = copy.deepcopy(model)  # its weights are those of your own model, which may be trained on
+    return fast_on_cpu(model.to(pick_device(device))), loaded.tokenizer
 
 
 def _module_config(reading: Reading) -> CustomGPTConfig:

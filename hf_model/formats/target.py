@@ -59,12 +59,12 @@ def check_plain_gpt2(config: CustomGPTConfig, what: str) -> None:
         UserError: it is not.
     """
     differs = {
-        "post-norm blocks": not config.norm_first,
-        "no final LayerNorm": not config.final_norm,
-        "a bias at its head": config.head_bias,
+        "has post-norm blocks": not config.norm_first,
+        "has no final LayerNorm": not config.final_norm,
+        "has a bias at its head": config.head_bias,
     }
     if found := [name for name, is_so in differs.items() if is_so]:
-        raise UserError(f"{what} cannot have {' and '.join(found)}, as this model does: use --format transformers")
+        raise UserError(f"{what} cannot hold this model, which {' and '.join(found)}: use --format transformers")
 
 
 def with_usual_scale(model: CustomGPTForCausalLM) -> CustomGPTForCausalLM:

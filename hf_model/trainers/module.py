@@ -10,8 +10,8 @@ Shapes: B rows of L tokens, C = n_embd, H the width of the MLP, V = vocab_size.
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,12 +122,14 @@ class _Reader:
             self.moved = {name: self.module.get_parameter(name).detach().cpu() for name in self.parameters}
             self._record()
             self._find_input()
-            positions = self._find_positions()
+            self._find_positions()
             layers, layer = self._find_layers()
             final, head = self._head(layers, layer)
             self._check_all(layers, layer, final, head)
         del self.moved, self.pool, self.recorder
-        samples = self._own_logits(positions)
+        with self._own_weights():
+            positions = self._position_table()
+            samples = self._samples(len(positions))
         return self._assemble(layers, layer, final, head, positions[: samples[-1][0].shape[1]], samples)
 
     def _find_call(self, module: nn.Module) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
@@ -160,17 +162,30 @@ class _Reader:
 
     def _check_all(self, layers: Sequence[Mapping[str, str]], layer: Layer, final: Norm | None, head: Linear) -> None:
         """Compute every layer in the form of the first one, and the logits."""
-        x, allowed = self.x, CLOSE
-        for i, names in enumerate(layers):
-            x = self._run(layer, x, {template: self.moved[name] for template, name in names.items()})
+        allowed = CLOSE
+        for i, x in enumerate(self._outputs(self.x, layers, layer)):
             allowed += CLOSE  # rounding adds up
             if not (error := self.pool.error(x)) < allowed:
                 raise NoReadingError(f"layer {i + 1} of {len(layers)} is not like the first: it is {error:.2g} off")
+        if not (error := error_between(self._ending(x, final, head), self.logits)) < allowed:
+            raise NoReadingError(f"its layers fit, but its logits are {error:.2g} off")
+        x = self.scale * self.moved[self.embedding_name][self.padded_ids] + self.positions
+        *_, x = self._outputs(x, layers, layer)
+        if not error_between(self._ending(x, final, head), self.padded_logits) < allowed:
+            self.notes.append("your model treats a token of these apart, as padding: 0, 1, 2, 3 or the last one")
+
+    def _outputs(self, x: Tensor, layers: Sequence[Mapping[str, str]], layer: Layer) -> Iterator[Tensor]:
+        """The result of each layer, (B, L, C)."""
+        for names in layers:
+            x = self._run(layer, x, {template: self.moved[name] for template, name in names.items()})
+            yield x
+
+    def _ending(self, x: Tensor, final: Norm | None, head: Linear) -> Tensor:
+        """The logits from the last layer's result, for as many positions as the module gives."""
+        x = x[:, -self.logits.shape[1] :]
         if final is not None:
             x = normalized(x, final, self.moved, self._epsilons()[0])
-        x = x[:, -self.logits.shape[1] :]
-        if not (error := error_between(self._linear_of(x, head, self.moved), self.logits)) < allowed:
-            raise NoReadingError(f"its layers fit, but its logits are {error:.2g} off")
+        return self._linear_of(x, head, self.moved)
 
     def _run(self, layer: Layer, x: Tensor, own: Mapping[str, Tensor]) -> Tensor:
         def attention(u: Tensor) -> Tensor:
@@ -194,13 +209,15 @@ class _Reader:
     def _find_embedding(self) -> None:
         """The parameter that the token ids look up."""
         ids = torch.ones((B, 2), dtype=torch.long, device=self.device)
-        recorder = Recorder(ids, keep=False)
+        recorder = Recorder(ids, most=0)
         with NoFastPath(), recorder:
             self.logits_of(ids)
         if (found := recorder.embedding) is None:
             raise NoReadingError("its token embedding was not found: no matrix is looked up by the token ids")
-        same = (n for n, p in self.parameters.items() if p.shape == found.shape and torch.equal(p, found))
-        self.embedding_name = next(same, "")
+        like = {name: p for name, p in self.parameters.items() if p.shape == found.shape}
+        same = [name for name, p in like.items() if p.data_ptr() == found.data_ptr()]
+        equal = (name for name, p in like.items() if torch.equal(p, found))
+        self.embedding_name = next(iter(same), None) or next(equal, "")
         if not self.embedding_name:
             raise NoReadingError("its token embedding is not one of its parameters")
         self.vocab_size, self.width = found.shape
@@ -218,16 +235,24 @@ class _Reader:
                 failure = error
         else:
             raise failure
-        again = self.logits_of(recorder.ids)
-        if not torch.equal(logits, again) and error_between(logits, again) > CLOSE:
-            raise NoReadingError("it gives other logits for the same tokens the second time: dropout left on?")
+        padded = self.ids.clone()
+        unusual = torch.tensor([0, 1, 2, 3, self.vocab_size - 1]).clamp(max=self.vocab_size - 1)[: length - 2]
+        padded[1, 1 : 1 + len(unusual)] = unusual.to(self.device)
+        again = self.logits_of(padded)
+        if not error_between(logits[0], again[0]) <= CLOSE:
+            raise NoReadingError(
+                "it gives other logits for the same tokens the second time: dropout left on, or rows that mix?"
+            )
         self.length, self.recorder = length, recorder
         self.ids, self.logits = self.ids.cpu(), logits.cpu()
+        self.padded_ids, self.padded_logits = padded.cpu(), again.cpu()
         self.pool = Pool(recorder.values, length)
 
     def _random_ids(self, rows: int, length: int) -> Tensor:
+        """Random token ids, none of which is usual for padding, (rows, length)."""
         generator = torch.Generator().manual_seed(length)
-        return torch.randint(self.vocab_size, (rows, length), generator=generator, device="cpu").to(self.device)
+        low, high = (4, self.vocab_size - 1) if self.vocab_size > 8 else (0, self.vocab_size)
+        return torch.randint(low, high, (rows, length), generator=generator, device="cpu").to(self.device)
 
     # Embeddings.
 
@@ -236,45 +261,65 @@ class _Reader:
         rows = self.moved[self.embedding_name][self.ids]  # (B, L, C)
         between = rows[0] - rows[1]  # in which positions cancel
         found = None
-        for form in self.pool.forms.get(self.width, []):
+        for place, form in enumerate(self.pool.forms.get(self.width, [])):
             difference = form[0] - form[1]
             scale = float((difference * between).sum() / between.square().sum())
             positions = (form - scale * rows).mean(dim=0)  # (L, C)
             if scale > 0 and error_between(positions + scale * rows, form) < CLOSE:
-                found = (form, scale)
+                found = (form, scale, place)
         if found is None:
             raise NoReadingError("the input of its first layer is not token embedding plus position embedding")
-        self.x, self.scale = found
+        self.x, self.scale, self.place = found
         for usual in (1.0, math.sqrt(self.width)):
             if abs(self.scale / usual - 1) < 1e-5:
                 self.scale = usual
         self.positions = (self.x - self.scale * rows).mean(dim=0)
 
-    def _find_positions(self) -> Tensor:
-        """All learned or computed positions, (block_size, C)."""
-        own = {**self.parameters, **dict(self.module.named_buffers())}
-        self.position_name = ""
+    def _find_positions(self) -> None:
+        """Find the parameter or buffer that holds the positions, if one does."""
+        self.position_name, self.first_position = "", 0
         for name, tensor in {**dict(self.module.named_buffers()), **self.moved}.items():
             if tensor.is_floating_point() and tensor.ndim >= 2 and tensor.shape[-1] == self.width:
                 table = tensor.float().cpu().reshape(-1, self.width)
                 for start in range(min(4, max(0, len(table) - self.length + 1))):
                     if error_between(table[start : start + self.length], self.positions) < CLOSE:
-                        self.position_name = name
-                        return own[name].detach().cpu().reshape(-1, self.width)[start:]
-        for length in self._stated_lengths():
-            if (computed := self._computed_positions(length)) is not None:
-                self.notes.append(f"the {length} computed positions became a table")
-                return computed
-        raise NoReadingError("its positions are computed, and no attribute such as block_size says how many there are")
+                        self.position_name, self.first_position = name, start
+                        return
 
-    def _own_logits(self, positions: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-        """Token ids and logits with the module's own weights, for 1 and 5 tokens and as many as the module takes."""
+    def _position_table(self) -> Tensor:
+        """All positions, (block_size, C), with the module's own weights."""
+        if self.position_name:
+            table = self.parameters.get(self.position_name)
+            if table is None:
+                table = self.module.get_buffer(self.position_name)
+            return table.detach().cpu().reshape(-1, self.width)[self.first_position :]
+        for length in self._stated_lengths():
+            ids = self._random_ids(B, length)
+            recorder = Recorder(ids, width=self.width, most=self.place + 1)
+            try:
+                with NoFastPath(), recorder:
+                    self.logits_of(ids)
+            except NoReadingError:
+                continue
+            self.notes.append(f"the {length} computed positions became a table")
+            rows = self.module.get_parameter(self.embedding_name)[ids[0]].cpu()  # (T, C)
+            return recorder.values[self.place][0] - self.scale * rows
+        raise NoReadingError(
+            "its positions are computed, and no attribute says how many there are: set one, such as "
+            "model.block_size = 1024"
+        )
+
+    def _own_weights(self) -> AbstractContextManager[None]:
+        """The module's own weights, in float32 if they are narrower."""
         dtypes = {parameter.dtype for parameter in self.parameters.values()}
         is_wide = dtypes <= {torch.float32, torch.float64}
-        with nullcontext() if is_wide else exchanged(self.module, lambda tensor: tensor.data.float()):
-            ids, logits = self._longest(len(positions))
-            lengths = [n for n in (1, 5) if n < ids.shape[1]]
-            samples = [(ids[:, :length], self.logits_of(ids[:, :length])) for length in lengths]
+        return nullcontext() if is_wide else exchanged(self.module, lambda tensor: tensor.data.float())
+
+    def _samples(self, n_positions: int) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Token ids and logits, for 1 and 5 tokens and as many as the module takes."""
+        ids, logits = self._longest(n_positions)
+        lengths = [n for n in (1, 5) if n < ids.shape[1]]
+        samples = [(ids[:, :length], self.logits_of(ids[:, :length])) for length in lengths]
         return tuple((ids.cpu(), logits.cpu()) for ids, logits in (*samples, (ids, logits)))
 
     def _longest(self, n_positions: int) -> tuple[Tensor, Tensor]:
@@ -301,22 +346,6 @@ class _Reader:
             if buffer.ndim >= 2 and buffer.shape[-1] == buffer.shape[-2] > 1:
                 stated.add(buffer.shape[-1])
         return sorted((n for n in stated if n >= self.length), reverse=True)
-
-    def _computed_positions(self, length: int) -> Tensor | None:
-        ids = torch.zeros((B, length), dtype=torch.long, device=self.device)
-        recorder = Recorder(ids)
-        try:
-            with NoFastPath(), recorder:
-                self.logits_of(ids)
-        except NoReadingError:
-            return None
-        row = self.scale * self.moved[self.embedding_name][0]
-        for value in recorder.values:
-            if value.shape == (B, length, self.width):
-                positions = value[0] - row
-                if error_between(positions[: self.length], self.positions) < CLOSE:
-                    return positions
-        return None
 
     # One layer.
 
@@ -459,6 +488,8 @@ class _Reader:
         if any(self.pool.error(scaled * gain) < 100 * CLOSE for gain in (torch.ones(self.width), *gains)):
             return f"the norm of the first layer is RMSNorm. {LLAMA}"
         nearest = self._nearest_norm(self.x, list(norms_in(parameters, self.width)), parameters)
+        if nearest < CLOSE:
+            return "the first layer: no matrix reads its first norm; a norm of the embedding?"
         return f"the norm of the first layer: the nearest LayerNorm is {nearest:.2g} off; another kind of norm? {LLAMA}"
 
     def _output(self, layer: Layer, attended: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -492,6 +523,7 @@ class _Reader:
         for up, hidden in self._linears_on(x, left):
             rest = {name: p for name, p in left.items() if name != up.weight}
             fits: dict[str, tuple[float, Linear, Tensor]] = {}
+            hidden = self.pool.nearest(hidden)
             for name, act in self.activations.items():
                 active = act(hidden)
                 error = self.pool.error(active)
@@ -505,6 +537,10 @@ class _Reader:
                 return result
         if nearest == math.inf:
             raise NoReadingError("the MLP of the first layer was not found: no matrix reads its input")
+        if nearest < CLOSE:
+            raise NoReadingError(
+                f"the MLP of the first layer: no matrix takes its activation; gated, or three matrices? {LLAMA}"
+            )
         raise NoReadingError(f"the MLP of the first layer: the nearest activation is {nearest:.2g} off; gated? {LLAMA}")
 
     def _decide(self, errors: Mapping[str, float]) -> str:

@@ -178,11 +178,16 @@ class Recorder(TorchDispatchMode):
     """Keeps a copy of each tensor that an operator returns and that has values for each token.
 
     It also notes the norms' epsilons and the embedding.
+
+    Args:
+        ids: what the module is run on, (B, L).
+        most: how many tensors to keep at most.
+        width: D of the tensors (B, L, D) to keep; None for any.
     """
 
-    def __init__(self, ids: Tensor, keep: bool = True):
+    def __init__(self, ids: Tensor, most: int | None = None, width: int | None = None):
         super().__init__()
-        self.ids, self.keep = ids, keep
+        self.ids, self.most, self.width = ids, most, width
         self.values: list[Tensor] = []
         """Of shape (B, L, D), in float32."""
         self.epsilons: list[float] = []
@@ -198,9 +203,9 @@ class Recorder(TorchDispatchMode):
         if func is torch.ops.aten.index.Tensor and self.embedding is None and args[0].ndim == 2:
             self._look_up(args[0], args[1][0])
         for value in output if isinstance(output, (tuple, list)) else (output,):
-            if self.keep and isinstance(value, Tensor) and value.is_floating_point():
+            if isinstance(value, Tensor) and value.is_floating_point() and len(self.values) != self.most:
                 rows = as_rows(value.detach(), self.ids.shape[1])
-                if rows is not None:
+                if rows is not None and self.width in (None, rows.shape[2]):
                     self.values.append(rows.float().cpu().clone())
         return output
 
@@ -226,14 +231,18 @@ class Pool:
             for width, forms in self.forms.items()
         }
 
-    def error(self, computed: Tensor) -> float:
-        """The relative error of the recorded tensor that is nearest to `computed` (B, L, D)."""
+    def nearest(self, computed: Tensor) -> Tensor:
+        """The recorded tensor that is nearest to `computed` (B, L, D), of the same width."""
         width = computed.shape[2]
-        if width not in self.forms:
-            return math.inf
         wanted = computed.reshape(-1)[self.places[width]]
         errors = (self.samples[width] - wanted).square().mean(dim=1).nan_to_num(math.inf)
-        error = error_between(self.forms[width][int(errors.argmin())], computed)
+        return self.forms[width][int(errors.argmin())]
+
+    def error(self, computed: Tensor) -> float:
+        """The relative error of the recorded tensor that is nearest to `computed` (B, L, D)."""
+        if computed.shape[2] not in self.forms:
+            return math.inf
+        error = error_between(self.nearest(computed), computed)
         return error if error == error else math.inf
 
     def holds(self, computed: Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_model import convert, load
 from hf_model.errors import UserError
-from tests.trainers.own_models import HONEST, REFUSED, Own, V, last_unless_targets, moved
+from tests.trainers.own_models import HONEST, REFUSED, Own, V, moved
 
 CHARACTERS = "".join(chr(33 + i) for i in range(V))
 
@@ -139,12 +139,6 @@ def test_the_module_is_left_as_it_was(refused: bool, text: Path) -> None:
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random)
     assert model.head._forward_hooks == hooks
-
-
-@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
-def test_wrappers_are_looked_through(wrap: Callable, text: Path) -> None:
-    model = moved(Own(returns=last_unless_targets))
-    check_same(model, converted(wrap(model), text, verify=False))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
