@@ -28,7 +28,7 @@ from hf_model.trainers.module_calls import (
     Recorder,
     error_between,
     exchanged,
-    find_call,
+    find_calls,
     random_weights,
     untouched,
 )
@@ -54,6 +54,7 @@ from hf_model.trainers.module_roles import (
 
 LENGTHS = (23, 13, 7, 5, 3, 2)  # primes, so that a length is taken for no other size; the longest that runs is taken
 APART = 10.0  # how many times further off the second-best form must be
+ROUNDING = 3e-7  # relative error (root mean square) of a float32 norm
 EPSILONS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-3, 0.0)
 LLAMA = (
     "If this is Llama's shape (RMSNorm, rotary positions, a gated MLP), use a converter to LlamaForCausalLM, such as "
@@ -95,25 +96,55 @@ def read_module(module: nn.Module, activations: Mapping[str, Activation]) -> Rea
     with without_fsdp(module):
         check_held(module)
         with untouched(module):
+            failure: NoReadingError | None = None
             try:
-                return _Reader(module, activations).read()
+                for reader in _readers(module, activations):
+                    try:
+                        return reader.read()
+                    except NoReadingError as error:
+                        failure = failure or error
             except NoReadingError as error:
-                has_lora = any("lora_" in name for name, _ in module.named_parameters())
-                why = "it has LoRA matrices; convert the result of its merge_and_unload()" if has_lora else error
-                raise UserError(f"{type(module).__name__}: cannot be read as a GPT: {why}") from None
+                failure = failure or error
+            has_lora = any("lora_" in name for name, _ in module.named_parameters())
+            why = "it has LoRA matrices; convert the result of its merge_and_unload()" if has_lora else failure
+            raise UserError(f"{type(module).__name__}: cannot be read as a GPT: {why}")
+
+
+def _readers(module: nn.Module, activations: Mapping[str, Activation]) -> Iterator["_Reader"]:
+    """One for each way to call the module, or the one part that is a whole GPT in a module which gives no logits."""
+    ids = torch.ones((B, 2), dtype=torch.long, device=next(module.parameters()).device)
+    part: nn.Module | None = module
+    failure: NoReadingError | None = None
+    while part is not None:
+        notes = []
+        if part is not module:
+            name = next(name for name, one in module.named_modules() if one is part)
+            kinds = type(part).__name__, type(module).__name__
+            notes.append(f"read from its part {name!r} ({kinds[0]}), as {kinds[1]} itself gives no logits")
+        try:
+            for logits_of in find_calls(part, ids):
+                yield _Reader(part, logits_of, activations, notes)
+            return
+        except NoReadingError as error:
+            failure, part = failure or error, main_part(part)
+    assert failure is not None
+    raise failure
 
 
 class _Reader:
-    def __init__(self, module: nn.Module, activations: Mapping[str, Activation]):
-        self.activations = activations
-        self.notes: list[str] = []
+    def __init__(
+        self,
+        module: nn.Module,
+        logits_of: Callable[[Tensor], Tensor],
+        activations: Mapping[str, Activation],
+        notes: Sequence[str],
+    ):
+        self.module, self.logits_of, self.activations = module, logits_of, activations
+        self.notes = list(notes)
         self.epsilon: float | None = None
         self.device = next(module.parameters()).device
-        self.module, self.logits_of = self._find_call(module)
         self.parameters = {
-            name: parameter.detach()
-            for name, parameter in self.module.named_parameters()
-            if parameter.is_floating_point()
+            name: parameter.detach() for name, parameter in module.named_parameters() if parameter.is_floating_point()
         }
 
     def read(self) -> Reading:
@@ -132,28 +163,10 @@ class _Reader:
             samples = self._samples(len(positions))
         return self._assemble(layers, layer, final, head, positions[: samples[-1][0].shape[1]], samples)
 
-    def _find_call(self, module: nn.Module) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-        """The module, or the one part that is a whole GPT in a module which does not take token ids by itself."""
-        ids = torch.ones((B, 2), dtype=torch.long, device=self.device)
-        part: nn.Module | None = module
-        failure: NoReadingError | None = None
-        while part is not None:
-            try:
-                found = find_call(part, ids)
-            except NoReadingError as error:
-                failure, part = failure or error, main_part(part)
-                continue
-            if part is not module:
-                name = next(name for name, one in module.named_modules() if one is part)
-                kinds = type(part).__name__, type(module).__name__
-                self.notes.append(f"read from its part {name!r} ({kinds[0]}), as {kinds[1]} itself gives no logits")
-            return part, found
-        assert failure is not None
-        raise failure
-
     def _find_layers(self) -> tuple[list[dict[str, str]], Layer]:
         first: NoReadingError | None = None
         for layers in layer_lists(self.parameters):
+            self.epsilon = None
             try:
                 return layers, self._layer({template: self.moved[name] for template, name in layers[0].items()})
             except NoReadingError as error:
@@ -184,7 +197,7 @@ class _Reader:
         """The logits from the last layer's result, for as many positions as the module gives."""
         x = x[:, -self.logits.shape[1] :]
         if final is not None:
-            x = normalized(x, final, self.moved, self._epsilons()[0])
+            x = normalized(x, final, self.moved, self._epsilon)
         return self._linear_of(x, head, self.moved)
 
     def _run(self, layer: Layer, x: Tensor, own: Mapping[str, Tensor]) -> Tensor:
@@ -199,7 +212,7 @@ class _Reader:
             active = self.activations[layer.activation](self._linear_of(u, layer.up, own))
             return self._linear_of(active, layer.down, own)
 
-        first, second = ((lambda u, n=norm: normalized(u, n, own, self._epsilons()[0])) for norm in layer.norms)
+        first, second = ((lambda u, n=norm: normalized(u, n, own, self._epsilon)) for norm in layer.norms)
         if layer.norm_first:
             x = x + attention(first(x))
             return x + mlp(second(x))
@@ -388,8 +401,6 @@ class _Reader:
 
     def _epsilons(self) -> list[float]:
         """Candidates for the norms' epsilon: seen in a call, an attribute of a module, or a usual one."""
-        if self.epsilon is not None:
-            return [self.epsilon]
         seen = list(dict.fromkeys(self.recorder.epsilons))
         if len(seen) == 1:
             return seen
@@ -405,21 +416,34 @@ class _Reader:
         self, x: Tensor, norms: Sequence[Norm], parameters: Mapping[str, Tensor]
     ) -> tuple[Norm, Tensor] | None:
         """The norm whose result on `x` was recorded, and that result."""
-        found: list[tuple[float, Norm, float, Tensor]] = []
+        found = []
         for norm in norms:
             for epsilon in self._epsilons():
                 y = normalized(x, norm, parameters, epsilon)
                 error = self.pool.error(y)
                 if error < CLOSE:
                     found.append((error, norm, epsilon, y))
+        return self._settled(found)
+
+    @property
+    def _epsilon(self) -> float:
+        return 1e-5 if self.epsilon is None else self.epsilon
+
+    def _settled(self, found: Sequence[tuple[float, Norm, float, Tensor]]) -> tuple[Norm, Tensor] | None:
+        """The first of the best fits (error, norm, epsilon, result); all norms must have one epsilon."""
         if not found:
             return None
         least = min(error for error, _, _, _ in found)
-        _, norm, self.epsilon, y = next(one for one in found if one[0] <= 3 * least)
+        fits = [one for one in found if one[0] <= 3 * least]
+        if self.epsilon is not None:
+            fits = [one for one in found if one[0] <= max(3 * least, ROUNDING) and one[2] == self.epsilon]
+            if not fits:
+                raise NoReadingError("its norms have different epsilons, and one holds for all in this model family")
+        _, norm, self.epsilon, y = fits[0]
         return norm, y
 
     def _nearest_norm(self, x: Tensor, norms: Sequence[Norm], parameters: Mapping[str, Tensor]) -> float:
-        errors = [self.pool.error(normalized(x, n, parameters, self.epsilon or 1e-5)) for n in norms]
+        errors = [self.pool.error(normalized(x, n, parameters, self._epsilon)) for n in norms]
         return min(errors, default=math.inf)
 
     def _linear_of(self, x: Tensor, linear: Linear, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -588,13 +612,16 @@ class _Reader:
         if not layer.norm_first:  # a layer ends in a norm of its own
             norms.remove(Norm(None))
         for form in reversed(self.pool.forms[self.width]):
+            if error_between(form, entry) < CLOSE:
+                continue
+            found = []
             for norm in norms:
                 for epsilon in self._epsilons():
-                    if (
-                        error_between(normalized(form, norm, outside, epsilon), entry) < CLOSE
-                        and error_between(form, entry) > CLOSE
-                    ):
-                        return norm
+                    y = normalized(form, norm, outside, epsilon)
+                    if (error := error_between(y, entry)) < CLOSE:
+                        found.append((error, norm, epsilon, y))
+            if settled := self._settled(found):
+                return settled[0]
         return None
 
     # Everything under this project's names.
@@ -641,7 +668,7 @@ class _Reader:
             "bias": has_bias,
             "dropout": self._dropout(),
             "activation_function": layer.activation,
-            "layer_norm_epsilon": self.epsilon if self.epsilon is not None else 1e-5,
+            "layer_norm_epsilon": self._epsilon,
             "tie_word_embeddings": tied,
             "n_inner": None if len(H) == 4 * C else len(H),
             "norm_first": layer.norm_first,

@@ -16,12 +16,18 @@ B = 2  # rows of tokens
 SAMPLE = 512  # values of a recorded tensor that are compared first
 BLOCK = 2**20 + 7  # random values that are drawn; a prime, so that no two rows of a larger tensor are equal
 CLOSE = 3e-5  # relative error (root mean square) of two float32 results that differ by rounding only
-# How a module is called: the first way that gives the logits of each position is taken.
-CALLS: tuple[Callable[[nn.Module, Tensor], Any], ...] = (
-    lambda module, ids: module(ids),
-    lambda module, ids: module(ids, targets=ids),
-    lambda module, ids: module(ids, labels=ids),
-    lambda module, ids: module(ids, ids),
+# Ways to call a module, with token ids and a mask (T, T) that is True for the future; the usual ones first.
+Call = Callable[[nn.Module, Tensor, Tensor], Any]
+CALLS: tuple[Call, ...] = (
+    lambda module, ids, future: module(ids),
+    lambda module, ids, future: module(ids, targets=ids),
+    lambda module, ids, future: module(ids, labels=ids),
+    lambda module, ids, future: module(ids, ids),
+    lambda module, ids, future: module(
+        ids, torch.zeros_like(future, dtype=torch.float32).masked_fill(future, -math.inf)
+    ),
+    lambda module, ids, future: module(ids, future),
+    lambda module, ids, future: module(ids, ~future),
 )
 
 
@@ -104,12 +110,12 @@ def random_weights(std: float) -> Callable[[Tensor], Tensor]:
     return random
 
 
-def find_call(module: nn.Module, ids: Tensor) -> Callable[[Tensor], Tensor]:
-    """How the module gives logits for token ids: a function of ids (B, T) to logits (B, T, V).
+def find_calls(module: nn.Module, ids: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Ways to get logits from a module: functions of ids (B, T) to logits (B, T, V), the usual ones first.
 
     The module may return a tensor, a tuple or list that holds one, a dict or an object with `logits`; of shape
     (B, T, V) or (B T, V). If it gives the last position only, it is called with targets too. If it gives no more then,
-    the function's logits have the shape (B, 1, V).
+    the function's logits have the shape (B, 1, V). It may need a causal mask, and take ids of shape (T, B).
 
     Args:
         ids: to try it with, (B, T).
@@ -118,32 +124,46 @@ def find_call(module: nn.Module, ids: Tensor) -> Callable[[Tensor], Tensor]:
         NoReadingError: the module does not run on token ids, or returns no logits.
     """
     last: Tensor | None = None
+    only_last: Callable[[Tensor], Tensor] | None = None
     failure: NoReadingError | None = None
-    for call in CALLS:
-        try:
-            logits = logits_by(call, module)(ids)
-        except NoReadingError as error:
-            failure = failure or error
-            continue
-        if logits.shape[1] == ids.shape[1]:
-            if last is None or torch.allclose(logits[:, -1:], last, rtol=1e-3, atol=1e-4, equal_nan=True):
-                return logits_by(call, module)
-        elif last is None:
-            last, only_last = logits, logits_by(call, module)
-    if last is None:
+    n_found = 0
+    for positions_first in (False, True):
+        for call in CALLS:
+            logits_of = logits_by(call, module, positions_first)
+            try:
+                logits = logits_of(ids)
+            except NoReadingError as error:
+                failure = failure or error
+                continue
+            if logits.shape[1] != ids.shape[1]:
+                if last is None:
+                    last, only_last = logits, logits_of
+            elif last is None or torch.allclose(logits[:, -1:], last, rtol=1e-3, atol=1e-4, equal_nan=True):
+                n_found += 1
+                yield logits_of
+                if call is CALLS[0]:
+                    break
+        if only_last is not None:
+            if not n_found:
+                yield only_last
+            return
+    if not n_found:
         assert failure is not None
         raise failure
-    return only_last
 
 
-def logits_by(call: Callable[[nn.Module, Tensor], Any], module: nn.Module) -> Callable[[Tensor], Tensor]:
+def logits_by(call: Call, module: nn.Module, positions_first: bool) -> Callable[[Tensor], Tensor]:
     def logits(ids: Tensor) -> Tensor:
+        rows, length = ids.shape
+        future = torch.ones((length, length), dtype=torch.bool, device=ids.device).triu(1)
         try:
-            output = call(module, ids)
+            output = call(module, ids.t() if positions_first else ids, future)
         except Exception as error:  # the user's code may fail in any way
             said = one_line(error, 200)
             raise NoReadingError(f"it does not run on token ids of shape {tuple(ids.shape)} ({said})") from None
-        return _logits(output, *ids.shape)
+        if positions_first:
+            return _logits(output, length, rows).transpose(0, 1)
+        return _logits(output, rows, length)
 
     return logits
 
@@ -210,7 +230,7 @@ class Recorder(TorchDispatchMode):
         return output
 
     def _look_up(self, matrix: Tensor, index: Tensor | None) -> None:
-        if index is not None and index.shape == self.ids.shape and torch.equal(index, self.ids):
+        if index is not None and any(torch.equal(index, ids) for ids in (self.ids, self.ids.t())):
             self.embedding = matrix
 
 
@@ -264,6 +284,8 @@ def as_rows(value: Tensor, length: int) -> Tensor | None:
         return value.transpose(1, 2).reshape(B, length, -1)
     if value.ndim == 3 and shape[1] == length and shape[0] % B == 0:  # (B heads, L, D)
         return value.view(B, -1, length, shape[2]).transpose(1, 2).reshape(B, length, -1)
+    if value.ndim == 3 and shape[0] == B and shape[2] == length:  # (B, D, L), of a convolution
+        return value.transpose(1, 2)
     if value.ndim == 2 and shape[0] == B * length:
         return value.view(B, length, -1)
     return None

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from hf_model.errors import UserError
@@ -68,6 +69,8 @@ def check_held(module: nn.Module) -> None:
         UserError: it does not; the message says how to gather them.
     """
     name, parameters = type(module).__name__, list(module.parameters())
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UserError(f"{name}: is TorchScript: give the model that it was made of")
     if not parameters:
         raise UserError(f"{name}: has no parameters")
     if any(type(parameter).__name__ == "DTensor" for parameter in parameters) or any(map(_is_fsdp, module.modules())):

@@ -94,6 +94,9 @@ def attentions(width: int, n_head: int) -> Iterator[Attention]:
         "head, value, which": index.view(n_head, size, 3).permute(2, 0, 1),
         "value, which, head": index.view(size, 3, n_head).permute(1, 2, 0),
         "which, value, head": index.view(3, size, n_head).permute(0, 2, 1),
+        "one apart, head, which, value": torch.cat([index[:width], _by_head(index[width:], n_head)]).view(
+            3, n_head, size
+        ),
     }
     seen = set()
     for order in orders.values():
@@ -104,6 +107,11 @@ def attentions(width: int, n_head: int) -> Iterator[Attention]:
             seen.add(key)
             for scale in dict.fromkeys((size**-0.5, width**-0.5, 1.0)):
                 yield Attention(rows, n_head, scale)
+
+
+def _by_head(index: Tensor, n_head: int) -> Tensor:
+    """The rows of two projections that are interleaved by head, one after the other."""
+    return index.view(n_head, 2, -1).permute(1, 0, 2).reshape(-1)
 
 
 def head_counts(n: int) -> list[int]:

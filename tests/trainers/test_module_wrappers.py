@@ -69,7 +69,7 @@ def test_fsdp_is_read_where_the_weights_are_summoned(
 ) -> None:
     options: dict[str, Any] = {"device_id": torch.device("cpu"), "use_orig_params": use_orig_params}
     model = FullyShardedDataParallel(moved(Own()), auto_wrap_policy=policy, **options)
-    with pytest.raises(UserError, match="are sharded.*get_model_state_dict"):
+    with pytest.raises(UserError, match=r"are sharded.*get_model_state_dict"):
         check_read(model, text)
     ids = torch.randint(V, (2, 9))
     before = model.eval()(ids)
