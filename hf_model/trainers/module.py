@@ -60,6 +60,7 @@ LLAMA = (
     "If this is Llama's shape (RMSNorm, rotary positions, a gated MLP), use a converter to LlamaForCausalLM, such as "
     "llama2.c's export.py or minimind's convert_model.py"
 )
+EPSILONS_DIFFER = "its norms have different epsilons, and a model of this family has one for all"
 LENGTH_NAMES = re.compile(
     r"(block|context|ctx|max|seq|pos).*(size|len|length|ctx|positions?|embeddings)|n_ctx|n_positions"
 )
@@ -402,7 +403,9 @@ class _Reader:
     def _epsilons(self) -> list[float]:
         """Candidates for the norms' epsilon: seen in a call, an attribute of a module, or a usual one."""
         seen = list(dict.fromkeys(self.recorder.epsilons))
-        if len(seen) == 1:
+        if len(seen) > 1:
+            raise NoReadingError(EPSILONS_DIFFER)
+        if seen:
             return seen
         stated = {
             value
@@ -410,7 +413,7 @@ class _Reader:
             for name, value in vars(part).items()
             if "eps" in name.lower() and isinstance(value, float) and 0 <= value < 0.1
         }
-        return list(dict.fromkeys([*seen, *stated, *EPSILONS]))
+        return list(dict.fromkeys([*stated, *EPSILONS]))
 
     def _norm_of(
         self, x: Tensor, norms: Sequence[Norm], parameters: Mapping[str, Tensor]
@@ -438,7 +441,7 @@ class _Reader:
         if self.epsilon is not None:
             fits = [one for one in found if one[0] <= max(3 * least, ROUNDING) and one[2] == self.epsilon]
             if not fits:
-                raise NoReadingError("its norms have different epsilons, and one holds for all in this model family")
+                raise NoReadingError(EPSILONS_DIFFER)
         _, norm, self.epsilon, y = fits[0]
         return norm, y
 

@@ -146,6 +146,41 @@ class Einsum(nn.Module):
         return torch.einsum("bthd,hdc->btc", written_out(q, k, v).transpose(1, 2), self.W_O) + self.b_O
 
 
+class QueriesApart(nn.Module):
+    """Queries apart; keys and values in one projection, which stand together for each head if `by_head`."""
+
+    def __init__(self, by_head: bool):
+        super().__init__()
+        self.by_head, self.q, self.kv, self.out = by_head, nn.Linear(C, C), nn.Linear(C, 2 * C), nn.Linear(C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.by_head:
+            k, v = self.kv(x).view(*x.shape[:2], HEADS, 2 * D).transpose(1, 2).chunk(2, dim=-1)
+        else:
+            k, v = map(split_heads, self.kv(x).chunk(2, dim=-1))
+        return self.out(join_heads(written_out(split_heads(self.q(x)), k, v)))
+
+
+class FusedHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(C, 3 * D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return written_out(*self.qkv(x).chunk(3, dim=-1))
+
+
+class FusedHeads(nn.Module):
+    """Heads as separate modules, each with one projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.out = nn.ModuleList(FusedHead() for _ in range(HEADS)), nn.Linear(C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.cat([head(x) for head in self.heads], dim=-1))
+
+
 class NoProjection(Fused):
     """The heads' results are added as they are."""
 
@@ -224,6 +259,17 @@ class TransposedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class ConvolutionMLP(nn.Module):
+    """Convolutions over one position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv1d(C, 3 * C, 1), nn.Conv1d(3 * C, C, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(x.transpose(1, 2)))).transpose(1, 2)
 
 
 class GatedMLP(nn.Module):
@@ -433,6 +479,81 @@ class TorchEncoder(nn.Module):
         return self.everything(ids)
 
 
+class Tutorial(nn.Module):
+    """PyTorch's encoder with positions first: `forward` takes ids (T, B), and a mask or makes one."""
+
+    def __init__(self, needs_mask: bool):
+        super().__init__()
+        self.needs_mask, self.encoder, self.decoder = needs_mask, nn.Embedding(V, C), nn.Linear(C, V)
+        self.register_buffer("pe", sinusoids()[:, None])
+        layer = nn.TransformerEncoderLayer(C, HEADS, 48, 0.2)
+        self.layers = nn.TransformerEncoder(layer, L, enable_nested_tensor=False)
+
+    def everything(self, ids: Tensor) -> Tensor:
+        return self(ids.t(), torch.full((ids.shape[1], ids.shape[1]), -math.inf).triu(1)).transpose(0, 1)
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is None:
+            assert not self.needs_mask
+            mask = nn.Transformer.generate_square_subsequent_mask(len(ids))
+        x = self.encoder(ids) * math.sqrt(C) + self.pe[: len(ids)]
+        return self.decoder(self.layers(x, mask))
+
+
+class MaskedBlock(PreNorm):
+    def __init__(self, attention: Callable, mlp: Callable, norm: Callable):
+        super().__init__(partial(nn.MultiheadAttention, C, HEADS, batch_first=True), mlp, norm)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        u = self.norm1(x)
+        x = x + self.att(u, u, u, attn_mask=mask == 0, need_weights=False)[0]
+        return x + self.ff(self.norm2(x))
+
+
+class TakesMask(Own):
+    """`forward` needs a mask that is 1 where a position may look."""
+
+    def __init__(self) -> None:
+        super().__init__(block=MaskedBlock)
+
+    def everything(self, ids: Tensor) -> Tensor:
+        return self(ids, torch.ones(ids.shape[1], ids.shape[1]).tril())
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        x = self.embedded(ids)
+        for layer in self.layers():
+            x = layer(x, mask)
+        return self.head(self.final(x))
+
+
+class TokenTypes(Own):
+    """Adds a learned vector at all positions, and half of the position embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds = nn.Embedding(2, C)
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        return self.tok(ids) + 0.5 * self.pos(torch.arange(ids.shape[1])) + self.kinds(torch.zeros_like(ids))
+
+
+class InSequence(nn.Module):
+    """One `nn.Sequential` holds all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        first = Own(layers=1)
+        first.blocks, first.final, first.head = nn.ModuleList(), nn.Identity(), nn.Identity()  # type: ignore[assignment]
+        blocks = [PreNorm(Fused, MLP, layer_norm) for _ in range(L)]
+        self.net = nn.Sequential(first, *blocks, nn.LayerNorm(C), nn.Linear(C, V))
+
+    def everything(self, ids: Tensor) -> Tensor:
+        return self.net(ids)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.everything(ids)
+
+
 class Functional(nn.Module):
     """No modules at all: bare parameters and functions, the weights applied by `@`."""
 
@@ -533,6 +654,15 @@ HONEST: Mapping[str, Callable[[], nn.Module]] = {
     "bare parameters": Functional,
     "a weight for each head": partial(Own, Einsum),
     "no projection after the heads": partial(Own, NoProjection),
+    "queries apart": partial(Own, partial(QueriesApart, False)),
+    "queries apart, keys and values by head": partial(Own, partial(QueriesApart, True)),
+    "heads with one projection each": partial(Own, FusedHeads),
+    "positions first": partial(Tutorial, False),
+    "positions first, a mask as argument": partial(Tutorial, True),
+    "a mask as argument": TakesMask,
+    "token types and scaled positions": TokenTypes,
+    "one Sequential": InSequence,
+    "convolutions over one position": partial(Own, mlp=ConvolutionMLP),
     "positions in a parameter": partial(Own, positions="parameter"),
     "sinusoids in a buffer": partial(Own, positions="buffer", scale=math.sqrt(C), head="tied"),
     "sinusoids computed": partial(Own, positions="computed"),
@@ -662,6 +792,123 @@ class FewerKeys(Fused):
         return [split_heads(q), k, v]
 
 
+class Masked(Fused):
+    """Attention with a mask of its own: a function of the query's and the key's position."""
+
+    def __init__(self, allowed: Callable[[Tensor, Tensor], Tensor]):
+        super().__init__()
+        self.allowed = allowed
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        places = torch.arange(q.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.allowed(places[:, None], places[None]))
+
+
+class OneMore(Fused):
+    """A softmax whose sum has one more: as if each query could look at nothing."""
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.transpose(-2, -1) * D**-0.5
+        scores = scores.masked_fill(torch.ones(q.shape[2], q.shape[2]).triu(1).bool(), -math.inf)
+        return F.pad(scores, (1, 0)).softmax(-1)[..., 1:] @ v
+
+
+class OverQueries(Fused):
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.transpose(-2, -1) * D**-0.5
+        return scores.masked_fill(torch.ones(q.shape[2], q.shape[2]).triu(1).bool(), -1e9).softmax(-2) @ v
+
+
+class CappedScores(Fused):
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = 50 * torch.tanh(q @ k.transpose(-2, -1) * D**-0.5 / 50)
+        return scores.masked_fill(torch.ones(q.shape[2], q.shape[2]).triu(1).bool(), -math.inf).softmax(-1) @ v
+
+
+class ScaledByLength(Fused):
+    """A scale that grows with the length, past the first 30 tokens."""
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        factor = math.log(max(30, q.shape[2])) / math.log(30)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=factor * D**-0.5)
+
+
+class TwoHeadCounts(Own):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[-1].att = TorchAttention()
+        self.blocks[-1].att.attn.num_heads, self.blocks[-1].att.attn.head_dim = 2, C // 2
+        self.blocks[0].att = TorchAttention()
+
+
+class LearnedResidual(PreNorm):
+    def __init__(self, *parts: Callable):
+        super().__init__(*parts)
+        self.alpha = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.alpha * self.att(self.norm1(x))
+        return x + self.alpha * self.ff(self.norm2(x))
+
+
+class MLPFirst(PreNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.ff(self.norm1(x))
+        return x + self.att(self.norm2(x))
+
+
+class ActiveResult(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(super().forward(x))
+
+
+class NormedEmbedding(Own):
+    def embedded(self, ids: Tensor) -> Tensor:
+        return F.layer_norm(super().embedded(ids), (C,))
+
+
+class ExtraToken(Own):
+    def __init__(self) -> None:
+        super().__init__(context=T + 1)
+
+    def everything(self, ids: Tensor) -> Tensor:
+        return super().everything(F.pad(ids, (1, 0), value=3))[:, 1:]
+
+
+class Probabilities(Own):
+    def everything(self, ids: Tensor) -> Tensor:
+        return super().everything(ids).log_softmax(-1)
+
+
+class RowsMix(Own):
+    def everything(self, ids: Tensor) -> Tensor:
+        logits = super().everything(ids)
+        return logits + 0.05 * logits.mean(0, keepdim=True)
+
+
+class LayersTwice(Own):
+    def layers(self) -> list[nn.Module]:
+        return 2 * super().layers()
+
+
+class FromTheEnd(Own):
+    def embedded(self, ids: Tensor) -> Tensor:
+        return self.tok(ids) + self.pos(torch.arange(ids.shape[1]).flip(0))
+
+
+class PositionsAgain(Own):
+    """Positions start again at the 31st token."""
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        return self.tok(ids) + self.pos(torch.arange(ids.shape[1]) % 30)
+
+
+class OtherFinalEpsilon(Own):
+    def __init__(self, norm: Callable[[float], nn.Module], last: float):
+        super().__init__(norm=partial(norm, 1e-5))
+        self.final = norm(last)
+
+
 REFUSED: Mapping[str, tuple[Callable[[], nn.Module], str]] = {
     "soft-capped logits": (Capped, "the head"),
     "scaled logits": (ScaledLogits, "the head"),
@@ -685,4 +932,30 @@ REFUSED: Mapping[str, tuple[Callable[[], nn.Module], str]] = {
     "the residual behind the norm": (partial(Own, block=NormedResidual), "residual"),
     "a norm behind the attention": (partial(Own, block=Sandwich), "after the attention|residual"),
     "a norm by the unbiased deviation": (partial(Own, norm=partial(ScaleShift, unbiased=True)), "norm"),
+    "a mask that is off by one": (
+        partial(Own, partial(Masked, lambda i, j: j <= i + 1)),
+        "attention of the first layer",
+    ),
+    "a window longer than what is recorded": (
+        partial(Own, partial(Masked, lambda i, j: (j <= i) & (j > i - 30))),
+        "40",
+    ),
+    "attention in chunks": (partial(Own, partial(Masked, lambda i, j: (j <= i) & (j // 30 == i // 30))), "40 tokens"),
+    "attention scaled by the length": (partial(Own, ScaledByLength), "40 tokens"),
+    "a softmax with one more": (partial(Own, OneMore), "attention of the first layer"),
+    "a softmax over the queries": (partial(Own, OverQueries), "attention of the first layer"),
+    "capped scores": (partial(Own, CappedScores), "attention of the first layer"),
+    "another number of heads in the last layer": (TwoHeadCounts, "layer 2 of 2"),
+    "a learned factor of the residual": (partial(Own, block=LearnedResidual), "residual"),
+    "the MLP first": (partial(Own, block=MLPFirst), "attention of the first layer"),
+    "an activation behind the MLP": (partial(Own, mlp=ActiveResult), "sum at the end"),
+    "a norm of the embedding": (NormedEmbedding, "norm of the embedding"),
+    "a token in front": (ExtraToken, "embedding"),
+    "log-probabilities": (Probabilities, "the head"),
+    "rows that mix": (RowsMix, "rows that mix"),
+    "layers that run twice": (LayersTwice, "logits"),
+    "positions from the end": (FromTheEnd, "1 tokens"),
+    "positions that start again": (PositionsAgain, "40 tokens"),
+    "another epsilon at the end": (partial(OtherFinalEpsilon, layer_norm, 1e-6), "different epsilons"),
+    "another epsilon at the end, written out": (partial(OtherFinalEpsilon, ScaleShift, 1e-3), "different epsilons"),
 }
