@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from transformers import GPT2LMHeadModel
 
 from hf_model import convert, load
 from hf_model.errors import UserError
-from tests.trainers.own_models import HONEST, V, moved
+from tests.trainers.own_models import HEADS, HONEST, C, V, moved
 
 PLAIN = ("gpt2", "gguf", "ctranslate2", "checkpoint")
 ENGINES = {"gguf": "gguf", "ctranslate2": "ctranslate2"}
@@ -57,3 +58,43 @@ def test_post_norm_generates_the_same_with_and_without_a_cache(tmp_path: Path) -
     ids = torch.tensor([[5, 6]])
     with_cache, without = (loaded.generate(ids, do_sample=False, max_new_tokens=9, use_cache=c) for c in (True, False))
     assert torch.equal(with_cache, without)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("post-norm", "post-norm, no final norm", "no final norm", "biased head", "attention without a scale"),
+        *("narrow MLP", "SiLU", "quick GELU", "squared ReLU", "Mish"),
+    ],
+)
+def test_onnx_holds_every_option(name: str, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, options = own(name, tmp_path)
+    convert(model, None, tmp_path / "made", format="onnx", verify=False, **options)
+    session = onnxruntime.InferenceSession(str(tmp_path / "made" / "model.onnx"))
+    ids = torch.randint(V, (2, 30), generator=torch.Generator().manual_seed(0))
+    inputs = {put.name: np.zeros((2, HEADS, 0, C // HEADS), np.float32) for put in session.get_inputs()[2:]}
+    logits = session.run(None, {"input_ids": ids.numpy(), "attention_mask": np.ones((2, 30), np.int64), **inputs})[0]
+    with torch.no_grad():
+        expected = model.eval().everything(ids)  # type: ignore[operator]
+    assert (torch.from_numpy(logits) - expected).abs().max() <= 1e-5 * expected.std()
+
+
+@pytest.mark.parametrize(
+    "format, name, says",
+    [
+        ("gguf", "SiLU", "GELU only"),
+        ("ctranslate2", "Mish", "does not know this model's activation"),
+        ("ctranslate2", "another epsilon", "epsilon"),
+        ("checkpoint", "SiLU", "activation"),
+        ("checkpoint", "another epsilon", "epsilon"),
+    ],
+)
+def test_an_activation_or_epsilon_that_a_format_does_not_know_is_refused(
+    format: str, name: str, says: str, tmp_path: Path
+) -> None:
+    pytest.importorskip(ENGINES.get(format, "torch"))
+    model, options = own(name, tmp_path)
+    with pytest.raises(UserError, match=says):
+        convert(model, None, tmp_path / "made", format=format, **options)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_model import convert, load
 from hf_model.errors import UserError
-from tests.trainers.own_models import HONEST, REFUSED, Own, V, moved
+from tests.trainers.own_models import HONEST, REFUSED, Own, SeparateHeads, V, last_unless_targets, moved
 
 CHARACTERS = "".join(chr(33 + i) for i in range(V))
 
@@ -139,6 +139,86 @@ def test_the_module_is_left_as_it_was(refused: bool, text: Path) -> None:
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random)
     assert model.head._forward_hooks == hooks
+
+
+class FailsLate(Own):
+    """Counts its calls in an attribute, keeps its last input, and runs on short inputs only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_calls, self.block_size = 0, 30
+        self.register_buffer("last", None, persistent=False)
+
+    def everything(self, ids: Tensor) -> Tensor:
+        self.n_calls += 1
+        self.last = ids.float()
+        return super().everything(ids)
+
+
+def test_a_module_that_fails_midway_is_left_as_it_was(text: Path) -> None:
+    model = moved(FailsLate())
+    weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    model.pos = nn.Embedding(20, 32)  # fewer positions than its own limit
+    weights |= {"pos.weight": model.pos.weight.clone()}
+    del model.block_size
+    with pytest.raises(UserError, match="does not run on"):
+        load(model, None, characters_of=text)
+    assert model.training and model.n_calls == 0 and model.last is None
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
+
+
+def train(text: Path | None) -> list[float]:
+    """The losses of some steps of training, with dropout; with a text, the model is converted after each step."""
+    torch.manual_seed(0)
+    model = Own(returns=last_unless_targets)
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
+    for _ in range(3):
+        ids = torch.randint(V, (4, 9))
+        loss = torch.nn.functional.cross_entropy(model.everything(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if text is not None:
+            own = converted(model, text, overwrite=True)
+            assert torch.equal(own.transformer.wte.weight, model.tok.weight)
+    return losses
+
+
+def test_a_conversion_after_each_step_of_training_does_not_change_the_training(text: Path) -> None:
+    assert train(text) == train(None)
+
+
+def test_a_loaded_model_shares_no_weights_with_the_own_one(text: Path) -> None:
+    model = moved(Own())
+    before = model.tok.weight.clone()
+    own, _ = load(model, None, characters_of=text, device="cpu")
+    with torch.no_grad():
+        own.transformer.wte.weight.zero_()
+    assert torch.equal(model.tok.weight, before)
+
+
+class HidesPadding(Own):
+    def embedded(self, ids: Tensor) -> Tensor:
+        return super().embedded(ids) * (ids != 0)[..., None]
+
+
+def test_a_token_that_is_padding_to_the_own_model_is_noted(text: Path) -> None:
+    said: list[str] = []
+    load(moved(HidesPadding()), None, characters_of=text, device="cpu", report=lambda _, line: said.append(line))
+    assert any("treats a token of these apart, as padding: 0, " in line for line in said)
+
+
+def test_positions_that_are_computed_without_end_ask_for_their_number(text: Path) -> None:
+    model = moved(Own(positions="computed"))
+    del model.block_size
+    model.forward = model.everything  # type: ignore[method-assign, assignment]
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.att = SeparateHeads()
+        for head in block.att.heads:
+            del head.tril
+    with pytest.raises(UserError, match=r"set one, such as model\.block_size"):
+        load(moved(model), None, characters_of=text)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
