@@ -16,10 +16,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from hf_model.errors import UserError, memory_for
-from hf_model.generation import Sampling, continue_prompts, encode
+from hf_model.generation import Sampling, continue_prompts, encode_prompt
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.records import Record, check_records, is_complete, open_journal
-from hf_model.tokenizer import prompt_text, takes_instructions
+from hf_model.tokenizer import chat_template, takes_instructions
 
 T = TypeVar("T")
 UNUSED_WHEN_GREEDY = ("top_k", "top_p", "min_p", "seed", "seed_like_original")
@@ -170,7 +170,7 @@ def _encoded(
 ) -> torch.Tensor:
     prompt = record["instruction" if takes_instructions(tokenizer) else "prompt"]
     try:
-        return encode(tokenizer, prompt_text(tokenizer, prompt, record.get("input") or ""), parse_special_tokens)
+        return encode_prompt(tokenizer, prompt, record.get("input") or "", parse_special_tokens)
     except UserError as error:
         raise UserError(f"record {index + 1}: {error}") from None
 
@@ -182,7 +182,7 @@ def _options(
     unused = ("cache_implementation", *(UNUSED_WHEN_GREEDY if sampling.temperature == 0 else ()))
     # Checksums of the weights as they are used: two folders with equal weights are one model, two dtypes are not.
     weights = [zlib.crc32(w.cpu().reshape(-1).view(torch.uint8).numpy()) for w in model.state_dict().values()]
-    identity = [weights, model.config.to_dict(), tokenizer.get_vocab(), takes_instructions(tokenizer)]
+    identity = [weights, model.config.to_dict(), tokenizer.get_vocab(), chat_template(tokenizer)]
     return {
         **{name: value for name, value in asdict(sampling).items() if name not in unused},
         "parse_special_tokens": parse_special_tokens,

@@ -3,9 +3,9 @@
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,17 @@ from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError, memory_for, one_line
 from hf_model.folder import CONVERTED_FROM
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.tokenizer import check_characters, is_of_characters, takes_instructions
+from hf_model.tokenizer import (
+    Message,
+    check_characters,
+    end_ids,
+    end_text,
+    is_of_characters,
+    prompt_format,
+    takes_instructions,
+    user_message,
+)
+from hf_model.tokenizer.prompt import beginning_apart, parts
 
 
 @dataclass(frozen=True)
@@ -124,6 +134,43 @@ def encode(
         raise UserError(f"the tokenizer cannot encode the text ({one_line(error, 200)})") from None
 
 
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerFast,
+    prompt: str,
+    input_text: str = "",
+    parse_special_tokens: bool = False,
+    *,
+    turns: Sequence[Message] = (),
+) -> torch.Tensor:
+    """The token ids of a prompt as the tokenizer's chat template writes it, or of raw text; of shape (1, T).
+
+    Args:
+        parse_special_tokens: read "[EOS]" in an instruction as the special token.
+        turns: the messages before it, if the format has turns.
+
+    Raises:
+        UserError: as `encode`, or the chat template refuses the prompt.
+    """
+    if not takes_instructions(tokenizer):
+        return encode(tokenizer, prompt)
+    messages = [*turns, user_message(prompt, input_text)]
+    return _encode_parts(tokenizer, parts(tokenizer, messages, parse_special_tokens))
+
+
+def encode_example(tokenizer: PreTrainedTokenizerFast, text: str) -> torch.Tensor:
+    """The token ids of a text to train on, as `tokenizer.example_texts` writes it, of shape (1, T).
+
+    Raises:
+        UserError: as `encode`.
+    """
+    return _encode_parts(tokenizer, beginning_apart(tokenizer, text))
+
+
+def _encode_parts(tokenizer: PreTrainedTokenizerFast, parts: Iterable[tuple[str, bool]]) -> torch.Tensor:
+    ids = [encode(tokenizer, text, parses, add_special_tokens=False) for text, parses in parts if text]
+    return torch.cat(ids, dim=1).long()  # without tokens, the library gives floats
+
+
 @dataclass(frozen=True)
 class Generation:
     """The answers of one call. Each list has an entry for each sequence."""
@@ -212,9 +259,9 @@ class TokenStream(BaseStreamer):
     ):
         """`prompt_text`: the text begins with the prompt and has special tokens."""
         self.tokenizer, self.on_text, self.prompt_text = tokenizer, on_text, prompt_text
-        # The prompt's format puts a space behind "Response:"; a bare response begins after it.
-        strips = not prompt_text and takes_instructions(tokenizer)
+        strips = not prompt_text and begins_with_space(tokenizer)
         self.response = ResponseStream(on_text, sampling, strips)
+        self.hidden = set() if prompt_text else set(end_ids(tokenizer))
         self.decoder = DecodeStream(skip_special_tokens=not prompt_text)
         self.awaits_prompt = True
         self.ids: list[int] = []  # of a single sequence: the tokens of its text
@@ -231,6 +278,8 @@ class TokenStream(BaseStreamer):
                 row.append(token_id)
         elif self.prompt_text or not is_prompt:
             for token_id in value.flatten().tolist():
+                if token_id in self.hidden:
+                    continue
                 self.ids.append(token_id)
                 piece = self.decoder.step(self.tokenizer.backend_tokenizer, token_id) or ""
                 self.n_decoded += len(piece)
@@ -272,6 +321,7 @@ def generate(
         UserError: the model's logits are NaN or infinite, or the sampling options make them so.
         KeyboardInterrupt: passed on, after `on_text` was called with all the text there is.
     """
+    sampling = _with_end(tokenizer, sampling)
     stream = TokenStream(tokenizer, on_text, prompt_text=not response_only, sampling=sampling)
     input_ids = input_ids.to(model.device)
     prompt = input_ids[0].tolist()
@@ -291,9 +341,9 @@ def generate(
     except KeyboardInterrupt:
         stream.end()
         if stream.rows:
-            on_text("\n".join(text(_ended(tokenizer, row, sampling)[0]) for row in stream.rows))
+            on_text("\n".join(text(_ended(model, tokenizer, row, sampling)[0]) for row in stream.rows))
         raise
-    ended = [_ended(tokenizer, row, sampling) for row in new]
+    ended = [_ended(model, tokenizer, row, sampling) for row in new]
     return Generation(
         texts=[text(ids) for ids, _ in ended],
         responses=[response(ids) for ids, _ in ended],
@@ -311,6 +361,7 @@ def continue_prompts(
     Raises:
         UserError: as `generate`.
     """
+    sampling = _with_end(tokenizer, sampling)
     width = max(prompt.shape[1] for prompt in prompts)
     input_ids = torch.empty(len(prompts), width, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
@@ -321,7 +372,7 @@ def continue_prompts(
         input_ids[row, width - prompt.shape[1] :] = prompt[0]
         attention_mask[row, width - prompt.shape[1] :] = 1
     new, _ = _generate(model, tokenizer, input_ids.to(model.device), attention_mask.to(model.device), sampling)
-    return [sampling.cut(bare_response(tokenizer, _ended(tokenizer, row, sampling)[0]))[0] for row in new]
+    return [sampling.cut(bare_response(tokenizer, _ended(model, tokenizer, row, sampling)[0]))[0] for row in new]
 
 
 def _generate(
@@ -349,21 +400,36 @@ def _generate(
     return sequences[:, start:].tolist(), seconds
 
 
+def _with_end(tokenizer: PreTrainedTokenizerFast, sampling: Sampling) -> Sampling:
+    """The sampling that also stops at the text that the chat template puts behind an answer in place of a token."""
+    end = end_text(tokenizer)
+    return replace(sampling, stop=(*sampling.stop, end)) if end else sampling
+
+
+def begins_with_space(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether the prompt's format puts a space in front of the answer, as after "Response:"."""
+    return prompt_format(tokenizer).before_answer.isspace()
+
+
 def bare_response(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
-    """The text of new tokens, without the space that the format of an instruction puts in front of the answer."""
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    return text.lstrip() if takes_instructions(tokenizer) else text
+    """The text of new tokens, without the end token and the space that the prompt's format puts around the answer."""
+    ends = end_ids(tokenizer)
+    text = tokenizer.decode([token for token in ids if token not in ends], skip_special_tokens=True)
+    return text.lstrip() if begins_with_space(tokenizer) else text
 
 
-def _ended(tokenizer: PreTrainedTokenizerFast, ids: list[int], sampling: Sampling) -> tuple[list[int], bool]:
-    """The tokens up to the end token or the first stop text, and whether there is one of these.
+def _ended(
+    model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast, ids: list[int], sampling: Sampling
+) -> tuple[list[int], bool]:
+    """The tokens up to an end token or the first stop text, and whether there is one of these.
 
     A sequence that ends before the others of its batch is padded; without a padding token, transformers pads with -1.
     """
     ids = [token for token in ids if token >= 0]
-    has_ended = tokenizer.eos_token_id in ids
-    if has_ended:
-        ids = ids[: ids.index(tokenizer.eos_token_id) + 1]
+    own = model.generation_config.eos_token_id
+    ends = {*end_ids(tokenizer), *(own if isinstance(own, list) else [own])}
+    end = next((n for n, token in enumerate(ids, start=1) if token in ends), None)
+    ids, has_ended = ids[:end], end is not None
 
     def has_stop(n: int) -> bool:
         return sampling.cut(tokenizer.decode(ids[:n], skip_special_tokens=True))[1]

@@ -32,15 +32,24 @@ from hf_model.folder import (
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.reading import read_start
 from hf_model.tokenizer import (
+    CHAT_TEMPLATE,
+    TEMPLATES,
     FoundTokenizer,
     ModelInfo,
+    chat_template,
     check_fits,
+    check_template,
+    check_tokens,
+    end_ids,
+    end_text,
+    end_tokens,
     find_tokenizer,
+    prompt_format,
+    read_template,
+    set_chat_template,
     switch_off,
-    takes_instructions,
     unused_ids,
 )
-from hf_model.tokenizer.prompt import PROMPT_FORMAT, RAW
 from hf_model.trainers import Checkpoint, read_checkpoint
 from hf_model.trainers.architecture import Architecture, is_copied
 from hf_model.trainers.module import Reading, read_module
@@ -85,6 +94,7 @@ class SourceOptions(TypedDict, total=False):
     characters_of: str | Path | None
     raw: bool
     instructions: bool
+    chat_template: str | Path | None
     bos_token: str | None
     eos_token: str | None
     pad_token: str | None
@@ -138,6 +148,8 @@ class Source:
     """Prompts are raw text, even if the tokenizer has `[BOS]` and `[EOS]`."""
     instructions: bool = False
     """Prompts are instructions, whatever the tokenizer's special tokens are called."""
+    chat_template: str | Path | None = None
+    """What makes the prompts: `"alpaca"`, `"chatml"` or a file of Jinja; None keeps the tokenizer's own."""
     bos_token: str | None = None
     """The token in front of a text; None keeps the tokenizer's own."""
     eos_token: str | None = None
@@ -150,6 +162,12 @@ class Source:
     """Names of options in the checkpoint's `model_args` that are not known here and may be left out."""
     module: nn.Module | None = None
     """The user's own model, of any class; `path` is then its class's name, or the file of its weights."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError for options that contradict each other."""
+        if self.chat_template is not None and (self.raw or self.instructions):
+            other = "raw" if self.raw else "instructions"
+            raise UserError(f"--chat_template and --{other} contradict each other: give one of them")
 
     @classmethod
     def of(
@@ -192,7 +210,7 @@ class Source:
     def find_tokenizer(self) -> FoundTokenizer:
         """The tokenizer, read again from the source."""
         if self._has_own_tokenizer:
-            return own_tokenizer(self.path)
+            return self._own_tokenizer()
         if self.module is not None:
             sizes = self._reading.options
             return self._find_tokenizer(ModelInfo(self.path, sizes["vocab_size"], sizes["block_size"]))
@@ -232,6 +250,17 @@ class Source:
     def _has_own_tokenizer(self) -> bool:
         return self.is_folder and self.tokenizer_path is None and self.characters_of is None
 
+    def _own_tokenizer(self, config: CustomGPTConfig | None = None) -> FoundTokenizer:
+        """The folder's tokenizer, with the kind of prompts that the user chose."""
+        found = own_tokenizer(self.path, config)
+        if self.raw:
+            set_chat_template(found.tokenizer, None)
+        elif self.chat_template is not None:
+            set_chat_template(found.tokenizer, read_template(self.chat_template))
+        check_tokens(found.tokenizer, self.path)
+        check_template(found.tokenizer, self.chat_template or self.path)
+        return found
+
     def _find_tokenizer(self, info: ModelInfo) -> FoundTokenizer:
         return find_tokenizer(
             self.tokenizer_path,
@@ -239,6 +268,7 @@ class Source:
             characters_of=self.characters_of,
             raw=self.raw,
             instructions=self.instructions,
+            chat_template=self.chat_template,
             bos_token=self.bos_token,
             eos_token=self.eos_token,
             pad_token=self.pad_token,
@@ -357,7 +387,7 @@ class Source:
         if self._has_own_tokenizer and (self.instructions or self.bos_token or self.eos_token or self.pad_token):
             raise UserError(
                 f"{folder}: has its own kind of prompts and special tokens; to choose others, give its tokenizer too, "
-                f"with --tokenizer_path {folder}"
+                f"with --tokenizer_path {folder} (--raw and --chat_template do not need it)"
             )
         try:
             config = read_config(folder)
@@ -368,11 +398,12 @@ class Source:
             if not has_tokenizer:
                 return Loaded(model, None, own)
             if self._has_own_tokenizer:
-                found = own_tokenizer(folder, config)
+                found = self._own_tokenizer(config)
                 check_fits(found.tokenizer, config.vocab_size, folder, folder)
-                # Tokens may have been added since the folder was written.
+                # Tokens may have been added since the folder was written, or another chat template.
                 unused = unused_ids(found.tokenizer, config.vocab_size)
                 model.generation_config.suppress_tokens = unused or None
+                model.generation_config.eos_token_id = _ends_of_folder(model, found.tokenizer)
             else:
                 found = self._find_tokenizer(ModelInfo(folder, config.vocab_size, config.block_size))
                 model.generation_config = default_generation(found.tokenizer, config.vocab_size)
@@ -380,9 +411,6 @@ class Source:
             raise
         except Exception as error:  # a stranger's file can make the library fail in any way
             raise UserError(f"{folder}: cannot be loaded ({one_line(error, 200)})") from None
-        if self.raw:
-            found.tokenizer.init_kwargs[PROMPT_FORMAT] = RAW
-            found.tokenizer.chat_template = None
         return Loaded(model, found, own, choices=tuple(tokenizer_choices(found)))
 
 
@@ -408,9 +436,9 @@ def load(
         device: where the model goes; by default the best device (see `pick_device`).
         report: called with a name and a description for each thing that was found or chosen.
         options: `dtype` (`"auto"` keeps the weights' dtype), `n_head`, `activation`, `characters_of` (the training text
-            of a character-level model), `raw` or `instructions` (the kind of prompts), `bos_token`, `eos_token`,
-            `pad_token` (names of tokens) and `ignore_model_args`, as in `Source`; `model` (`"FILE.py:NAME"`, your own
-            code that makes the model of a checkpoint).
+            of a character-level model), `raw`, `instructions` or `chat_template` (the kind of prompts), `bos_token`,
+            `eos_token`, `pad_token` (names of tokens) and `ignore_model_args`, as in `Source`; `model`
+            (`"FILE.py:NAME"`, your own code that makes the model of a checkpoint).
 
     Returns:
         The model, in evaluation mode, and its tokenizer.
@@ -481,6 +509,7 @@ def own_tokenizer(folder: Path, config: CustomGPTConfig | None = None) -> FoundT
 
 def default_generation(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> GenerationConfig:
     """The defaults of the original script. Ids without a token are never sampled."""
+    ends = end_ids(tokenizer)
     return GenerationConfig(
         do_sample=True,
         temperature=0.8,
@@ -488,16 +517,32 @@ def default_generation(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> G
         repetition_penalty=1.0,
         max_new_tokens=150,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends[0] if len(ends) == 1 else ends or None,
         pad_token_id=tokenizer.pad_token_id,
         suppress_tokens=unused_ids(tokenizer, vocab_size) or None,
     )
 
 
+def _ends_of_folder(model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast) -> int | list[int] | None:
+    """The ids that end an answer: those of a folder's generation_config.json, and those of a chat template not ours."""
+    known = model.generation_config.eos_token_id
+    ids = [] if known is None else [known] if isinstance(known, int) else list(known)
+    if chat_template(tokenizer) in (None, CHAT_TEMPLATE) or not (new := set(end_ids(tokenizer)) - set(ids)):
+        return known
+    return [*sorted(new), *ids]
+
+
 def tokenizer_choices(found: FoundTokenizer) -> Iterator[tuple[str, str]]:
     """What to report about a tokenizer: its notes, and the prompt format unless it is the default, instructions."""
-    if not takes_instructions(found.tokenizer):
-        yield "prompt", f"raw text; a text ends at {found.tokenizer.eos_token or 'max_new_tokens only'}"
+    template = chat_template(found.tokenizer)
+    ends = [*end_tokens(found.tokenizer), *filter(None, [end_text(found.tokenizer)])]
+    end = " or ".join(ends) or "max_new_tokens only"
+    if template is None:
+        yield "prompt", f"raw text; a text ends at {end}"
+    elif template != CHAT_TEMPLATE:
+        name = next((name for name, ours in TEMPLATES.items() if ours == template), "a chat template of its own")
+        turns = "several turns" if prompt_format(found.tokenizer).has_turns else "a single turn"
+        yield "prompt", f"{name}, of {turns}; an answer ends at {end}"
     for note in found.notes:
         yield "note", note
 

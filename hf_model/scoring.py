@@ -9,9 +9,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from hf_model.errors import UserError, memory_for
-from hf_model.generation import encode
+from hf_model.generation import encode, encode_prompt
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.tokenizer import prompt_text, takes_instructions
+from hf_model.tokenizer import prompt_format, prompt_text, takes_instructions
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Score:
 
     text: str
     tokens: tuple[ScoredToken, ...]
+    content: str | None = None
+    """The prompt in its format; None for a text by itself."""
 
     @property
     def log_probability(self) -> float:
@@ -53,6 +55,7 @@ class Score:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; None stands for infinity."""
         return {
+            **({} if self.content is None else {"content": self.content}),
             "text": self.text,
             "log_probability": _finite(self.log_probability),
             "perplexity": _finite(self.perplexity),
@@ -90,16 +93,16 @@ def score_text(
         ids = encode(tokenizer, text, parse_special_tokens)[0].tolist()
         start = len(ids) - len(_plain(tokenizer, text, parse_special_tokens))
     else:
-        is_answer = takes_instructions(tokenizer)
-        if input_text and not is_answer:
+        if input_text and not takes_instructions(tokenizer):
             raise UserError("argument --input_text: this model's prompts are raw text, which has no place for it")
-        ids = encode(tokenizer, prompt_text(tokenizer, prompt, input_text), parse_special_tokens)[0].tolist()
+        ids = encode_prompt(tokenizer, prompt, input_text, parse_special_tokens)[0].tolist()
         start = len(ids)
-        ids += _plain(tokenizer, f" {text}" if is_answer else text, parse_special_tokens)
+        ids += _plain(tokenizer, prompt_format(tokenizer).before_answer + text, parse_special_tokens)
     start = max(start, 1)  # nothing predicts the first token
     if len(ids) <= start:
         raise UserError("--score: there must be a token with another one before it")
-    return Score(text, tuple(score(model, tokenizer, ids, start, n_candidates)))
+    content = None if prompt is None else prompt_text(tokenizer, prompt, input_text)
+    return Score(text, tuple(score(model, tokenizer, ids, start, n_candidates)), content)
 
 
 def _plain(tokenizer: PreTrainedTokenizerFast, text: str, parse_special_tokens: bool) -> list[int]:

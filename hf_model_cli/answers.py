@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerFast
 from hf_model import scoring
 from hf_model.batch import Processes, answer_file
 from hf_model.errors import UserError
-from hf_model.generation import Generation, Sampling, encode, generate
+from hf_model.generation import Generation, Sampling, encode_prompt, generate
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.records import Record, check_records, journal_path
 from hf_model.scoring import ScoredToken
-from hf_model.tokenizer import prompt_text, takes_instructions
+from hf_model.tokenizer import Message, prompt_format, prompt_text, takes_instructions
 from hf_model_cli.options import SAMPLING
 from hf_model_cli.run import show
 
@@ -49,6 +49,7 @@ class Answers:
         """`note` prints a line beside the answers, where and if the arguments want it."""
         self.args, self.model, self.tokenizer, self.note = args, model, tokenizer, note
         self.takes_instructions = takes_instructions(tokenizer)
+        self.format = prompt_format(tokenizer)
         self.sampling = Sampling(
             **{name: getattr(args, name) for name in SAMPLING},
             num_return_sequences=args.num_return_sequences,
@@ -58,20 +59,30 @@ class Answers:
             seed_like_original=args.seed_like_original,
         )
 
-    def question(self, prompt: str, input_text: str) -> Question:
-        """Encode a prompt.
+    def question(self, prompt: str, input_text: str, turns: Sequence[Message] = ()) -> Question:
+        """Encode a prompt, after the messages before it.
 
         Raises:
-            UserError: an instruction is blank, or the model does not know a character.
+            UserError: an instruction is blank, the model does not know a character, or the chat template refuses it.
         """
         if self.takes_instructions and not prompt.strip():
             raise UserError("must not be empty")
-        content = prompt_text(self.tokenizer, prompt, input_text)
-        input_ids = encode(self.tokenizer, content, self.args.parse_special_tokens)
+        content = prompt_text(self.tokenizer, prompt, input_text, turns)
+        parses = self.args.parse_special_tokens
+        input_ids = encode_prompt(self.tokenizer, prompt, input_text, parses, turns=turns)
         question = Question(prompt, input_text, content, input_ids)
         if (n_tokens := input_ids.shape[1]) > (n_seen := self._seen(question)):
             self.warn(f"the prompt is {n_tokens:,} tokens long; the model sees the last {n_seen:,} of them")
         return question
+
+    def length(self, prompt: str, input_text: str, turns: Sequence[Message]) -> int:
+        """The number of tokens of a prompt and the messages before it.
+
+        Raises:
+            UserError: as `question`.
+        """
+        parses = self.args.parse_special_tokens
+        return encode_prompt(self.tokenizer, prompt, input_text, parses, turns=turns).shape[1]
 
     def _seen(self, question: Question) -> int:
         """How many tokens of a prompt the model sees."""
@@ -101,10 +112,7 @@ class Answers:
 
     def answer(self, question: Question) -> None:
         """Print the answers of all seeds, with the speed."""
-        content = question.content
-        # Spaces and newlines at the ends of a raw text matter, and would be invisible.
-        is_visible = self.takes_instructions or content == content.strip()
-        self.note(f"content     {content if is_visible else repr(content)}\n")
+        self.note(f"content     {visible(question.content)}\n")
         tokens, seconds = 0, 0.0
         for seed in self.args.seed:
             output = self.answer_once(question, replace(self.sampling, seed=seed), self.args.response_only)
@@ -198,6 +206,8 @@ class Answers:
         if args.json:
             show(json.dumps(score.as_dict(), indent=2, allow_nan=False))
             return
+        if score.content is not None:
+            self.note(f"content     {visible(score.content)}")
         if args.top_candidates:
             show(f"\n{token_table(score.tokens)}\n")
         show(f"tokens      {len(score.tokens)}")
@@ -237,6 +247,11 @@ class Answers:
         seconds = time.perf_counter() - start
         self.note(f"written     {args.output_file} ({count(len(records), 'record')}, {answered} of them answered now)")
         self.note(f"\n{count(answered, 'record')} in {seconds:.2f} s, {answered / seconds:.1f} records/s")
+
+
+def visible(content: str) -> str:
+    """A prompt as it is, or quoted if it begins or ends with spaces or newlines: they matter, and would be invisible."""
+    return content if content == content.strip() else repr(content)
 
 
 def token_table(tokens: Sequence[ScoredToken]) -> str:

@@ -1,4 +1,7 @@
-"""A conversation: the model is loaded once, and answers each question by itself, as these models were fine-tuned."""
+"""A conversation: the model is loaded once. Each question is answered by itself, or after the turns before it.
+
+The model's chat template decides. Most models of these trainers were fine-tuned on single turns.
+"""
 
 import argparse
 import json
@@ -11,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_model.errors import UserError
-from hf_model_cli.answers import Answers, count, json_line
+from hf_model.tokenizer import Message, user_message
+from hf_model_cli.answers import Answers, Question, count, json_line
 from hf_model_cli.files import MOST_PROMPT_BYTES, decoded, read_prompt_file
 from hf_model_cli.options import DISTRIBUTION, SAMPLING, SEED, escaped
 from hf_model_cli.run import is_terminal, show
@@ -29,6 +33,7 @@ OPTIONS = {
 }
 COMMANDS = {
     "again": "answer the last question again, with another seed",
+    "new": "begin again: forget what was said so far",
     "file PATH": "ask what a file says",
     "save PATH": "write the questions and answers to a new file, as JSON Lines",
     "options": "show all options",
@@ -54,8 +59,11 @@ class Conversation:
         self.prompt = ""  # the last question
         self.seed_was_used = False
         self.records: list[dict[str, str]] = []
+        self.turns: list[tuple[Message, Message]] = []
+        """The questions and answers that the model still sees; none if it answers each question by itself."""
         self.commands: dict[str, Callable[[str], str]] = {
             "again": self.again,
+            "new": self.new,
             "file": self.ask_file,
             "save": self.save,
             "options": lambda _: "\n".join(f"{name}: {self.value_of(name)}" for name in names(OPTIONS)),
@@ -121,9 +129,18 @@ class Conversation:
         self.sampling = replace(self.sampling, **{name: new})
         self.seed_was_used = self.seed_was_used and name != "seed"
 
+    def new(self, _: str) -> str:
+        if not self.answers.format.has_turns:
+            return "Each question is answered by itself: there is nothing to forget."
+        self.turns.clear()
+        self.prompt = ""
+        return "A new conversation."
+
     def again(self, _: str) -> str:
         if not self.prompt:
             return "There is no question yet."
+        if self.turns and self.turns[-1][0]["content"] == self.prompt:
+            self.turns.pop()
         if self.seed_was_used:
             self.sampling = replace(self.sampling, seed=(self.sampling.seed + 1) % 2**64)
         self.ask(self.prompt)
@@ -142,14 +159,36 @@ class Conversation:
             raise argparse.ArgumentTypeError(f"{path}: {getattr(error, 'strerror', error)}") from None
         return f"saved: {path} ({count(len(self.records), 'answer')})"
 
+    def question(self, prompt: str) -> Question:
+        """The question after the turns before it. The oldest turns are dropped if they leave too little of the context.
+
+        Raises:
+            UserError: as `Answers.question`.
+        """
+        context = self.answers.model.config.block_size
+        room = min(self.sampling.max_new_tokens, context // 2)  # for the answer
+        n_dropped = 0
+        while self.turns and self.answers.length(prompt, self.input_text, self.messages()) + room > context:
+            del self.turns[0]
+            n_dropped += 1
+        if n_dropped:
+            self.answers.warn(f"the context is full: {count(n_dropped, 'turn')} of the beginning dropped")
+        return self.answers.question(prompt, self.input_text, self.messages())
+
+    def messages(self) -> list[Message]:
+        return [message for turn in self.turns for message in turn]
+
     def ask(self, prompt: str) -> None:
         """Print the answer to a question."""
         answers, self.prompt, self.seed_was_used = self.answers, prompt, True
         try:
-            output = answers.answer_once(answers.question(prompt, self.input_text), self.sampling, response_only=True)
+            output = answers.answer_once(self.question(prompt), self.sampling, response_only=True)
         except UserError as error:  # an unknown character, or options that leave no token to draw
             show(json_line({"prompt": prompt, "error": str(error)}) if answers.args.json else f"error: {error}")
             return
+        if answers.format.has_turns:
+            answer = {"role": "assistant", "content": output.responses[0]}
+            self.turns.append((user_message(prompt, self.input_text), answer))
         name = "instruction" if answers.takes_instructions else "prompt"
         record = {name: prompt, "input": self.input_text, "response": output.responses[0]}
         self.records.append({key: text for key, text in record.items() if text or key != "input"})

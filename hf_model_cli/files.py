@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from hf_model_cli.options import DEFAULT_CHECKPOINT, HUB_NAME, Parser
+from hf_model_cli.options import CHAT_TEMPLATES, DEFAULT_CHECKPOINT, HUB_NAME, Parser
 
 FILE_ENDINGS = (".json", ".pkl", ".pickle", ".txt", ".bpe", ".pt", ".model", ".safetensors")  # no Hub name has these
 CHECKPOINTS = ("out*/**/*.pt", "log*/**/*.pt", "*.pt")  # where the trainers of the family put theirs
@@ -51,6 +51,19 @@ def check_model(parser: Parser, args: argparse.Namespace) -> None:
     if is_folder and (args.n_head or args.activation):
         parser.error("arguments --n_head and --activation: are for a checkpoint; a folder's config.json tells")
     args.tokenizer_path = _tokenizer(parser, args.tokenizer_path, args.characters_of, is_folder)
+    check_chat_template(parser, args)
+
+
+def check_chat_template(parser: Parser, args: argparse.Namespace) -> None:
+    template = args.chat_template
+    if template is None:
+        return
+    for name in ("raw", "instructions"):
+        if getattr(args, name):
+            parser.error(f"argument --chat_template: not allowed with argument --{name}, which says the opposite")
+    if template not in CHAT_TEMPLATES and mode_of(parser, "chat_template", template) is None:
+        known = ", ".join(CHAT_TEMPLATES)
+        parser.error(f"argument --chat_template: {template!r} is none of {known}, nor a file that is there")
 
 
 def _instead(path: str) -> str:

@@ -301,6 +301,8 @@ def run(args: argparse.Namespace) -> None:
         answers.warn_of_unknown_tokens()
     if args.input_text and not answers.takes_instructions:
         raise UserError("argument --input_text: this model's prompts are raw text, which has no place for it")
+    if args.input_text and not answers.format.takes_input:
+        raise UserError("argument --input_text: the model's chat template has no place for it: put it into the prompt")
     try:
         question = (
             None if args.prompt is None or args.score is not None else answers.question(args.prompt, args.input_text)

@@ -22,6 +22,7 @@ DEFAULT_TOKENIZER = "data/tokenizer/custom_gpt_tokenizer.json"
 # The package's names.
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "quick_gelu", "relu2", "leaky_relu", "mish")
+CHAT_TEMPLATES = ("alpaca", "chatml")
 FORMATS = ("transformers", "gpt2", "gguf", "ctranslate2", "onnx", "checkpoint")
 GGUF_TYPES = ("f32", "f16", "q8_0")
 QUANTIZATIONS = ("int8", "int8_float32", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16", "float32")
@@ -155,6 +156,11 @@ def add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--instructions", action="store_true", help="prompts are instructions, whatever the special tokens are called"
     )
+    group.add_argument(
+        "--chat_template",
+        metavar="NAME",
+        help="what the prompts look like: alpaca, chatml, or a file of Jinja, FILE.jinja (default: the tokenizer's own)",
+    )
     for role, what in (("bos", "stands in front of a text"), ("eos", "ends an answer"), ("pad", "fills up a batch")):
         group.add_argument(f"--{role}_token", metavar="TOKEN", help=f"the token that {what} (default: the tokenizer's)")
     group.add_argument(
@@ -185,7 +191,8 @@ def add_model(group: argparse._ArgumentGroup) -> None:
 def source_options(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `hf_model.load`, `convert` and `inspect` that say how to read a model."""
     roles = ("bos_token", "eos_token", "pad_token")
-    names = ("dtype", "n_head", "characters_of", "raw", "instructions", *roles, "ignore_model_args", "model")
+    prompts = ("raw", "instructions", "chat_template")
+    names = ("dtype", "n_head", "characters_of", *prompts, *roles, "ignore_model_args", "model")
     return {"activation": args.activation or "auto", **{name: getattr(args, name) for name in names}}
 
 

@@ -14,6 +14,7 @@ from hf_model.generation import encode
 from hf_model.learnt.diagnosis import Probe, Rows, own_prompts
 from hf_model.learnt.inspection import Inspection
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
+from hf_model.tokenizer import end_ids
 
 ANSWER_STEPS = 24
 N_ALTERNATIVES = 5
@@ -158,7 +159,7 @@ def _prompts(inspection: Inspection, tokenizer: PreTrainedTokenizerFast) -> Iter
 @torch.inference_mode()
 def _answers(prompts: list[Prompt], model: CustomGPTForCausalLM, words: Words) -> Iterator[Answer]:
     """The greedy answer to each prompt, token by token."""
-    tokenizer, block_size = words.tokenizer, model.config.block_size
+    tokenizer, block_size, ends = words.tokenizer, model.config.block_size, end_ids(words.tokenizer)
     longest = max(1, block_size - ANSWER_STEPS, block_size // 2)
     read = [prompt.ids[-longest:] for prompt in prompts]
     rows = Rows(model, read, len(tokenizer))
@@ -171,7 +172,7 @@ def _answers(prompts: list[Prompt], model: CustomGPTForCausalLM, words: Words) -
             if is_open[i]:
                 (text, probability), *others = zip(map(words, ids), probabilities, strict=True)
                 answers[i].append(Token(text, probability, tuple(others), ids[0] == before[i]))
-                is_open[i] = ids[0] != tokenizer.eos_token_id
+                is_open[i] = ids[0] not in ends
             before[i] = ids[0]
         if not any(is_open):
             break

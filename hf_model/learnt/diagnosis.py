@@ -7,15 +7,18 @@ looks at the answers that the model is about to give. docs/diagnosis.md explains
 import math
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Literal
 
 import torch
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerFast
 
+from hf_model.errors import UserError
+from hf_model.generation import encode_prompt
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.tokenizer import format_prompt, takes_instructions
+from hf_model.tokenizer import end_ids, fitted, takes_instructions
 
 N_CANDIDATES = 8
 N_WORDS = 1000  # of a raw vocabulary, from which prompts are made
@@ -141,7 +144,7 @@ def non_finite(state_dict: dict[str, torch.Tensor]) -> list[str]:
 
 
 @torch.inference_mode()
-def diagnose(model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerBase) -> Diagnosis:
+def diagnose(model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Diagnosis:
     """Ask a model for the beginnings of its answers to a few prompts of its own format, and whether it repeats them.
 
     The cost is one pass over the prompts and one step of eight rows for each prompt; for a model that repeats, one
@@ -178,7 +181,7 @@ def diagnose(model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerBase) ->
         return found
     rows.select(torch.arange(0, len(rows.mask), len(rows.mask) // len(prompts)))  # each prompt's likeliest candidate
     likeliest = torch.tensor([probe.candidates[0] for probe in probes])
-    run = _share_repeated(rows, likeliest, steps, tokenizer.eos_token_id)
+    run = _share_repeated(rows, likeliest, steps, end_ids(tokenizer))
     return replace(found, verdict="stutters" if run >= STUTTER_RUN else "healthy", run=run)
 
 
@@ -205,19 +208,21 @@ def norms_moved(model: CustomGPTForCausalLM) -> float:
     return max(float((gain.float() - 1).abs().mean()) for gain in gains)
 
 
-def _ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _ordinary_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     special = set(tokenizer.all_special_ids)
     return [token for token in range(len(tokenizer)) if token not in special]
 
 
-def own_prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def own_prompts(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
     """A few prompts, as token ids, in the format that the model was trained on."""
-    if takes_instructions(tokenizer):
-        return [ids for text in INSTRUCTIONS if (ids := tokenizer(format_prompt(*text)).input_ids)]
-    return list(_raw_prompts(tokenizer))
+    prompts = []
+    for texts in INSTRUCTIONS if takes_instructions(tokenizer) else ():
+        with suppress(UserError):  # a word or character that the tokenizer does not know
+            prompts.append(encode_prompt(tokenizer, *fitted(tokenizer, *texts))[0].tolist())
+    return [ids for ids in prompts if ids] or list(_raw_prompts(tokenizer))
 
 
-def _raw_prompts(tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+def _raw_prompts(tokenizer: PreTrainedTokenizerFast) -> Iterator[list[int]]:
     """The token that starts a text, if there is one, then random words from the first ones of the vocabulary."""
     start = next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), None)
     first = [] if start is None else [start]
@@ -229,7 +234,7 @@ def _raw_prompts(tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
         yield first + chooser.choices(words, k=6)
 
 
-def _share_repeated(rows: "Rows", tokens: torch.Tensor, steps: int, end: int | None) -> float:
+def _share_repeated(rows: "Rows", tokens: torch.Tensor, steps: int, ends: list[int]) -> float:
     """RUN: the share of greedy steps after `tokens` (B,) that repeat the token before; steps after an end do not."""
     if torch.equal(rows.next_logits.argmax(dim=-1), tokens):
         # Most stutterers repeat one token for ever. One pass shows that; twenty steps take a second (134M, float32).
@@ -241,7 +246,7 @@ def _share_repeated(rows: "Rows", tokens: torch.Tensor, steps: int, end: int | N
     repeated, before = 0, tokens
     for _ in range(steps):
         following = rows.next_logits.argmax(dim=-1)  # (B,)
-        if end is not None:
+        for end in ends:
             goes_on &= following != end
         repeated += int((goes_on & (following == before)).sum())
         rows.step(following)

@@ -23,7 +23,7 @@ from hf_model.loading import (
     describe_tokenizer,
 )
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.tokenizer import PAD, is_of_characters, takes_instructions
+from hf_model.tokenizer import CHAT_TEMPLATE, PAD, chat_template, is_of_characters
 from hf_model.trainers.tensors import dtype_name
 
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "tie_word_embeddings", "dropout")
@@ -230,7 +230,7 @@ def _architecture(source: Source, loaded: Loaded) -> dict[str, Found]:
 
 
 def _notes(loaded: Loaded) -> Iterator[str]:
-    tokenizer, is_instruction = loaded.tokenizer, takes_instructions(loaded.tokenizer)
+    tokenizer, is_instruction = loaded.tokenizer, chat_template(loaded.tokenizer) == CHAT_TEMPLATE
     if loaded.checkpoint is not None and loaded.checkpoint.is_pretrained and is_instruction:
         yield "this is a pre-training file, and its model knows no instructions; --raw makes it a model of raw text"
     if is_instruction and PAD not in tokenizer.get_vocab():

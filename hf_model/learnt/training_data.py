@@ -13,12 +13,12 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
 from hf_model.errors import UserError
-from hf_model.generation import Sampling, continue_prompts, encode
+from hf_model.generation import Sampling, continue_prompts, encode, encode_example
 from hf_model.learnt.diagnosis import Finding
 from hf_model.loading import with_weights
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.records import read_records
-from hf_model.tokenizer import format_example, format_prompt, takes_instructions
+from hf_model.tokenizer import example_texts, prompt_text, takes_instructions
 
 SEED = 0
 OPERATIONS = 1e12  # for the loss, some ten seconds on a small machine; each alternative gets a tenth of it
@@ -45,6 +45,7 @@ class Row:
     ids: list[int]
     start: int
     """Where the answer begins; 1 for raw text, whose first token nothing predicts."""
+    prompt_ids: tuple[int, ...] = ()
     prompt: str = ""
     answer: str = ""
 
@@ -259,15 +260,19 @@ def _record_rows(path: Path, tokenizer: PreTrainedTokenizerFast, block_size: int
     n_all = len(records)
     random.Random(SEED).shuffle(records)
     rows = []
-    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
     for record in records[: MOST_TOKENS // 8]:
-        instruction, answer, input_text = record["instruction"], record["output"], record.get("input") or ""
-        prompt = format_prompt(instruction, input_text)
-        text = format_example(instruction, answer, input_text, bos=bos, eos=eos)
-        ids = encode(tokenizer, text, True, add_special_tokens=False)[0, :block_size].tolist()
-        start = encode(tokenizer, prompt).shape[1]
+        asked, answer = (record["instruction"], record.get("input") or ""), record["output"]
+        try:
+            prompt, end = example_texts(tokenizer, answer, *asked)
+            ids = encode_example(tokenizer, prompt + end)[0, :block_size].tolist()
+            prompt_ids = encode_example(tokenizer, prompt)[0].tolist()
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        # A token may hold the prompt's last characters and the answer's first ones: it counts as the answer's.
+        pairs = enumerate(zip(ids, prompt_ids, strict=False))
+        start = next((n for n, (one, other) in pairs if one != other), len(prompt_ids))
         if 0 < start < len(ids):
-            rows.append(Row(ids, start, prompt, answer))
+            rows.append(Row(ids, start, tuple(prompt_ids), prompt_text(tokenizer, *asked), answer))
     return rows, n_all
 
 
@@ -358,7 +363,7 @@ def _own_answers(model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast
     if not rows:
         return []
     longest = min(LONGEST_ANSWER, max(len(row.ids) - row.start for row in rows))
-    prompts = [encode(tokenizer, row.prompt) for row in rows]
+    prompts = [torch.tensor([row.prompt_ids]) for row in rows]
     return continue_prompts(model, tokenizer, prompts, Sampling(temperature=0, max_new_tokens=longest))
 
 

@@ -27,9 +27,10 @@ from hf_model.tokenizer.files import (
     tokenizer_of,
 )
 from hf_model.tokenizer.gpt2_files import END_OF_TEXT, find_pair, other_half, read_pair, tiktoken_pair
-from hf_model.tokenizer.prompt import BOS, EOS, PAD, UNK, takes_instructions
+from hf_model.tokenizer.prompt import BOS, CHAT_TEMPLATE, EOS, PAD, UNK, chat_template
 from hf_model.tokenizer.ranks import MINBPE, minbpe_json, tiktoken_json
 from hf_model.tokenizer.sentence_pieces import sentence_pieces_json
+from hf_model.tokenizer.templates import check_template, check_tokens, read_template
 from hf_model.tokenizer.wrap import (
     begin_ids,
     check_fits,
@@ -93,7 +94,8 @@ class Choices:
     """The user's choices: the kind of prompts, and the special token of each role."""
 
     raw: bool = False
-    instructions: bool = False
+    chat_template: str | None = None
+    """In Jinja."""
     roles: Mapping[str, str | None] = field(default_factory=dict)
 
 
@@ -104,6 +106,7 @@ def find_tokenizer(
     characters_of: str | Path | None = None,
     raw: bool = False,
     instructions: bool = False,
+    chat_template: str | Path | None = None,
     bos_token: str | None = None,
     eos_token: str | None = None,
     pad_token: str | None = None,
@@ -118,14 +121,17 @@ def find_tokenizer(
         raw: the model's prompts are raw text, whatever special tokens there are.
         instructions: the model's prompts are instructions, whatever the special tokens are called. By default they are
             if the vocabulary has `[BOS]` and `[EOS]`.
+        chat_template: what makes the prompts: `"alpaca"`, `"chatml"`, or a file of Jinja. None keeps the tokenizer's
+            own, if it has one.
         bos_token, eos_token, pad_token: the token that is put in front of each text, the one that ends an answer, and
             the one that fills up the rows of a batch; None keeps the tokenizer's own.
 
     Raises:
-        UserError: there is no such file or name, it is not a tokenizer that can be used, it lacks a chosen token, or it
-            does not fit the model.
+        UserError: there is no such file or name, it is not a tokenizer that can be used, it lacks a chosen token, it
+            does not fit the model, or the chat template cannot be used.
     """
-    choices = Choices(raw, instructions, {"bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token})
+    template = CHAT_TEMPLATE if instructions else None if chat_template is None else read_template(chat_template)
+    choices = Choices(raw, template, {"bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token})
     if characters_of is not None:
         found = _of_training_text(Path(characters_of), model, choices)
     elif tokenizer_path is None or str(tokenizer_path) == AUTO:
@@ -133,6 +139,8 @@ def find_tokenizer(
     else:
         found = _named(tokenizer_path, model, choices)
     check_fits(found.tokenizer, model.vocab_size, found.taken, model.path)
+    check_tokens(found.tokenizer, found.taken)
+    check_template(found.tokenizer, found.taken if chat_template is None else chat_template)
     return found
 
 
@@ -264,10 +272,8 @@ def _of_auto_tokenizer(
     loaded = load_auto(name, local_files_only=is_local)
     if is_of_characters(loaded):
         return _of_characters(loaded.get_vocab(), taken, model, choices)
-    if takes_instructions(loaded):
-        choices = replace(choices, instructions=True)
-    else:
-        choices = replace(choices, raw=choices.raw or not choices.instructions)
+    own = choices.chat_template or chat_template(loaded)
+    choices = replace(choices, chat_template=own, raw=choices.raw or own is None)
     known = {role: getattr(loaded, role) for role in ("eos_token", "pad_token", "unk_token")}
     if loaded.add_bos_token:
         known["bos_token"] = loaded.bos_token
@@ -290,14 +296,14 @@ def _of_backend(
         return _of_characters(backend.get_vocab(), taken, model, choices)
     check_ids(backend, taken)
     notes += switch_off(backend)
-    notes += (*role_notes(backend, known, choices.roles), *unknown_notes(backend))
+    notes += (*role_notes(backend, known, choices.roles, choices.chat_template), *unknown_notes(backend))
     roles = find_roles(backend, known, choices.roles)
     before = begin_ids(backend, roles)
 
     def encode(text: str) -> list[int]:
         return [*before, *backend.encode(text, add_special_tokens=False).ids]
 
-    tokenizer = wrap(backend, model.block_size, raw=choices.raw, instructions=choices.instructions, roles=roles)
+    tokenizer = wrap(backend, model.block_size, raw=choices.raw, chat_template=choices.chat_template, roles=roles)
     return FoundTokenizer(tokenizer, taken, encode, notes=notes)
 
 
@@ -314,6 +320,9 @@ def _of_training_text(path: Path, model: ModelInfo, choices: Choices) -> FoundTo
 def _of_characters(stoi: dict[str, int], taken: str, model: ModelInfo, choices: Choices) -> FoundTokenizer:
     backend = character_backend(stoi)
     roles = find_roles(backend, chosen=choices.roles)
-    tokenizer = wrap(backend, model.block_size, raw=True, roles=roles, vocabulary=CHARACTERS)
+    template = choices.chat_template
+    tokenizer = wrap(
+        backend, model.block_size, raw=template is None, chat_template=template, roles=roles, vocabulary=CHARACTERS
+    )
     before = begin_ids(backend, roles)
     return FoundTokenizer(tokenizer, taken, lambda text: [*before, *(stoi[character] for character in text)])

@@ -1,9 +1,12 @@
 """Texts to try a model with, out of its own vocabulary."""
 
+from contextlib import suppress
+
 from transformers import PreTrainedTokenizerBase
 
+from hf_model.errors import UserError
 from hf_model.tokenizer.characters import is_of_characters
-from hf_model.tokenizer.prompt import format_example, format_prompt, takes_instructions
+from hf_model.tokenizer.prompt import example_texts, fitted, prompt_text, takes_instructions
 
 QUESTION = "What is the capital of France?"
 BEGINNINGS = ("Once upon a time", "The ", "\n")
@@ -13,7 +16,7 @@ UNICODE = "Ünïcödé, 漢字, العربية, 🙂\t\u00a0end "
 
 def example_prompt(tokenizer: PreTrainedTokenizerBase) -> str:
     """A prompt that a newcomer can try: a question, or the beginning of a text that the tokenizer knows."""
-    if takes_instructions(tokenizer):
+    if takes_instructions(tokenizer) and _is_known(tokenizer, QUESTION):
         return QUESTION
     known = tokenizer.get_vocab()
     if is_of_characters(tokenizer):
@@ -30,18 +33,19 @@ def probes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
         every = "".join(sorted(known, key=known.__getitem__))
         return every, every[::-1], "".join(character * 2 for character in every)
     if takes_instructions(tokenizer):
-        example = format_example(
-            "Summarize the text.",
-            "Done.",
-            "Two  spaces,\na new line, 12345 and 'quotes'.",
-            bos=tokenizer.bos_token or "",
-            eos=tokenizer.eos_token or "",
-        )
-        texts: tuple[str, ...] = (format_prompt(QUESTION), example, UNICODE)
+        texts: tuple[str, ...] = (prompt_text(tokenizer, QUESTION), *_example(tokenizer), UNICODE)
     else:
         some = " ".join(sorted(tokenizer.get_vocab(), key=len)[:: len(tokenizer) // 100 + 1])
         texts = "Once upon a time, there was\n\na cat.\n", RAW_EXAMPLE, UNICODE, some
     return tuple(text for text in texts if _is_known(tokenizer, text))
+
+
+def _example(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """A text to train on; none if the chat template refuses answers."""
+    asked = fitted(tokenizer, "Summarize the text.", "Two  spaces,\na new line, 12345 and 'quotes'.")
+    with suppress(UserError):
+        return ("".join(example_texts(tokenizer, "Done.", *asked)),)
+    return ()
 
 
 def _is_known(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:

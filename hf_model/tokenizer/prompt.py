@@ -1,59 +1,32 @@
-"""The two kinds of prompt: the original's instructions (one function, and its chat template), and raw text."""
+"""How a prompt is made: by the tokenizer's chat template or, without one, as raw text. Nothing else decides this."""
 
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from hf_model.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BOS, EOS, PAD, UNK = "[BOS]", "[EOS]", "[PAD]", "[UNK]"
-# The entry of tokenizer_config.json that says what the model's prompts are, and its two values.
-PROMPT_FORMAT, INSTRUCTION, RAW = "prompt_format", "instruction", "raw"
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+# The entry of tokenizer_config.json that says what the model's prompts are: the original's instructions, those of
+# another chat template, or raw text. It counts only in a folder without a chat template: a trainer may have added one.
+PROMPT_FORMAT, INSTRUCTION, CHAT, RAW = "prompt_format", "instruction", "chat", "raw"
+
+Message = dict[str, str]
+"""A `role` and a `content`; a user's message may have an `input` too."""
 
 
-def takes_instructions(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether the model's prompts are instructions; otherwise they are raw text.
+# The chat templates. Content may be a string or the list of text parts that servers pass on. Whatever stands in a
+# generation block is trained on.
 
-    This is the only place that decides. The folder says it; older folders do not, and their special tokens tell.
-    """
-    by_tokens = INSTRUCTION if (tokenizer.bos_token, tokenizer.eos_token) == (BOS, EOS) else RAW
-    return tokenizer.init_kwargs.get(PROMPT_FORMAT, by_tokens) == INSTRUCTION
-
-
-def format_prompt(instruction: str, input_text: str = "") -> str:
-    """The content that is encoded for generation; the tokenizer puts its `bos_token` in front.
-
-    >>> format_prompt("Name the capital of the country.", "France")
-    'Instruction: Name the capital of the country. Input: France Response:'
-    """
-    input_field = f" Input: {input_text}" if input_text else ""
-    return f"Instruction: {instruction}{input_field} Response:"
-
-
-def prompt_text(tokenizer: "PreTrainedTokenizerBase", prompt: str, input_text: str = "") -> str:
-    """What is encoded of a prompt: an instruction in its format; raw text as it is, which knows no input."""
-    return format_prompt(prompt, input_text) if takes_instructions(tokenizer) else prompt
-
-
-def format_example(instruction: str, response: str, input_text: str = "", *, bos: str = BOS, eos: str = EOS) -> str:
-    """The fine-tuning text, to be encoded without adding special tokens. The loss is masked up to `Response:`.
-
-    Args:
-        bos, eos: what begins and ends a text, where the tokenizer's special tokens have other names.
-
-    >>> format_example("What is the capital of France?", "Paris")
-    '[BOS]Instruction: What is the capital of France? Response: Paris[EOS]'
-    """
-    return f"{bos}{format_prompt(instruction, input_text)} {response}{eos}"
-
-
-# The same in Jinja, for `tokenizer.apply_chat_template`. A user message may carry an "input" field, and its content may
-# be a string or the list of text parts that servers pass on. The prompt ends in "Response:" whether or not a generation
-# prompt is asked for: a user's turn ends there in training too. Whatever stands in a generation block is trained on.
-#
-# These models were fine-tuned on single turns, while chat clients send all that was said before. So a conversation that
-# ends in a question becomes that question alone, unless `multi_turn` is set; one that ends in an answer is a text to
-# train on, and stays whole. The format has no place for a system message: it is left out.
-CHAT_TEMPLATE = """\
+_TEXT = """\
 {%- macro text(content) -%}
     {%- if content is string -%}
         {{- content -}}
@@ -66,22 +39,305 @@ CHAT_TEMPLATE = """\
         {%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
+"""
+# The prompt ends where the answer begins, whether or not a generation prompt is asked for: a user's turn ends there in
+# training too.
+#
+# These models were fine-tuned on single turns, while chat clients send all that was said before. So a conversation that
+# ends in a question becomes that question alone, unless `multi_turn` is set; one that ends in an answer is a text to
+# train on, and stays whole. The format has no place for a system message: it is left out.
+_SINGLE_TURNS = """\
 {%- if messages and messages[-1].role == "user" and not multi_turn -%}
     {%- set messages = messages[-1:] -%}
 {%- endif -%}
 {%- for message in messages -%}
     {%- if message.role == "user" -%}
-        {{- bos_token ~ "Instruction: " ~ text(message.content) -}}
+        {{- bos_token ~ "<INSTRUCTION>" ~ text(message.content) -}}
         {%- if message.input -%}
-            {{- " Input: " ~ message.input -}}
+            {{- "<INPUT>" ~ message.input -}}
         {%- endif -%}
-        {{- " Response:" -}}
+        {{- "<RESPONSE>" -}}
     {%- elif message.role == "assistant" -%}
         {%- generation -%}
-            {{- " " ~ text(message.content) ~ eos_token -}}
+            {{- <SPACE>text(message.content) ~ eos_token -}}
         {%- endgeneration -%}
     {%- elif message.role not in ("system", "developer") -%}
         {{- raise_exception("This prompt format has the roles user and assistant, not " ~ message.role) -}}
     {%- endif -%}
 {%- endfor -%}
 """
+
+
+def _single_turns(instruction: str, input: str, response: str, space: str = "") -> str:
+    """The template of a format that has these texts in front of the instruction and the input, and of the answer."""
+    parts = {"<INSTRUCTION>": instruction, "<INPUT>": input, "<RESPONSE>": response, "<SPACE>": space}
+    return _TEXT + re.sub("|".join(parts), lambda part: parts[part[0]], _SINGLE_TURNS)
+
+
+# The original's format, as `format_example` writes it.
+CHAT_TEMPLATE = _single_turns("Instruction: ", " Input: ", " Response:", space='" " ~ ')
+# Stanford Alpaca's wording in the form of "Build a Large Language Model (From Scratch)", chapter 7 (`format_input`).
+ALPACA = _single_turns(
+    r"Below is an instruction that describes a task. "
+    r"Write a response that appropriately completes the request.\n\n### Instruction:\n",
+    r"\n\n### Input:\n",
+    r"\n\n### Response:\n",
+)
+# https://github.com/openai/openai-python/blob/release-v0.28.0/chatml.md
+CHATML = (
+    _TEXT
+    + r"""
+{{- bos_token -}}
+{%- for message in messages -%}
+    {{- "<|im_start|>" ~ message.role ~ "\n" -}}
+    {%- if message.role == "assistant" -%}
+        {%- generation -%}
+            {{- text(message.content) ~ "<|im_end|>" -}}
+        {%- endgeneration -%}
+    {%- else -%}
+        {{- text(message.content) ~ "<|im_end|>" -}}
+    {%- endif -%}
+    {{- "\n" -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- "<|im_start|>assistant\n" -}}
+{%- endif -%}
+"""
+)
+TEMPLATES = {"alpaca": ALPACA, "chatml": CHATML}
+"""The templates that a user chooses by name."""
+OURS = (CHAT_TEMPLATE, *TEMPLATES.values())
+
+
+# Which template a tokenizer has, and what it does.
+
+
+def chat_template(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """The template that makes a prompt; None if prompts are raw text. This is the only place that decides.
+
+    The folder has it; older folders have none, and their special tokens tell.
+    """
+    own = tokenizer.chat_template
+    if own is not None:
+        return own.get("default") if isinstance(own, dict) else own
+    by_tokens = INSTRUCTION if (tokenizer.bos_token, tokenizer.eos_token) == (BOS, EOS) else RAW
+    return CHAT_TEMPLATE if tokenizer.init_kwargs.get(PROMPT_FORMAT, by_tokens) == INSTRUCTION else None
+
+
+def set_chat_template(tokenizer: "PreTrainedTokenizerBase", template: str | None) -> None:
+    """Let a template make the prompts; with None, prompts are raw text."""
+    kind = RAW if template is None else INSTRUCTION if template == CHAT_TEMPLATE else CHAT
+    tokenizer.chat_template, tokenizer.init_kwargs[PROMPT_FORMAT] = template, kind
+
+
+def takes_instructions(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether a chat template makes the model's prompts; otherwise they are raw text."""
+    return chat_template(tokenizer) is not None
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """What a chat template does with a conversation. It was found by rendering some."""
+
+    takes_input: bool
+    """Whether the `input` of a user's message appears."""
+    has_turns: bool
+    """Whether the turns before the last question appear."""
+    before_answer: str
+    """What stands between the prompt and the answer, such as a space."""
+    after_answer: str
+    """What stands behind the answer, such as the end token and a newline."""
+
+
+def prompt_format(tokenizer: "PreTrainedTokenizerBase") -> PromptFormat:
+    """What the tokenizer's chat template does; for raw text, there is nothing around a prompt."""
+    template = chat_template(tokenizer)
+    return PromptFormat(False, False, "", "") if template is None else _observe(template, _special(tokenizer))
+
+
+def _special(tokenizer: "PreTrainedTokenizerBase") -> tuple[tuple[str, str], ...]:
+    return tuple((role, token) for role, token in tokenizer.special_tokens_map.items() if isinstance(token, str))
+
+
+@lru_cache(maxsize=16)
+def _observe(template: str, special: tuple[tuple[str, str], ...]) -> PromptFormat:
+    question, answer, earlier, more = ("Qx7question7xQ", "Qx7answer7xQ", "Qx7earlier7xQ", "Qx7input7xQ")
+    asked, answered = {"role": "user", "content": question}, {"role": "assistant", "content": answer}
+
+    def render(*messages: Message, add_generation_prompt: bool = True) -> str:
+        how = {"chat_template": template, "add_generation_prompt": add_generation_prompt, **dict(special)}
+        try:
+            return str(render_jinja_template([list(messages)], **how)[0][0])
+        except Exception:  # the template refuses this conversation, with an error of any class
+            return ""
+
+    prompt, whole = render(asked), render(asked, answered, add_generation_prompt=False)
+    before, found, after = whole.rpartition(answer)
+    conversation = render({"role": "user", "content": earlier}, answered, asked)
+    return PromptFormat(
+        takes_input=more in render(asked | {"input": more}),
+        has_turns=earlier in conversation and answer in conversation,
+        before_answer=before.removeprefix(prompt) if found and prompt and before.startswith(prompt) else "",
+        after_answer=after if found else "",
+    )
+
+
+def end_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """The tokens that end an answer: the one that the chat template puts behind it, then the `eos_token`."""
+    known = tokenizer.get_added_vocab()
+    after = prompt_format(tokenizer).after_answer
+    first = re.search("|".join(map(re.escape, sorted(known, key=len, reverse=True))), after) if known else None
+    ends = [first[0] if first else None, tokenizer.eos_token]
+    return list(dict.fromkeys(token for token in ends if token))
+
+
+def end_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    return [int(tokenizer.convert_tokens_to_ids(token)) for token in end_tokens(tokenizer)]
+
+
+def end_of_answer(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """What the chat template puts behind an answer, up to and with its end token; without one, its visible text."""
+    after = prompt_format(tokenizer).after_answer
+    if first := next((token for token in end_tokens(tokenizer)[:1] if token in after), None):
+        return after[: after.index(first) + len(first)]
+    return after.rstrip()
+
+
+def end_text(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The text that ends an answer where the chat template has no token for that; otherwise ""."""
+    end = end_of_answer(tokenizer)
+    return "" if any(token in end for token in end_tokens(tokenizer)) else end
+
+
+# Prompts.
+
+
+def user_message(prompt: str, input_text: str = "") -> Message:
+    return {"role": "user", "content": prompt} | ({"input": input_text} if input_text else {})
+
+
+def render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], *, is_prompt: bool = True) -> str:
+    """What the tokenizer's chat template makes of messages. The library renders it, in its sandbox.
+
+    Args:
+        is_prompt: the model answers; otherwise the messages are a text to train on.
+
+    Raises:
+        UserError: the template refuses the messages, or has no place for an input.
+    """
+    if any(message.get("input") for message in messages) and not prompt_format(tokenizer).takes_input:
+        raise UserError("the model's chat template has no place for an input: put it into the prompt")
+    how = {"chat_template": chat_template(tokenizer), "add_generation_prompt": is_prompt, "tokenize": False}
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), **how))
+    except Exception as error:  # a template can fail in any way
+        raise UserError(f"the model's chat template refuses this prompt ({one_line(error, 200)})") from None
+
+
+def prompt_text(
+    tokenizer: "PreTrainedTokenizerBase", prompt: str, input_text: str = "", turns: Sequence[Message] = ()
+) -> str:
+    """A prompt as the model reads it, without the `bos_token` in front; raw text as it is, which knows no input.
+
+    Args:
+        turns: the messages before it, if the format has turns.
+
+    Raises:
+        UserError: as `render`.
+    """
+    if not takes_instructions(tokenizer):
+        return prompt
+    text = render(tokenizer, [*turns, user_message(prompt, input_text)])
+    return text.removeprefix(tokenizer.bos_token or "")
+
+
+def fitted(tokenizer: "PreTrainedTokenizerBase", prompt: str, input_text: str) -> tuple[str, str]:
+    """A prompt and an input of our own; the input becomes a part of the prompt where the format has no place for it."""
+    if prompt_format(tokenizer).takes_input or not input_text:
+        return prompt, input_text
+    return f"{prompt} {input_text}", ""
+
+
+def example_texts(
+    tokenizer: "PreTrainedTokenizerBase", answer: str, prompt: str, input_text: str = ""
+) -> tuple[str, str]:
+    """The text to train on: the prompt, with special tokens, and the answer with what ends it.
+
+    Raises:
+        UserError: as `render`.
+    """
+    asked = user_message(prompt, input_text)
+    start = render(tokenizer, [asked])
+    whole = render(tokenizer, [asked, {"role": "assistant", "content": answer}], is_prompt=False)
+    whole = whole.removesuffix(prompt_format(tokenizer).after_answer) + end_of_answer(tokenizer)
+    # Some templates begin an answer with something that they leave out of the text to train on.
+    at = len(start) if whole.startswith(start) else max(whole.rfind(answer.strip()), 0)
+    return whole[:at], whole[at:]
+
+
+def parts(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], parse_special_tokens: bool
+) -> Iterator[tuple[str, bool]]:
+    """The parts of a prompt that are encoded one after the other, and whether special tokens are read in each.
+
+    The template's special tokens are read. Those in a message are text, unless `parse_special_tokens` is True.
+
+    Raises:
+        UserError: as `render`.
+    """
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
+    written = "\n".join(text for message in messages for text in message.values())
+    if parse_special_tokens or not pattern.search(written):
+        yield from beginning_apart(tokenizer, render(tokenizer, messages))
+        return
+    # A mark within each special token of a message tells it from the template's own.
+    mark = next(char for char in map(chr, range(0xE000, 0x110000)) if char not in written)
+    marked = [
+        {key: pattern.sub(lambda token: f"{token[0][0]}{mark}{token[0][1:]}", text) for key, text in message.items()}
+        for message in messages
+    ]
+    end = 0
+    rendered = render(tokenizer, marked)
+    for token in pattern.finditer(rendered):
+        yield rendered[end : token.start()].replace(mark, ""), False
+        yield token[0], True
+        end = token.end()
+    yield rendered[end:].replace(mark, ""), False
+
+
+def beginning_apart(tokenizer: "PreTrainedTokenizerBase", text: str) -> Iterator[tuple[str, bool]]:
+    """The parts of a rendered text in which all special tokens are read.
+
+    The trainers put the `bos_token` in front of an encoded text, whose first word SentencePiece begins with a space.
+    """
+    begin = tokenizer.bos_token or ""
+    if begin and text.startswith(begin) and chat_template(tokenizer) in OURS:
+        yield begin, True
+        text = text.removeprefix(begin)
+    yield text, True
+
+
+# The original's format, written out.
+
+
+def format_prompt(instruction: str, input_text: str = "") -> str:
+    """The content that the original encodes for generation; its tokenizer puts `[BOS]` in front.
+
+    >>> format_prompt("Name the capital of the country.", "France")
+    'Instruction: Name the capital of the country. Input: France Response:'
+    """
+    input_field = f" Input: {input_text}" if input_text else ""
+    return f"Instruction: {instruction}{input_field} Response:"
+
+
+def format_example(instruction: str, response: str, input_text: str = "", *, bos: str = BOS, eos: str = EOS) -> str:
+    """The original's fine-tuning text, encoded without adding special tokens. The loss is masked up to `Response:`.
+
+    Args:
+        bos, eos: what begins and ends a text, where the tokenizer's special tokens have other names.
+
+    >>> format_example("What is the capital of France?", "Paris")
+    '[BOS]Instruction: What is the capital of France? Response: Paris[EOS]'
+    """
+    return f"{bos}{format_prompt(instruction, input_text)} {response}{eos}"

@@ -1,8 +1,10 @@
-"""Find a hostile tokenizer by what it does: another process loads and uses the tokenizer before this process does.
+"""Find a hostile tokenizer or chat template by what it does: another process uses it before this process does.
 
 A tokenizer's JSON can multiply a text, take forever over a regular expression that backtracks, or crash the library. A
 tokenizer passes if it encodes and decodes hard texts within a few seconds and little memory, with tokens in proportion
-to the text. The user's cache keeps the checksums of those that passed, so that none is tried twice. A folder's own list
+to the text. A chat template, which is a program, passes if it renders hard conversations with the same limits.
+
+The user's cache keeps the checksums of those that passed, so that none is tried twice. A folder's own list
 of checksums would prove nothing: whoever makes the folder makes the list.
 """
 
@@ -16,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import tokenizers
 
 from hf_model.errors import UserError, one_line
@@ -39,7 +42,24 @@ def check_by_trial(text: str, where: str | Path) -> None:
     """
     key = _key(text)
     if key not in _passed():
-        _try_out(text, where)
+        _try_out("tokenizer", text, where)
+        _remember(key)
+
+
+def check_template_by_trial(template: str, special: dict[str, str], where: str | Path) -> None:
+    """Try out a chat template, unless the same one has passed before.
+
+    Args:
+        special: the special tokens by role, which the template may write.
+        where: the file or folder that an error message names.
+
+    Raises:
+        UserError: the template cannot be rendered, or takes too much time or memory.
+    """
+    text = json.dumps({"template": template, "special": special}, sort_keys=True)
+    key = _key(text)
+    if key not in _passed():
+        _try_out("template", text, where)
         _remember(key)
 
 
@@ -49,26 +69,31 @@ def remember_ours(path: Path) -> None:
         _remember(_key(path.read_text(encoding="utf-8")))
 
 
-def _try_out(text: str, where: str | Path) -> None:
+def _try_out(kind: str, text: str, where: str | Path) -> None:
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "RUST_BACKTRACE": "0"}
+    what = f"{where}: its chat template" if kind == "template" else f"{where}:"
     if not sys.executable or getattr(sys, "frozen", False):  # the executable is no Python
         raise UserError(
-            f"{where}: cannot be tried out: this program cannot start Python; run it with a Python interpreter"
+            f"{what} cannot be tried out: this program cannot start Python; run it with a Python interpreter"
         )
-    command = [sys.executable, "-I", str(CHILD), str(Path(tokenizers.__file__).parent.parent)]
+    # transformers, which renders a template, needs many packages.
+    places = filter(os.path.isabs, sys.path) if kind == "template" else [Path(tokenizers.__file__).parent.parent]
+    command = [sys.executable, "-I", str(CHILD), kind, *map(str, places)]
     try:
         done = subprocess.run(command, input=text.encode(), capture_output=True, timeout=SECONDS, env=environment)
         told, error, status = _told(done.stdout), done.stderr, done.returncode
     except subprocess.TimeoutExpired as timeout:
         told, error, status = _told(timeout.stdout or b""), b"", None
     except OSError as lack:
-        raise UserError(f"{where}: cannot be tried out: no process can be started ({lack.strerror})") from None
+        raise UserError(f"{what} cannot be tried out: no process can be started ({lack.strerror})") from None
     if "passed" in told:
         return
     if "unreadable" in told:
         reason = one_line(told["unreadable"], 200)
-        raise UserError(f"{where}: is not the JSON of a `tokenizers` tokenizer (Tokenizer.save writes one): {reason}")
-    raise UserError(f"{where}: cannot be used: {_seen(told, error, status)}")
+        if kind == "template":
+            raise UserError(f"{what} cannot be rendered: {reason}")
+        raise UserError(f"{what} is not the JSON of a `tokenizers` tokenizer (Tokenizer.save writes one): {reason}")
+    raise UserError(f"{what} cannot be used: {_seen(told, error, status)}")
 
 
 def _seen(told: dict[str, Any], error: bytes, status: int | None) -> str:
@@ -93,8 +118,9 @@ def _told(output: bytes) -> dict[str, Any]:
 
 
 def _key(text: str) -> str:
-    """A checksum of the tokenizer, the trial and the library's version."""
-    return hashlib.sha256(b"\0".join((tokenizers.__version__.encode(), CHILD.read_bytes(), text.encode()))).hexdigest()
+    """A checksum of what is tried, the trial and the libraries' versions."""
+    versions = f"{tokenizers.__version__} {jinja2.__version__}".encode()
+    return hashlib.sha256(b"\0".join((versions, CHILD.read_bytes(), text.encode()))).hexdigest()
 
 
 def _cache() -> Path:

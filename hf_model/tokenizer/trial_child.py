@@ -1,10 +1,11 @@
-"""Load an untrusted tokenizer and use it. `trial.py` runs this file as a script, in a process of its own.
+"""Use an untrusted tokenizer or chat template. `trial.py` runs this file as a script, in a process of its own.
 
-The script reads the JSON from standard input. Its argument is the folder that holds the `tokenizers` package. It writes
-JSON objects to standard output, one a line: `doing` before each step, then `passed` or what was wrong. If a tokenizer
-takes too much time or memory, the process ends; the last line then tells the step.
+The script's arguments are `tokenizer` or `template`, and the folders that hold the libraries. It reads from standard
+input the tokenizer's JSON, or JSON with the `template` and the `special` tokens by role. It writes JSON objects to
+standard output, one a line: `doing` before each step, then `passed` or what was wrong. If a step takes too much time or
+memory, the process ends; the last line then tells the step.
 
-The script imports nothing of this project, so it starts in a twentieth of a second.
+The script imports nothing of this project, so it starts in a twentieth of a second (for a template, in half a second).
 """
 
 import json
@@ -14,14 +15,18 @@ import time
 from contextlib import suppress
 
 if __name__ == "__main__":
-    # Python runs isolated from the user's own paths, where the package may be. In front, so that the version is the
-    # same as in the process that asks; for this one import.
-    sys.path.insert(0, sys.argv[1])
+    # Python runs isolated from the user's own paths, where the packages may be. In front, so that the versions are the
+    # same as in the process that asks; for these imports.
+    sys.path[:0] = sys.argv[2:]
 
 from tokenizers import Tokenizer
 
 if __name__ == "__main__":
-    del sys.path[0]
+    if sys.argv[1] == "template":
+        from jinja2.exceptions import SecurityError
+        from transformers.utils.chat_template_utils import render_jinja_template
+    else:
+        del sys.path[: len(sys.argv) - 2]
 
 try:
     import resource
@@ -41,6 +46,9 @@ AROUND = 1_000  # tokens or bytes that may be added to a text, however short
 MAX_ID = 2**24  # the library counts up to the largest id when it saves a tokenizer
 MAX_TOKEN = 2**16  # characters
 MAX_PADDED = 2**20  # tokens
+QUESTION = "What is the capital of France?"
+MAX_ADDED = 2**20  # bytes that a chat template may add to a conversation
+TURNS = 50
 
 
 class RefusedError(Exception):
@@ -156,11 +164,16 @@ def use(tokenizer: Tokenizer, name: str, text: str) -> None:
         return
 
 
-def try_out(text: str) -> None:
-    loading = STEP_SECONDS + len(text) / LOAD_BYTES_A_SECOND
+def set_limits(text: str, seconds: float) -> None:
+    """Limit the process for good. `seconds` is how long reading the text may take."""
     set_limit("RLIMIT_CORE", 0, is_final=True)
     set_limit("RLIMIT_AS", MEMORY + MEMORY_FOR_A_BYTE * len(text), is_final=True)
-    set_limit("RLIMIT_CPU", loading + ALL_SECONDS, is_final=True)
+    set_limit("RLIMIT_CPU", time.process_time() + seconds + ALL_SECONDS, is_final=True)
+
+
+def try_tokenizer(text: str) -> None:
+    loading = STEP_SECONDS + len(text) / LOAD_BYTES_A_SECOND
+    set_limits(text, loading)
     begin("loading it", loading)
     content = json.loads(text)
     tokenizer = Tokenizer.from_str(text)
@@ -171,15 +184,56 @@ def try_out(text: str) -> None:
         use(tokenizer, name, one)
 
 
+def chats() -> dict[str, list[dict[str, str]]]:
+    """Conversations, the simplest first: a template may refuse any but that one."""
+    asked, answered = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": "Paris"}
+    system = {"role": "system", "content": "Be brief."}
+    hard = {name: [{"role": "user", "content": text}] for name, text in runs().items()}
+    return {
+        "a question": [asked],
+        "a question with an input": [asked | {"input": "France"}],
+        "an answer": [asked, answered],
+        "a second question": [asked, answered, asked],
+        "a system message": [system, asked, answered, asked],
+        f"{TURNS} turns": [asked, answered] * TURNS + [asked],
+        **hard,
+    }
+
+
+def try_template(text: str) -> None:
+    """Render a chat template. Its own errors do no harm, but to the simplest conversation."""
+    request = json.loads(text)
+    set_limits(text, STEP_SECONDS)
+    for name, messages in chats().items():
+        for is_prompt in (True, False):
+            begin(f"rendering {name}")
+            how = {"chat_template": request["template"], "add_generation_prompt": is_prompt, **request["special"]}
+            try:
+                rendered = render_jinja_template([messages], **how)[0][0]
+            except SecurityError as error:
+                raise RefusedError(f"it reaches for what no template needs ({error})") from None
+            except MemoryError:
+                raise
+            except Exception:
+                if name == "a question":
+                    raise
+                continue
+            if size(rendered) > GROWTH * size(json.dumps(messages, ensure_ascii=False)) + MAX_ADDED:
+                raise RefusedError(f"it makes {size(rendered):,} bytes out of {name}")
+            if name == "a question" and QUESTION not in rendered:
+                raise RefusedError("it leaves out the user's question")
+
+
 def main() -> None:
     try:
-        try_out(sys.stdin.buffer.read().decode())
+        text = sys.stdin.buffer.read().decode()
+        try_template(text) if sys.argv[1] == "template" else try_tokenizer(text)
         tell(passed=True)
     except RefusedError as error:
         tell(refused=str(error))
     except MemoryError:
         tell(memory=True)
-    except Exception as error:  # of the loading: no JSON, or none of a tokenizer
+    except Exception as error:  # of the loading: no JSON, or none of a tokenizer; or of a template
         tell(unreadable=str(error))
     except BaseException as error:
         tell(panic=str(error))  # of Rust: pyo3's PanicException, a class that cannot be imported

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_model.errors import UserError
 from hf_model.tokenizer.files import read_tokenizer
-from hf_model.tokenizer.prompt import BOS, CHAT_TEMPLATE, EOS, INSTRUCTION, PAD, PROMPT_FORMAT, RAW, UNK
+from hf_model.tokenizer.prompt import BOS, CHAT_TEMPLATE, EOS, PAD, UNK, set_chat_template
 from hf_model.tokenizer.trial import remember_ours
 
 # The usual names of special tokens that begin a text, end it, or fill up a row.
@@ -37,7 +37,7 @@ def wrap(
     model_max_length: int,
     *,
     raw: bool = False,
-    instructions: bool = False,
+    chat_template: str | None = None,
     roles: Mapping[str, str | None] | None = None,
     **facts: str,
 ) -> PreTrainedTokenizerFast:
@@ -47,33 +47,34 @@ def wrap(
     the prompt. `tokenizer(text)` gives `[BOS]` + text. The original's template appends `[EOS]` too, which its sampling
     loop drops again; `add_eos_token=True` brings it back.
 
-    With any other vocabulary the model takes raw text, unless `instructions` is True.
+    With any other vocabulary the model takes raw text, unless there is a `chat_template`.
 
     Args:
         raw: the model takes raw text, whatever special tokens its tokenizer has.
-        instructions: the model takes instructions, whatever its special tokens are called.
+        chat_template: what makes the prompts, in Jinja.
         roles: what `find_roles` gives for this backend; None finds it here.
         facts: more entries of tokenizer_config.json.
     """
     switch_off(backend)
     roles = find_roles(backend) if roles is None else roles
-    takes_instructions = (instructions or is_original(backend)) and not raw
+    if raw:
+        chat_template = None
+    elif chat_template is None and is_original(backend):
+        chat_template = CHAT_TEMPLATE
     how: dict[str, Any] = {**facts, **{role: token for role, token in roles.items() if token is not None}}
-    if takes_instructions or is_original(backend):
+    if chat_template == CHAT_TEMPLATE or is_original(backend):
         how |= {"add_bos_token": roles.get("bos_token") is not None, "add_eos_token": False}
     else:
         _drop_end(backend, begin_ids(backend, roles))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **how,
-        **{PROMPT_FORMAT: INSTRUCTION if takes_instructions else RAW},
         padding_side="left",
         model_max_length=model_max_length,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
-    if takes_instructions:
-        tokenizer.chat_template = CHAT_TEMPLATE
+    set_chat_template(tokenizer, chat_template)
     return tokenizer
 
 
@@ -140,9 +141,16 @@ def find_roles(
 
 
 def role_notes(
-    backend: Tokenizer, known: Mapping[str, str | None] | None, chosen: Mapping[str, str | None]
+    backend: Tokenizer,
+    known: Mapping[str, str | None] | None,
+    chosen: Mapping[str, str | None],
+    chat_template: str | None = None,
 ) -> Iterator[str]:
-    """Notes on the special tokens that the user did not choose; none for the original's tokenizer."""
+    """Notes on the special tokens that the user did not choose; none for the original's tokenizer.
+
+    Args:
+        chat_template: what makes the prompts. An answer may end at a token that stands in it.
+    """
     if is_original(backend):
         return
     roles, special = find_roles(backend, known), special_tokens(backend)
@@ -152,7 +160,8 @@ def role_notes(
     elif (begin := _first(BEGIN_TOKENS, special)) and not chosen.get("bos_token"):
         yield f"the tokenizer does not put {begin} in front of a text; --bos_token {begin!r} would"
     if not chosen.get("eos_token"):
-        others = [token for token in END_TOKENS if token in special and token != roles["eos_token"]]
+        used = (roles["eos_token"], *(token for token in END_TOKENS if token in (chat_template or "")))
+        others = [token for token in END_TOKENS if token in special and token not in used]
         if after:
             yield f"{roles['eos_token']} ends a text: the tokenizer puts it behind"
         if others:
