@@ -250,7 +250,7 @@ class Answers:
 
 
 def visible(content: str) -> str:
-    """A prompt as it is, or quoted if it begins or ends with spaces or newlines: they matter, and would be invisible."""
+    """A prompt as it is, or quoted if it begins or ends with spaces or newlines, which would be invisible."""
     return content if content == content.strip() else repr(content)
 
 

@@ -159,7 +159,7 @@ def add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--chat_template",
         metavar="NAME",
-        help="what the prompts look like: alpaca, chatml, or a file of Jinja, FILE.jinja (default: the tokenizer's own)",
+        help="what the prompts look like: alpaca, chatml, or a file of Jinja (default: what the tokenizer has)",
     )
     for role, what in (("bos", "stands in front of a text"), ("eos", "ends an answer"), ("pad", "fills up a batch")):
         group.add_argument(f"--{role}_token", metavar="TOKEN", help=f"the token that {what} (default: the tokenizer's)")

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -165,9 +165,12 @@ def _observe(template: str, special: tuple[tuple[str, str], ...]) -> PromptForma
     asked, answered = {"role": "user", "content": question}, {"role": "assistant", "content": answer}
 
     def render(*messages: Message, add_generation_prompt: bool = True) -> str:
-        how = {"chat_template": template, "add_generation_prompt": add_generation_prompt, **dict(special)}
+        tokens: dict[str, Any] = dict(special)
         try:
-            return str(render_jinja_template([list(messages)], **how)[0][0])
+            rendered: Any = render_jinja_template(
+                [list(messages)], chat_template=template, add_generation_prompt=add_generation_prompt, **tokens
+            )
+            return str(rendered[0][0])
         except Exception:  # the template refuses this conversation, with an error of any class
             return ""
 
@@ -192,7 +195,8 @@ def end_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
 
 
 def end_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    return [int(tokenizer.convert_tokens_to_ids(token)) for token in end_tokens(tokenizer)]
+    ids = tokenizer.convert_tokens_to_ids(end_tokens(tokenizer))
+    return [ids] if isinstance(ids, int) else ids
 
 
 def end_of_answer(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -227,9 +231,12 @@ def render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], *,
     """
     if any(message.get("input") for message in messages) and not prompt_format(tokenizer).takes_input:
         raise UserError("the model's chat template has no place for an input: put it into the prompt")
-    how = {"chat_template": chat_template(tokenizer), "add_generation_prompt": is_prompt, "tokenize": False}
+    template = chat_template(tokenizer)
     try:
-        return str(tokenizer.apply_chat_template(list(messages), **how))
+        text = tokenizer.apply_chat_template(
+            list(messages), chat_template=template, add_generation_prompt=is_prompt, tokenize=False
+        )
+        return str(text)
     except Exception as error:  # a template can fail in any way
         raise UserError(f"the model's chat template refuses this prompt ({one_line(error, 200)})") from None
 
