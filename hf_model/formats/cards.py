@@ -17,11 +17,15 @@ from hf_model.errors import one_line
 from hf_model.learnt.inspection import Inspection
 from hf_model.loading import Loaded, Source, describe_architecture
 from hf_model.tokenizer import (
+    end_text,
+    end_tokens,
     example_prompt,
-    format_example,
-    format_prompt,
+    example_texts,
     is_of_characters,
+    prompt_format,
+    render,
     takes_instructions,
+    user_message,
 )
 
 MISSING = "[More Information Needed]"  # the Hub's own mark for what the author has still to write
@@ -101,17 +105,18 @@ output = model.generate(**inputs)
 print(tokenizer.decode(output[0]))
 {%- endif %}"""
 
-INSTRUCTIONS = f"""\
-The model was fine-tuned on this prompt, with and without an input. The tokenizer's chat template writes it (a user
-message may have a field `"input"`), and `tokenizer(text)` puts `[BOS]` in front:
+INSTRUCTIONS = """\
+The model was fine-tuned on this prompt{with_input}{begin}:
 
-```
-[BOS]{format_prompt("{instruction}")}
-[BOS]{format_prompt("{instruction}", "{input}")}
-```
+{prompts}
 
-In training, the answer and `[EOS]` follow:
-`{format_example("What is the capital of France?", "Paris")}`."""
+In training, the answer{end} follow{s}:
+{example}{dot}"""
+WITH_INPUT = """\
+, with and without an input. The tokenizer's chat template writes it (a user
+message may have a field `"input"`)"""
+WITHOUT_INPUT = ". The tokenizer's chat template writes it"
+TURNS = "The chat template has several turns: what was said before stays in the prompt."
 
 RAW = "A prompt is raw text, which the model continues. There is no prompt format and no chat template."
 CHARACTERS = """\
@@ -313,7 +318,7 @@ def _widget(examples: Sequence[str], is_instructed: bool) -> list[dict[str, Any]
 def _prompts(tokenizer: PreTrainedTokenizerBase) -> str:
     """What a prompt of this model looks like."""
     if takes_instructions(tokenizer):
-        return INSTRUCTIONS
+        return _instructions(tokenizer)
     lines = [RAW]
     if is_of_characters(tokenizer):
         lines.append(CHARACTERS.format(n_characters=len(tokenizer)))
@@ -322,6 +327,27 @@ def _prompts(tokenizer: PreTrainedTokenizerBase) -> str:
     if tokenizer.eos_token:
         lines.append(f"A text ends at {code(tokenizer.eos_token)}.")
     return "\n".join(lines)
+
+
+def _instructions(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template makes of a prompt, and of an example of the training."""
+    form = prompt_format(tokenizer)
+    inputs = ("", "{input}") if form.takes_input else ("",)
+    prompts = [render(tokenizer, [user_message("{instruction}", text)]) for text in inputs]
+    example = "".join(example_texts(tokenizer, "Paris", "What is the capital of France?"))
+    ends = [*end_tokens(tokenizer)[:1], *filter(None, [end_text(tokenizer)])][-1:]
+    is_line = "\n" not in example
+    puts_begin = tokenizer.bos_token and prompts[0].startswith(tokenizer.bos_token)
+    text = INSTRUCTIONS.format(
+        with_input=WITH_INPUT if form.takes_input else WITHOUT_INPUT,
+        begin=f", and `tokenizer(text)` puts {code(tokenizer.bos_token)} in front" if puts_begin else "",
+        prompts=fenced("\n".join(prompts)) if is_line else "\n\n".join(map(fenced, prompts)),
+        end="".join(f" and {code(end)}" for end in ends),
+        s="" if ends else "s",
+        example=code(example) if is_line else f"\n{fenced(example)}",
+        dot="." if is_line else "",
+    )
+    return f"{text}\n\n{TURNS}" if form.has_turns else text
 
 
 # Texts from files and users are quoted before they go into a card: none can add a heading, HTML or a line of code.
@@ -347,6 +373,12 @@ def code(text: str) -> str:
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     space = " " if text.startswith("`") or text.endswith("`") else ""
     return f"{fence}{space}{text}{space}{fence}"
+
+
+def fenced(text: str) -> str:
+    """A text as a block of code of Markdown, whatever backticks it holds."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}\n{text}\n{fence}"
 
 
 def python_literal(text: str) -> str:

@@ -44,7 +44,12 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 {{ encode }}
 tokens = tokenizer.convert_ids_to_tokens(ids)
 n_new = {{ block_size }} - len(tokens)
+{% if ends -%}
+how = {"end_token": {{ ends }}}
+(result,) = generator.generate_batch([tokens], max_length=n_new, include_prompt_in_result=False, **how)
+{%- else -%}
 (result,) = generator.generate_batch([tokens], max_length=n_new, include_prompt_in_result=False)
+{%- endif %}
 print(tokenizer.decode(result.sequences_ids[0], skip_special_tokens=True))
 """
 PAST_CONTEXT = (

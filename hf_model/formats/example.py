@@ -7,7 +7,7 @@ from jinja2 import Template
 from hf_model.formats.cards import python_literal
 from hf_model.formats.target import Options
 from hf_model.loading import Loaded
-from hf_model.tokenizer import takes_instructions
+from hf_model.tokenizer import end_ids, takes_instructions
 
 FILE = "example.py"
 TRY_EXAMPLE = "python {script} {prompt}"
@@ -37,10 +37,14 @@ def write_example(template: str, loaded: Loaded, folder: Path, options: Options)
     """Write the program and return its text.
 
     Args:
-        template: a Jinja template with the fields `encode`, the lines that make `ids` of the prompt, and `block_size`.
+        template: a Jinja template with the fields `encode`, the lines that make `ids` of the prompt, `block_size`, and
+            `ends`, the ids that end an answer if there are several.
     """
     prompt = python_literal(options.card.about.examples(loaded.tokenizer)[0])
     encode = Template(ENCODE).render(prompt=prompt, takes_instructions=takes_instructions(loaded.tokenizer))
-    text = Template(template).render(encode=encode, block_size=loaded.model.config.block_size)
+    ends = end_ids(loaded.tokenizer)
+    text = Template(template).render(
+        encode=encode, block_size=loaded.model.config.block_size, ends=ends if len(ends) > 1 else []
+    )
     (folder / FILE).write_text(f"{text}\n", encoding="utf-8")
     return text

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_model.errors import UserError
 from hf_model.formats.cards import code
+from hf_model.tokenizer import chat_template, end_ids, end_text
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType, without its import
 NO_MERGES = ["<none> <none>"]  # llama.cpp needs at least one; this one never applies
@@ -24,7 +25,7 @@ class GgufTokenizer:
     tokens: list[str]
     types: list[int]
     special: dict[str, int]
-    """The ids of `bos`, `eos`, `unk` and `pad`, as far as they exist."""
+    """The ids of `bos`, `eos`, `unk`, `pad` and `eot`, the end of an answer, as far as they exist and differ."""
     adds_bos: bool
     merges: list[str] = field(default_factory=list)
     chat_template: str = ""
@@ -53,6 +54,10 @@ def to_gguf(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> GgufTokenize
     ids = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "unk", "pad")}
     special = {kind: token_id for kind, token_id in ids.items() if token_id is not None}
     notes = []
+    if (ends := end_ids(tokenizer)) and ends[0] != special.get("eos"):
+        special["eot"] = ends[0]
+    if end := end_text(tokenizer):
+        notes.append(f"An answer ends at the text {code(end)}: give it to llama.cpp as a stop text.")
     if is_byte_level and "eos" not in special:
         special["eos"], note = _end(tokens, types)
         notes.append(note)
@@ -63,7 +68,7 @@ def to_gguf(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> GgufTokenize
         special=special,
         adds_bos=_adds_bos(tokenizer, is_byte_level),
         merges=[m if isinstance(m, str) else " ".join(m) for m in parts["model"]["merges"]] or NO_MERGES,
-        chat_template=_plain_template(tokenizer.chat_template),
+        chat_template=_plain_template(chat_template(tokenizer) or ""),
         notes=notes,
     )
 
@@ -129,10 +134,8 @@ def _adds_bos(tokenizer: PreTrainedTokenizerFast, is_byte_level: bool) -> bool:
     return True
 
 
-def _plain_template(template: Any) -> str:
+def _plain_template(template: str) -> str:
     """A chat template without the tags that mark the trained text: not every engine reads them."""
-    if not isinstance(template, str):
-        return ""
     for tag, neutral in (("generation", "if true"), ("endgeneration", "endif")):
         template = re.sub(rf"(\{{%[-+]?)\s*{tag}\s*([-+]?%\}})", rf"\1 {neutral} \2", template)
     return template

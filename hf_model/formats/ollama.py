@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from transformers import PreTrainedTokenizerBase
 
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.tokenizer import takes_instructions
+from hf_model.tokenizer import CHATML, chat_template, end_text, end_tokens, prompt_format, render, user_message
 
 FILE = "Modelfile"
 CONTENT = "Qx7Content7xQ"  # stands for a user's message while the chat template is rendered
@@ -16,6 +16,15 @@ LAST_QUESTION = """\
 {{- if and (eq .Role "user") (eq (len (slice $.Messages $i)) 1) }}{{ %s }}{{ .Content }}{{ %s }}
 {{- end }}
 {{- end }}"""
+CHATML_TURNS = """\
+{{- range .Messages }}<|im_start|>{{ .Role }}
+{{ .Content }}<|im_end|>
+{{ end }}<|im_start|>assistant
+"""
+ONLY_LAST = """\
+# The model's chat template has several turns, but the TEMPLATE below asks the last question alone: Ollama reads Go's
+# templates, not Jinja's. To keep the turns, write your template in Go (https://docs.ollama.com/template).
+"""
 RAW_PROMPT = "{{ .Prompt }}"
 
 
@@ -26,22 +35,23 @@ def modelfile(gguf: str, model: CustomGPTForCausalLM, tokenizer: PreTrainedToken
         gguf: the name of the GGUF file in the same folder.
         adds_bos: llama.cpp puts the beginning of text in front of each prompt.
     """
-    template = RAW_PROMPT
-    if takes_instructions(tokenizer):
+    template, comment, jinja = RAW_PROMPT, "", chat_template(tokenizer)
+    if jinja == CHATML:
+        template = CHATML_TURNS
+    elif jinja is not None:
+        comment = ONLY_LAST if prompt_format(tokenizer).has_turns else ""
         before, after = _around_content(tokenizer)
         if adds_bos:
-            before = before.removeprefix(tokenizer.bos_token)
+            before = before.removeprefix(tokenizer.bos_token or "")
         # As Go's string literals, which JSON's are too: no brace or quote in the prompt can end the template.
         template = LAST_QUESTION % (json.dumps(before), json.dumps(after))
     parameters = [f"PARAMETER {name} {value}" for name, value in _parameters(model, tokenizer)]
-    return "\n".join([f"FROM ./{gguf}", f'TEMPLATE """{template}"""', *parameters, ""])
+    return "\n".join([f"FROM ./{gguf}", f'{comment}TEMPLATE """{template}"""', *parameters, ""])
 
 
 def _around_content(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """What the chat template writes before and after the content of a single user message."""
-    messages = [{"role": "user", "content": CONTENT}]
-    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    before, _, after = text.partition(CONTENT)
+    before, _, after = render(tokenizer, [user_message(CONTENT)]).partition(CONTENT)
     return before, after
 
 
@@ -55,6 +65,6 @@ def _parameters(model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerBase)
     yield "top_k", settings.top_k or 50
     yield "top_p", settings.top_p or 1.0
     yield "repeat_penalty", settings.repetition_penalty or 1.0
-    end = tokenizer.eos_token
-    if end and end.isprintable() and '"' not in end:  # a Modelfile has no escapes
-        yield "stop", f'"{end}"'
+    for end in (*end_tokens(tokenizer), end_text(tokenizer).strip()):
+        if end and end.isprintable() and '"' not in end:  # a Modelfile has no escapes
+            yield "stop", f'"{end}"'

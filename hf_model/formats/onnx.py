@@ -53,7 +53,11 @@ inputs = {put.name: put for put in session.get_inputs() if len(put.shape) == 4}
 kind = np.float16 if any("float16" in put.type for put in inputs.values()) else np.float32
 cache = {name: np.zeros((1, int(put.shape[1]), 0, int(put.shape[3])), kind) for name, put in inputs.items()}
 answer, new = [], ids
+{% if ends -%}
+while len(ids) + len(answer) < {{ block_size }} and not {{ ends }} & set(answer):
+{%- else -%}
 while len(ids) + len(answer) < {{ block_size }} and tokenizer.eos_token_id not in answer:
+{%- endif %}
     mask = np.ones((1, len(ids) + len(answer)), np.int64)
     logits, *states = session.run(None, {"input_ids": np.array([new]), "attention_mask": mask, **cache})
     cache = dict(zip(cache, states))

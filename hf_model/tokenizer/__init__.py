@@ -7,6 +7,7 @@ from hf_model.tokenizer.probes import example_prompt, probes
 from hf_model.tokenizer.prompt import (
     BOS,
     CHAT_TEMPLATE,
+    CHATML,
     EOS,
     PAD,
     TEMPLATES,
@@ -33,6 +34,7 @@ from hf_model.tokenizer.wrap import check_fits, convert_tokenizer, save_tokenize
 __all__ = [
     "AUTO",
     "BOS",
+    "CHATML",
     "CHAT_TEMPLATE",
     "EOS",
     "PAD",
