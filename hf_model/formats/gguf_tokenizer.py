@@ -68,7 +68,7 @@ def to_gguf(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> GgufTokenize
         special=special,
         adds_bos=_adds_bos(tokenizer, is_byte_level),
         merges=[m if isinstance(m, str) else " ".join(m) for m in parts["model"]["merges"]] or NO_MERGES,
-        chat_template=_plain_template(chat_template(tokenizer) or ""),
+        chat_template=_plain_template(tokenizer),
         notes=notes,
     )
 
@@ -134,8 +134,13 @@ def _adds_bos(tokenizer: PreTrainedTokenizerFast, is_byte_level: bool) -> bool:
     return True
 
 
-def _plain_template(template: str) -> str:
-    """A chat template without the tags that mark the trained text: not every engine reads them."""
+def _plain_template(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The chat template without the tags that mark the trained text: not every engine reads them."""
+    template = chat_template(tokenizer) or ""
     for tag, neutral in (("generation", "if true"), ("endgeneration", "endif")):
         template = re.sub(rf"(\{{%[-+]?)\s*{tag}\s*([-+]?%\}})", rf"\1 {neutral} \2", template)
+    # Where a vocabulary names no such token, llama.cpp gives the template the text of token 11.
+    for name in ("bos_token", "eos_token"):
+        if name in template and getattr(tokenizer, name) is None:
+            template = f'{{%- set {name} = "" -%}}\n{template}'
     return template

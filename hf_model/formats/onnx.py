@@ -54,7 +54,7 @@ kind = np.float16 if any("float16" in put.type for put in inputs.values()) else 
 cache = {name: np.zeros((1, int(put.shape[1]), 0, int(put.shape[3])), kind) for name, put in inputs.items()}
 answer, new = [], ids
 {% if ends -%}
-while len(ids) + len(answer) < {{ block_size }} and not {{ ends }} & set(answer):
+while len(ids) + len(answer) < {{ block_size }} and not {{ "{" ~ ends|join(", ") ~ "}" }} & set(answer):
 {%- else -%}
 while len(ids) + len(answer) < {{ block_size }} and tokenizer.eos_token_id not in answer:
 {%- endif %}

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -86,8 +87,7 @@ ALPACA = _single_turns(
 # https://github.com/openai/openai-python/blob/release-v0.28.0/chatml.md
 CHATML = (
     _TEXT
-    + r"""
-{{- bos_token -}}
+    + r"""{{- bos_token -}}
 {%- for message in messages -%}
     {{- "<|im_start|>" ~ message.role ~ "\n" -}}
     {%- if message.role == "assistant" -%}
@@ -146,13 +146,15 @@ class PromptFormat:
     before_answer: str
     """What stands between the prompt and the answer, such as a space."""
     after_answer: str
-    """What stands behind the answer, such as the end token and a newline."""
+    """What stands behind the last answer, such as the end token and a newline."""
+    end: str
+    """The part of it that ends the answer; some templates ask for the next answer at once."""
 
 
 def prompt_format(tokenizer: "PreTrainedTokenizerBase") -> PromptFormat:
     """What the tokenizer's chat template does; for raw text, there is nothing around a prompt."""
     template = chat_template(tokenizer)
-    return PromptFormat(False, False, "", "") if template is None else _observe(template, _special(tokenizer))
+    return PromptFormat(False, False, "", "", "") if template is None else _observe(template, _special(tokenizer))
 
 
 def _special(tokenizer: "PreTrainedTokenizerBase") -> tuple[tuple[str, str], ...]:
@@ -177,18 +179,26 @@ def _observe(template: str, special: tuple[tuple[str, str], ...]) -> PromptForma
     prompt, whole = render(asked), render(asked, answered, add_generation_prompt=False)
     before, found, after = whole.rpartition(answer)
     conversation = render({"role": "user", "content": earlier}, answered, asked)
+    has_turns = earlier in conversation and answer in conversation
+    end = after
+    if has_turns and prompt == render(asked, add_generation_prompt=False):
+        # It asks for the next answer in any case. What stands behind an answer before another question has only the
+        # beginning in common with that.
+        pairs = zip(after, conversation.rpartition(answer)[2], strict=False)
+        end = "".join(char for char, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     return PromptFormat(
         takes_input=more in render(asked | {"input": more}),
-        has_turns=earlier in conversation and answer in conversation,
+        has_turns=has_turns,
         before_answer=before.removeprefix(prompt) if found and prompt and before.startswith(prompt) else "",
         after_answer=after if found else "",
+        end=end if found else "",
     )
 
 
 def end_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     """The tokens that end an answer: the one that the chat template puts behind it, then the `eos_token`."""
     known = tokenizer.get_added_vocab()
-    after = prompt_format(tokenizer).after_answer
+    after = prompt_format(tokenizer).end
     first = re.search("|".join(map(re.escape, sorted(known, key=len, reverse=True))), after) if known else None
     ends = [first[0] if first else None, tokenizer.eos_token]
     return list(dict.fromkeys(token for token in ends if token))
@@ -201,7 +211,7 @@ def end_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
 def end_of_answer(tokenizer: "PreTrainedTokenizerBase") -> str:
     """What the chat template puts behind an answer, up to and with its end token; without one, its visible text."""
-    after = prompt_format(tokenizer).after_answer
+    after = prompt_format(tokenizer).end
     if first := next((token for token in end_tokens(tokenizer)[:1] if token in after), None):
         return after[: after.index(first) + len(first)]
     return after.rstrip()

@@ -52,4 +52,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, where: str | Path) -> Non
     template = chat_template(tokenizer)
     if template is not None and template not in OURS:
         special = {role: token for role, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-        check_template_by_trial(template, special, where)
+        try:
+            check_template_by_trial(template, special, where)
+        except UserError as error:
+            raise UserError(f"{error}; --raw, or another --chat_template, does without it") from None

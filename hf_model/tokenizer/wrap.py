@@ -5,12 +5,12 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, models, processors
+from tokenizers import AddedToken, Tokenizer, models, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_model.errors import UserError
 from hf_model.tokenizer.files import read_tokenizer
-from hf_model.tokenizer.prompt import BOS, CHAT_TEMPLATE, EOS, PAD, UNK, set_chat_template
+from hf_model.tokenizer.prompt import BOS, CHAT_TEMPLATE, EOS, IM_START, PAD, UNK, end_tokens, set_chat_template
 from hf_model.tokenizer.trial import remember_ours
 
 # The usual names of special tokens that begin a text, end it, or fill up a row.
@@ -75,7 +75,16 @@ def wrap(
         clean_up_tokenization_spaces=False,
     )
     set_chat_template(tokenizer, chat_template)
+    if chat_template is not None:
+        _hide(tokenizer, [IM_START, *end_tokens(tokenizer)])
     return tokenizer
+
+
+def _hide(tokenizer: PreTrainedTokenizerFast, names: list[str]) -> None:
+    """Make added tokens special ones, which answers do not show: a trainer may have added them as ordinary ones."""
+    added = tokenizer.added_tokens_decoder.values()
+    shown = [token.content for token in added if token.content in names and not token.special]
+    tokenizer.backend_tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in shown])
 
 
 def is_original(backend: Tokenizer) -> bool:

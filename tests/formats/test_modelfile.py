@@ -8,6 +8,9 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_model.formats.ollama import modelfile
+from hf_model.loading import Source
+from hf_model.tokenizer import TEMPLATES, set_chat_template
+from tests.templates import CHATML_LIKE, save_speaker, save_tokenizer
 
 QUESTION = "What is the capital of France?"
 
@@ -59,5 +62,31 @@ def test_no_template_can_break_out_of_it(quotes: str, capitals: Path) -> None:
 
 def test_raw_text_is_the_prompt_itself(capitals: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(capitals)
-    tokenizer.init_kwargs["prompt_format"] = "raw"
+    set_chat_template(tokenizer, None)
     assert 'TEMPLATE """{{ .Prompt }}"""' in text_for(capitals, tokenizer)
+
+
+def test_alpaca_is_the_template_s_but_for_the_beginning(capitals: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(capitals)
+    set_chat_template(tokenizer, TEMPLATES["alpaca"])
+    prompt = prompt_of(text_for(capitals, tokenizer))
+    assert prompt.startswith("Below is an instruction that describes a task. Write a response")
+    assert prompt.endswith(f"\n\n### Instruction:\n{QUESTION}\n\n### Response:\n")
+
+
+def test_chatml_keeps_the_turns_and_ends_at_its_token(tmp_path: Path) -> None:
+    tokenizer = save_tokenizer(tmp_path / "tokenizer.json", *CHATML_LIKE)
+    loaded = Source(save_speaker(tmp_path, tokenizer, "\nParis"), tokenizer, chat_template="chatml").load()
+    text = modelfile("model-f32.gguf", loaded.model, loaded.tokenizer, adds_bos=False)
+    turns = "{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"
+    assert f'TEMPLATE """{turns}"""' in text
+    assert 'PARAMETER stop "<|im_end|>"\n' in text
+
+
+def test_another_template_of_several_turns_says_how_to_keep_them(capitals: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(capitals)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    text = text_for(capitals, tokenizer)
+    assert prompt_of(text) == f"user: {QUESTION}\nassistant:"
+    assert "# The model's chat template has several turns" in text
+    assert "docs.ollama.com/template" in text
