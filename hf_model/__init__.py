@@ -23,7 +23,7 @@ from hf_model.batch import answer_file
 from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.conversion import convert
 from hf_model.errors import UserError
-from hf_model.generation import Sampling, encode, generate
+from hf_model.generation import Sampling, encode, encode_prompt, generate
 from hf_model.learnt.inspection import inspect
 from hf_model.loading import load
 from hf_model.modeling_custom_gpt import (
@@ -61,6 +61,7 @@ __all__ = [
     "answer_file",
     "convert",
     "encode",
+    "encode_prompt",
     "format_prompt",
     "generate",
     "inspect",

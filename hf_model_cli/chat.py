@@ -116,6 +116,8 @@ class Conversation:
         if name == "input":
             if not self.answers.takes_instructions:
                 raise argparse.ArgumentTypeError("has no place in a raw text, which this model's prompts are")
+            if not self.answers.format.takes_input:
+                raise argparse.ArgumentTypeError("has no place in this model's prompts: put the text into the question")
             self.input_text = "" if value == "none" else value
             return
         new: Any

@@ -304,18 +304,18 @@ def parts(
     """
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
-    written = "\n".join(text for message in messages for text in message.values())
+    written = "\n".join(text for message in messages for key, text in message.items() if key != "role")
     if parse_special_tokens or not pattern.search(written):
         yield from beginning_apart(tokenizer, render(tokenizer, messages))
         return
     # A mark within each special token of a message tells it from the template's own.
     mark = next(char for char in map(chr, range(0xE000, 0x110000)) if char not in written)
-    marked = [
-        {key: pattern.sub(lambda token: f"{token[0][0]}{mark}{token[0][1:]}", text) for key, text in message.items()}
-        for message in messages
-    ]
+
+    def marked(key: str, text: str) -> str:
+        return text if key == "role" else pattern.sub(lambda token: f"{token[0][0]}{mark}{token[0][1:]}", text)
+
+    rendered = render(tokenizer, [{key: marked(key, text) for key, text in one.items()} for one in messages])
     end = 0
-    rendered = render(tokenizer, marked)
     for token in pattern.finditer(rendered):
         yield rendered[end : token.start()].replace(mark, ""), False
         yield token[0], True

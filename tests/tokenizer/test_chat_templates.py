@@ -244,3 +244,22 @@ class TestAStranger:
         assert prompt_text(self.found(tmp_path, chat_template="alpaca").tokenizer, "Who?").startswith("Below is an")
         assert chat_template(self.found(tmp_path, raw=True).tokenizer) is None
         assert prompt_text(self.found(tmp_path, instructions=True).tokenizer, "Who?") == "Instruction: Who? Response:"
+
+
+@pytest.mark.parametrize(
+    "name, special, answers",
+    [
+        ("alpaca", GPT2_LIKE, "Paris<|endoftext|>Lyon<|endoftext|>"),
+        ("chatml", CHATML_LIKE, "Paris<|im_end|>Lyon<|im_end|>"),
+    ],
+)
+def test_what_trainers_mask_is_all_but_the_answers_and_their_ends(
+    name: str, special: tuple, answers: str, tmp_path: Path
+) -> None:
+    tokenizer = find_tokenizer(save(tmp_path / "t.json", *special), MODEL, chat_template=name).tokenizer
+    messages = [ASKED, ANSWERED, ASKED, {"role": "assistant", "content": "Lyon"}]
+    encoded = reread(tokenizer, tmp_path / "hf").apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True
+    )
+    marked = [token for token, is_marked in zip(encoded.input_ids, encoded.assistant_masks, strict=True) if is_marked]
+    assert tokenizer.decode(marked) == answers
