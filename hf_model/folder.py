@@ -147,7 +147,9 @@ def read_config(folder: Path) -> CustomGPTConfig:
         if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
             raise UserError(f"{folder}: holds a model of type {model_type!r}, not {CustomGPTConfig.model_type!r}")
         code = ", with code of its own, which is not run" if fields.get("auto_map") else ""
-        raise cannot_load(folder, f"unknown model_type {model_type!r}{code}")
+        found = next((name for name in (WEIGHTS, INDEX, "pytorch_model.bin") if (folder / name).is_file()), None)
+        advice = f"; if its weights are those of a trainer, give --checkpoint_path {folder / found}" if found else ""
+        raise cannot_load(folder, f"unknown model_type {model_type!r}{code}{advice}")
     for name in ("id2label", "label2id"):
         if name in fields and not (isinstance(fields[name], dict) and len(fields[name]) <= MAX_LABELS):
             raise cannot_load(folder, f"config.json: {name} is not a dict of at most {MAX_LABELS} labels")

@@ -32,6 +32,7 @@ from hf_model.folder import (
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.reading import read_start
 from hf_model.tokenizer import (
+    AUTO,
     CHAT_TEMPLATE,
     TEMPLATES,
     FoundTokenizer,
@@ -52,6 +53,7 @@ from hf_model.tokenizer import (
 )
 from hf_model.trainers import Checkpoint, read_checkpoint
 from hf_model.trainers.architecture import Architecture, is_copied
+from hf_model.trainers.folders import saved_file
 from hf_model.trainers.module import Reading, read_module
 from hf_model.trainers.module_calls import exact
 from hf_model.trainers.module_parts import unwrap
@@ -182,8 +184,9 @@ class Source:
         model = options.pop("model", None)
         if isinstance(origin, nn.Module):
             return cls(Path(type(unwrap(origin)).__name__), tokenizer_path, module=origin, **options)
-        module = None if model is None else build_module(model, Path(origin))
-        return cls(Path(origin), tokenizer_path, module=module, training_data=training_data, **options)
+        path = saved_file(Path(origin))
+        module = None if model is None else build_module(model, path)
+        return cls(path, tokenizer_path, module=module, training_data=training_data, **options)
 
     @property
     def is_folder(self) -> bool:
@@ -248,7 +251,7 @@ class Source:
 
     @property
     def _has_own_tokenizer(self) -> bool:
-        return self.is_folder and self.tokenizer_path is None and self.characters_of is None
+        return self.is_folder and self.tokenizer_path in (None, AUTO) and self.characters_of is None
 
     def _own_tokenizer(self, config: CustomGPTConfig | None = None) -> FoundTokenizer:
         """The folder's tokenizer, with the kind of prompts that the user chose."""
@@ -283,8 +286,8 @@ class Source:
         if unknown := [name for name in checkpoint.unknown_args if name not in self.ignore_model_args]:
             told = ", ".join(f"{name}={_shown(checkpoint.unknown_args[name])}" for name in unknown)
             raise UserError(
-                f"{self.path}: its model_args say {told}, which may change what the model computes, in a way not "
-                f"known here: add --ignore_model_args {' '.join(unknown)} to convert anyway"
+                f"{self.path}: {checkpoint.stated_in} says {told}, which may change what the model computes, "
+                f"in a way not known here: add --ignore_model_args {' '.join(unknown)} to convert anyway"
             )
         dtype, architecture = pick_dtype(self.dtype, checkpoint.dtype), checkpoint.architecture(self.n_head)
         found = self._find_tokenizer(_info(checkpoint, architecture))
@@ -358,7 +361,7 @@ class Source:
         if checkpoint.no_biases:
             yield "biases", f"zeros for {', '.join(checkpoint.no_biases)}, which the file does not have"
         for name, value in checkpoint.unknown_args.items():
-            ignored = f"{name}={_shown(value)} in model_args was ignored"
+            ignored = f"{name}={_shown(value)} in {checkpoint.stated_in} was ignored"
             yield "warning", f"{ignored}: the model may not compute what its trainer computes"
         head, embedding = (checkpoint.state_dict.get(f"{name}.weight") for name in ("lm_head", "transformer.wte"))
         is_other = head is not None and embedding is not None and head.data_ptr() != embedding.data_ptr()
@@ -366,6 +369,9 @@ class Source:
             yield "head", "tied: the file has an equal copy of the embedding"
         if checkpoint.has_head_alone:
             yield "head", "tied: the file has lm_head.weight alone, which is taken for the embedding too"
+        if checkpoint.weights_key == "module" and checkpoint.dtype != torch.float32:
+            half = dtype_name(checkpoint.dtype)
+            yield "note", f"DeepSpeed saved {half} weights here; its zero_to_fp32.py makes a file of the float32 ones"
         trainer = checkpoint.trainer
         if self.activation == "auto" and len(checkpoint.names.forms) > 1:
             pass  # the loss has decided
@@ -384,6 +390,8 @@ class Source:
 
     def _load_folder(self, needs_tokenizer: bool) -> Loaded:
         folder = self.path
+        if self.n_head is not None or self.activation != "auto":
+            raise UserError(f"{folder}: --n_head and --activation are for a checkpoint; a folder's config.json tells")
         if self._has_own_tokenizer and (self.instructions or self.bos_token or self.eos_token or self.pad_token):
             raise UserError(
                 f"{folder}: has its own kind of prompts and special tokens; to choose others, give its tokenizer too, "

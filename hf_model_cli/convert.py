@@ -46,8 +46,8 @@ def add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--output_dir",
         metavar="FOLDER",
-        help="where to write (default: hf/ beside the checkpoint; FORMAT/ for another format; FOLDER-FORMAT/ beside a "
-        "converted folder)",
+        help="where to write (default: hf/ beside the checkpoint, or in its folder; FORMAT/ for another format; "
+        "FOLDER-FORMAT/ beside a converted folder)",
     )
     group.add_argument("--overwrite", action="store_true", help="replace a model that is in the output folder")
     group.add_argument(
@@ -133,7 +133,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def default_output(source: Path, format: str) -> Path:
     folder = "hf" if format == "transformers" else format
     source = source.absolute() if source.name in ("", "..") else source
-    return source.with_name(f"{source.name}-{folder}") if source.is_dir() else source.parent / folder
+    if source.is_dir():
+        return source.with_name(f"{source.name}-{folder}") if (source / "config.json").exists() else source / folder
+    return source.parent / folder
 
 
 def check_inspection(parser: Parser, args: argparse.Namespace) -> None:

@@ -1,7 +1,6 @@
 """Checks of the files that arguments name, and prompts that are read from them, before the slow imports."""
 
 import argparse
-import shlex
 import stat
 import sys
 from collections.abc import Iterable
@@ -12,7 +11,6 @@ from hf_model_cli.options import CHAT_TEMPLATES, DEFAULT_CHECKPOINT, HUB_NAME, P
 
 FILE_ENDINGS = (".json", ".pkl", ".pickle", ".txt", ".bpe", ".pt", ".model", ".safetensors")  # no Hub name has these
 CHECKPOINTS = ("out*/**/*.pt", "log*/**/*.pt", "*.pt")  # where the trainers of the family put theirs
-WEIGHTS = ("*.safetensors", "*.bin")
 MOST_NAMED = 5
 MOST_PROMPT_BYTES = 2**26  # a device or a pipe without an end would fill the memory
 FROM_FILE = "FILE:"  # nanoGPT's prefix of a path that holds the prompt
@@ -36,21 +34,10 @@ def check_file(parser: Parser, option: str, path: str | Path) -> None:
 
 
 def check_model(parser: Parser, args: argparse.Namespace) -> None:
-    """Check that the model's files are there, and resolve `checkpoint_path` and `tokenizer_path` to what they mean."""
-    mode = mode_of(parser, "checkpoint_path", args.checkpoint_path)
-    if mode is None:
+    """Check that the model's files are there, and resolve `tokenizer_path`: `"auto"` looks for one."""
+    if mode_of(parser, "checkpoint_path", args.checkpoint_path) is None:
         parser.error(f"argument --checkpoint_path: there is no {args.checkpoint_path}{_instead(args.checkpoint_path)}")
-    if stat.S_ISDIR(mode):
-        args.checkpoint_path = _model_in(parser, args.checkpoint_path)
-    elif (file := Path(args.checkpoint_path)).name == "model.safetensors" and file.with_name("config.json").exists():
-        args.checkpoint_path = str(file.parent)
-    elif file.suffix == ".safetensors":
-        code = f"import safetensors.torch as s, torch; torch.save(s.load_file({str(file)!r}), 'ckpt.pt')"
-        parser.error(f"argument --checkpoint_path: {file} is not a checkpoint; make one: python -c {shlex.quote(code)}")
-    is_folder = stat.S_ISDIR(mode_of(parser, "checkpoint_path", args.checkpoint_path) or 0)
-    if is_folder and (args.n_head or args.activation):
-        parser.error("arguments --n_head and --activation: are for a checkpoint; a folder's config.json tells")
-    args.tokenizer_path = _tokenizer(parser, args.tokenizer_path, args.characters_of, is_folder)
+    args.tokenizer_path = _tokenizer(parser, args.tokenizer_path, args.characters_of)
     check_chat_template(parser, args)
 
 
@@ -88,33 +75,15 @@ def _names(files: Iterable[Path]) -> str:
     return ", ".join(map(str, newest[:MOST_NAMED])) + more
 
 
-def _model_in(parser: Parser, folder: str) -> str:
-    """The path of the model in a folder: the folder itself, or the only checkpoint that it holds."""
-    path = Path(folder)
-    has_config = any(
-        mode_of(parser, "checkpoint_path", path / name) is not None for name in ("config.json", "adapter_config.json")
-    )
-    if has_config and any(next(path.glob(pattern), None) for pattern in WEIGHTS):
-        return folder
-    found = [file for file in path.glob("*.pt") if file.is_file()]
-    if len(found) == 1:
-        return str(found[0])
-    if not found and has_config:
-        return folder  # whoever loads it says what is missing
-    if found := found or [file for file in path.glob("*/*.pt") if file.is_file()]:
-        parser.error(f"argument --checkpoint_path: {folder} holds {_names(found)}: give one of them")
-    parser.error(f"argument --checkpoint_path: {folder} holds no model (no config.json) and no checkpoint (.pt)")
-
-
-def _tokenizer(parser: Parser, path: str | None, characters_of: str | None, is_folder: bool) -> str | None:
-    """The tokenizer's path or Hub name; "auto" to look for it; None for a folder's own and for characters."""
+def _tokenizer(parser: Parser, path: str | None, characters_of: str | None) -> str | None:
+    """The tokenizer's path or Hub name; "auto" for a folder's own or to look for it; None for characters."""
     if characters_of is not None:
         if path is not None:
             parser.error("argument --characters_of: not allowed with argument --tokenizer_path")
         check_file(parser, "characters_of", characters_of)
         return None
     if path is None:
-        return None if is_folder else "auto"
+        return "auto"
     is_there = path and mode_of(parser, "tokenizer_path", path) is not None
     if not is_there and (not HUB_NAME.fullmatch(path) or path.endswith(FILE_ENDINGS)):
         parser.error(f"argument --tokenizer_path: there is no file {path}")

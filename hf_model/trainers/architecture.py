@@ -69,7 +69,10 @@ class Architecture:
 
 
 def infer_architecture(
-    state_dict: Mapping[str, "torch.Tensor"], model_args: Mapping[str, Any], n_head: int | None = None
+    state_dict: Mapping[str, "torch.Tensor"],
+    model_args: Mapping[str, Any],
+    n_head: int | None = None,
+    stated_in: str = "model_args",
 ) -> Architecture:
     """Read the sizes from the tensors' shapes, and check every tensor and every size in `model_args`.
 
@@ -77,6 +80,7 @@ def infer_architecture(
         state_dict: tensors under clean names, with or without a tied `lm_head.weight`.
         model_args: the checkpoint's own, possibly empty. `bias` is ignored, since the weights show it.
         n_head: overrides `model_args["n_head"]`, the one size that no shape shows.
+        stated_in: where `model_args` stand, for messages.
 
     Raises:
         UserError: a weight is missing, unknown or of the wrong shape, `model_args` contradicts the weights, or the
@@ -95,7 +99,7 @@ def infer_architecture(
     for name in SIZES:
         if model_args.get(name, sizes[name]) != sizes[name]:
             raise UserError(
-                f"model_args says {name}={model_args[name]!r}, but the weights say {sizes[name]}: "
+                f"{stated_in} says {name}={model_args[name]!r}, but the weights say {sizes[name]}: "
                 "one of them belongs to another model"
             )
     architecture = Architecture(
@@ -135,7 +139,8 @@ def is_tied(state_dict: Mapping[str, "torch.Tensor"]) -> bool:
 
 def is_copied(head: "torch.Tensor", embedding: "torch.Tensor") -> bool:
     """Whether two tensors have the same values. Two matrices that were trained apart never do."""
-    return head.dtype == embedding.dtype and head.equal(embedding)
+    is_same = head.data_ptr() == embedding.data_ptr() and head.shape == embedding.shape  # NaN equals nothing
+    return head.dtype == embedding.dtype and (is_same or head.equal(embedding))
 
 
 def _matrix(state_dict: Mapping[str, "torch.Tensor"], name: str) -> "torch.Tensor":
@@ -148,7 +153,10 @@ def _matrix(state_dict: Mapping[str, "torch.Tensor"], name: str) -> "torch.Tenso
 
 def _heads(n_head: Any, n_embd: int) -> int:
     if n_head is None:
-        raise UserError("its model_args do not tell the number of attention heads: give it with --n_head")
+        raise UserError(
+            "its weights do not tell the number of attention heads: give it with --n_head "
+            f"(most models have heads of 64, which makes {max(1, n_embd // 64)} here)"
+        )
     if not isinstance(n_head, int) or isinstance(n_head, bool) or n_head < 1 or n_embd % n_head:
         raise UserError(f"n_head={n_head!r} does not divide n_embd={n_embd}: give the right number with --n_head")
     return n_head

@@ -9,9 +9,9 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -48,29 +48,32 @@ STORAGE_DTYPES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A stretch of the file."""
+    """A stretch of a file."""
 
+    content: mmap.mmap | bytearray
+    """The whole file."""
     start: int
     length: int
     crc: int = 0
     """Its CRC32; 0 if the file has none."""
+    is_big_endian: bool = False
+
+    def is_intact(self) -> bool:
+        """Whether the bytes have the CRC32. True without a CRC32: `set_crc32_options(False)` writes 0."""
+        with memoryview(self.content) as content:
+            return self.crc == 0 or zlib.crc32(content[self.start : self.start + self.length]) == self.crc
 
 
 @dataclass(frozen=True)
 class Archive:
-    """An open file: its bytes, mapped, and what they hold."""
+    """What a file holds, or several files that are one checkpoint."""
 
-    content: mmap.mmap | bytearray
     value: Any
-    """What was pickled, as `read_pickle` gives it."""
+    """What was saved, as `read_pickle` gives it."""
     storages: dict[str, Entry]
     """Key of a storage to its bytes."""
-    is_big_endian: bool = False
-
-    def is_intact(self, entry: Entry) -> bool:
-        """Whether the bytes have the entry's CRC32. True without a CRC32: `set_crc32_options(False)` writes 0."""
-        with memoryview(self.content) as content:
-            return entry.crc == 0 or zlib.crc32(content[entry.start : entry.start + entry.length]) == entry.crc
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """The texts in a safetensors file's header."""
 
 
 def load(path: Path) -> Archive:
@@ -85,8 +88,6 @@ def load(path: Path) -> Archive:
             return _load_zip(file) if head.startswith(ZIP) else _load_legacy(file)
         if head.startswith(PLAIN_PICKLE):
             return _load_plain(file)
-        if head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < path.stat().st_size:
-            raise UserError("is a safetensors file, not a torch.save checkpoint")
     messages = (message for magic, message in OTHER_FORMATS.items() if head.lstrip().startswith(magic))
     raise UserError(next(messages, "is not a torch.save checkpoint"))
 
@@ -157,20 +158,26 @@ def _load_zip(file: IO[bytes]) -> Archive:
     if len(pickles) != 1:
         raise UserError("is a zip file, but not one written by torch.save (no data.pkl)")
     prefix = pickles[0].removesuffix("data.pkl")
-    order = _bytes(content, entries[prefix + "byteorder"]) if prefix + "byteorder" in entries else b"little"
+    order = _bytes(entries[prefix + "byteorder"]) if prefix + "byteorder" in entries else b"little"
     if order not in (b"little", b"big"):
         raise ValueError("an unknown byte order")
-    value, _ = _value(_bytes(content, entries[pickles[0]]))
-    data = prefix + "data/"
-    storages = {name.removeprefix(data): entry for name, entry in entries.items() if name.startswith(data)}
-    return Archive(content, value, storages, is_big_endian=order == b"big")
+    value, _ = _value(_bytes(entries[pickles[0]]))
+    data, is_big_endian = prefix + "data/", order == b"big"
+    return Archive(
+        value,
+        {
+            name.removeprefix(data): replace(entry, is_big_endian=is_big_endian)
+            for name, entry in entries.items()
+            if name.startswith(data)
+        },
+    )
 
 
-def _bytes(content: mmap.mmap, entry: Entry) -> bytes:
+def _bytes(entry: Entry) -> bytes:
     """A small entry's bytes, compared with its CRC32."""
     if entry.length > MAX_PICKLE_BYTES:
         raise UserError(TOO_MUCH)
-    raw = content[entry.start : entry.start + entry.length]
+    raw = bytes(entry.content[entry.start : entry.start + entry.length])
     if entry.crc and zlib.crc32(raw) != entry.crc:
         raise ValueError("the CRC32 of its values differs")
     return raw
@@ -192,7 +199,7 @@ def _entries(file: IO[bytes], content: mmap.mmap) -> dict[str, Entry]:
             raise UserError("claims to hold more than its size")
         _check_gap(info.header_offset - reached)
         reached = start + info.file_size
-        entries[info.filename] = Entry(start, info.file_size, info.CRC)
+        entries[info.filename] = Entry(content, start, info.file_size, info.CRC)
     _check_gap(end - reached)
     return entries
 
@@ -259,7 +266,7 @@ def _legacy(content: mmap.mmap | bytearray, head: IO[bytes] | mmap.mmap) -> Arch
     place = head.tell()
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise ValueError("the keys of its storages are not a list")
-    return Archive(content, value, _legacy_storages(content, place, keys, stored))
+    return Archive(value, _legacy_storages(content, place, keys, stored))
 
 
 def _legacy_storages(
@@ -275,7 +282,7 @@ def _legacy_storages(
         size = length * STORAGE_DTYPES[storage.dtype].itemsize
         if length != storage.length or place + 8 + size > len(content):
             raise ValueError(f"the storage {key!r} is cut short")
-        storages[key] = Entry(place + 8, size)
+        storages[key] = Entry(content, place + 8, size)
         place += 8 + size
     if by_key or place != len(content):
         raise ValueError("it holds other storages than it says")
@@ -298,9 +305,9 @@ def _load_plain(file: IO[bytes]) -> Archive:
             raise ValueError("a storage of another format")
         entry, key = archive.storages[stored.key], str(len(storages))
         content.extend(bytes(-len(content) % ALIGNMENT))
-        storages[key] = Entry(len(content), entry.length)
+        storages[key] = Entry(content, len(content), entry.length)
         content.extend(inner[entry.start : entry.start + entry.length])
         return StoredBytes(key, stored.dtype, stored.length)
 
     value, _ = _value(raw, embedded)
-    return Archive(content, value, storages)
+    return Archive(value, storages)

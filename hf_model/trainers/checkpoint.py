@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from hf_model.errors import UserError, one_line, some_of
-from hf_model.trainers import archive, llm_c
+from hf_model.trainers import archive, llm_c, saved
 from hf_model.trainers.architecture import Architecture, infer_architecture, is_tied, with_zero_biases, without_layer
 from hf_model.trainers.names import FAMILY, WRITTEN_OUT_TANH, Names, Placed, place_names
 from hf_model.trainers.pickle_reader import StandIn, dict_of, kind_of
 from hf_model.trainers.pickled_module import activation_of, epsilon_of, heads_of, is_module
-from hf_model.trainers.stated import HEADS, progress_of, stated_options, stated_sizes, unknown_options
+from hf_model.trainers.stated import HEADS, options_beside, progress_of, stated_options, stated_sizes, unknown_options
 from hf_model.trainers.table import Trainer, find_trainer, heads_beside
 from hf_model.trainers.tensors import find_weights, is_no_weight, weights_of, widest
 
@@ -45,6 +45,8 @@ class Checkpoint:
     """Whether the original's pre-training wrote the file, so that the model knows no instructions."""
     unknown_args: dict[str, Any] = field(default_factory=dict)
     """Options in `model_args` that are switched on and may change what the model computes, in a way not known here."""
+    stated_in: str = "model_args"
+    """Where the sizes and options stand: in the file, or in a config.json beside it."""
     has_head_alone: bool = False
     """Whether the file has the head and no embedding, as some savers leave a tied pair."""
     other_keys: tuple[str, ...] = ()
@@ -73,7 +75,7 @@ class Checkpoint:
                 raise UserError(f"n_head={stated}, but its layers have tensors for {self.n_head} heads")
             told = self.told_heads() if n_head is None else None
             model_args = {"dropout": self.trainer.dropout} | self.model_args
-            return infer_architecture(self.state_dict, model_args, told[0] if told else n_head)
+            return infer_architecture(self.state_dict, model_args, told[0] if told else n_head, self.stated_in)
 
     def forms(self, architecture: Architecture, activation: str | None) -> list[dict[str, Any]]:
         """What the model may compute, as fields of `CustomGPTConfig`; several if the trainer's names leave it open.
@@ -159,7 +161,9 @@ def _read(path: Path, check_bytes: bool) -> Checkpoint:
     whole = content[weights_key] if weights_key is not None else None
     module = whole if is_module(whole) else None
     beside = {key: value for key, value in content.items() if isinstance(key, str) and key not in weights}
-    stated, is_of_model = stated_options(beside)
+    stated, is_of_model, place = stated_options(beside)
+    if weights_key is None:
+        stated, place = options_beside(path, file.metadata)
     sizes = stated_sizes(stated, file)
     known = {size for tensor in state_dict.values() for size in tensor.shape} | {n_layers(state_dict), *sizes.values()}
     config = beside.get("config")
@@ -190,7 +194,8 @@ def _read(path: Path, check_bytes: bool) -> Checkpoint:
         dataset=dataset if isinstance(dataset, str) and len(dataset) <= MAX_NAME else None,
         started_from=start if isinstance(start, str) and start in GPT2_NAMES else None,
         is_pretrained=is_original and "loss" in beside and "config" not in beside,
-        unknown_args=unknown_options(stated, known) if is_of_model else {},
+        unknown_args=unknown_options(stated, known, is_of_model or weights_key is None),
+        stated_in=place,
         has_head_alone=has_head_alone,
         other_keys=tuple(
             one_line(key, MAX_NAME)
@@ -221,12 +226,12 @@ def _place(file: archive.Archive, weights: Mapping[Any, Any]) -> Placed:
 
 
 def load_content(path: Path) -> tuple[archive.Archive, dict[Any, Any]]:
-    """A `torch.save` file, and the dict in it.
+    """A file that holds weights (see `saved.load`), and the dict in it.
 
     Raises:
         UserError: as `read_checkpoint`, without the name of the file.
     """
-    file = archive.load(path)
+    file = saved.load(path)
     content = {"model": file.value} if is_module(file.value) else dict_of(file.value)
     if not isinstance(content, dict):
         raise UserError(f"holds a {kind_of(content)}, not a dict: save model.state_dict() with torch.save")

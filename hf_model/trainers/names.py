@@ -14,7 +14,8 @@ import torch
 from hf_model.errors import UserError, some_of
 
 EXACT, WRITTEN_OUT_TANH, TORCH_TANH = "gelu", "gelu_new", "gelu_pytorch_tanh"
-WRAPPERS = {"_orig_mod", "module"}  # torch.compile, DistributedDataParallel
+# torch.compile, DistributedDataParallel, FSDP, its activation checkpoints, Lightning Fabric
+WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 MAX_DIGITS = 6  # of a layer's number
 LLAMA_MARKS = ("gate", "rotary", "rope", "freqs", "w3.", "rms", "q_norm", "k_norm")
 LLAMA = (

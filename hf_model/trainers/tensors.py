@@ -171,7 +171,7 @@ def _check_bytes(archive: Archive, stored: Mapping[str, StoredTensor]) -> None:
     for name, value in stored.items():
         names.setdefault(value.storage.key, name)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        intact = pool.map(lambda key: archive.is_intact(archive.storages[key]), names)
+        intact = pool.map(lambda key: archive.storages[key].is_intact(), names)
         for name, is_intact in zip(names.values(), intact, strict=True):
             if not is_intact:
                 raise UserError(
@@ -209,7 +209,8 @@ class _Storages:
         return torch.empty(0, dtype=dtype).set_(self.made[key], stored.offset, stored.shape, stored.stride)
 
     def _storage(self, key: str, dtype: torch.dtype) -> torch.UntypedStorage:
-        entry, content = self.archive.storages[key], self.archive.content
+        entry = self.archive.storages[key]
+        content = entry.content
         if not entry.length:
             return torch.UntypedStorage(0)
         if memoryview(content).readonly:  # torch warns of tensors in read-only memory
@@ -218,7 +219,7 @@ class _Storages:
         else:
             whole = torch.frombuffer(content, dtype=torch.uint8, count=entry.length, offset=entry.start)
             storage = whole.untyped_storage()
-        if self.archive.is_big_endian != (sys.byteorder == "big"):
+        if entry.is_big_endian != (sys.byteorder == "big"):
             storage = storage.clone()
             storage.byteswap(dtype)
         return storage

@@ -152,9 +152,12 @@ class TestCheckpoints:
         with pytest.raises(UserError, match=rf"ckpt\.pt: {message}"):
             read_checkpoint(path)
 
-    def test_a_safetensors_file_is_named(self, state: State, tmp_path: Path) -> None:
-        save_file(state, tmp_path / "ckpt.pt")
-        with pytest.raises(UserError, match=r"ckpt\.pt: is a safetensors file"):
+    @pytest.mark.parametrize("length", [100, -1], ids=["in its header", "in its tensors"])
+    def test_a_safetensors_file_cut_short_is_named(self, length: int, state: State, tmp_path: Path) -> None:
+        save_file(state, tmp_path / "model.safetensors")
+        content = (tmp_path / "model.safetensors").read_bytes()
+        (tmp_path / "ckpt.pt").write_bytes(content[:length])
+        with pytest.raises(UserError, match=r"ckpt\.pt: is damaged"):
             read_checkpoint(tmp_path / "ckpt.pt")
 
     @pytest.mark.parametrize("make", [torch.jit.script, lambda model: torch.jit.trace(model, torch.ones(1, 2))])

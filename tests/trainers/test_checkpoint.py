@@ -243,7 +243,7 @@ class TestModelArgs:
 
     def test_missing_ones_leave_only_the_heads_to_be_asked_for(self, weights: State, saved: Callable) -> None:
         checkpoint = read_checkpoint(saved(weights))
-        with pytest.raises(UserError, match=r"ckpt\.pt: its model_args do not tell the number of .* with --n_head"):
+        with pytest.raises(UserError, match=r"ckpt\.pt: its weights do not tell the number of .* with --n_head"):
             checkpoint.architecture()
         assert checkpoint.architecture(n_head=2).n_head == 2
 
