@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 
 from hf_model.errors import UserError, memory_for, one_line
 from hf_model.formats import Format, Options, find_format
-from hf_model.formats.cards import About, card_facts
+from hf_model.formats.cards import About, card_facts, state_not_compared
 from hf_model.formats.target import MissingEngineError
 from hf_model.learnt.inspection import examine
 from hf_model.learnt.page import check_page, write_page
@@ -118,10 +118,13 @@ def convert(
         lines = [f"written       {folder}"]
         lines += [f"              {path.name:<32} {_file_size(path):>10}" for path in sorted(new.iterdir())]
         if evidence:
-            lines.append(f"verified      your model's own logits: {evidence}")
+            of = "" if format == "transformers" else f" (as it was read, before it became {format})"
+            lines.append(f"verified      your model's own logits: {evidence}{of}")
         hashes.begin(new)  # while the folder is read back
-        if verify:
-            lines.append(_verify(target, new, source, choices, folder))
+        compared = _verify(target, new, source, choices, folder) if verify else ""
+        lines += [compared] if compared else []
+        if not compared.startswith("verified"):
+            state_not_compared(new)
     for line in lines:  # the folder is in its place now
         report(line)
     return folder

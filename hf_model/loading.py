@@ -101,6 +101,7 @@ class SourceOptions(TypedDict, total=False):
     eos_token: str | None
     pad_token: str | None
     ignore_model_args: Sequence[str]
+    untie: bool
     model: str | None
 
 
@@ -162,6 +163,8 @@ class Source:
     """Text that the model was trained on, for a checkpoint whose names leave open what the model computes."""
     ignore_model_args: Sequence[str] = ()
     """Names of options in the checkpoint's `model_args` that are not known here and may be left out."""
+    untie: bool = False
+    """Keep the head as a matrix of its own although it is the embedding, so that training can change the two apart."""
     module: nn.Module | None = None
     """The user's own model, of any class; `path` is then its class's name, or the file of its weights."""
 
@@ -208,7 +211,7 @@ class Source:
             loaded = self._load_folder(needs_tokenizer) if self.is_folder else self._load_checkpoint()
         if is_quantized(loaded.model.config) and not may_be_quantized:
             raise UserError(f"{self.path}: is quantized, so its weights are not the trained ones: give the full model")
-        return loaded
+        return untied(loaded) if self.untie and loaded.model.config.tie_word_embeddings else loaded
 
     def find_tokenizer(self) -> FoundTokenizer:
         """The tokenizer, read again from the source."""
@@ -343,6 +346,7 @@ class Source:
         if (dtype := pick_dtype(self.dtype, own)) != own:
             model = model.to(dtype)
             config.dtype = dtype
+            evidence += f", before its weights were {describe_rounding(own, dtype) or f'put into {dtype_name(dtype)}'}"
         if self.tokenizer_path is None and self.characters_of is None:
             return Loaded(model, None, own, evidence=evidence)
         found = self._find_tokenizer(ModelInfo(self.path, config.vocab_size, config.block_size))
@@ -422,6 +426,18 @@ class Source:
         return Loaded(model, found, own, choices=tuple(tokenizer_choices(found)))
 
 
+def untied(loaded: Loaded) -> Loaded:
+    """The same with a copy of the embedding as the head."""
+    config, weights = copy.deepcopy(loaded.model.config), dict(loaded.model.state_dict())
+    config.tie_word_embeddings = False
+    weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()
+    model = with_weights(config, weights)
+    model.generation_config = loaded.model.generation_config
+    choices = [(item, text) for item, text in loaded.choices if item != "head"]
+    said = ("head", "untied, as asked: a copy of the embedding, which training can change apart")
+    return replace(loaded, model=model, choices=(said, *choices))
+
+
 @memory_for("to load the model")
 def load(
     checkpoint_path: str | Path | nn.Module,
@@ -445,7 +461,7 @@ def load(
         report: called with a name and a description for each thing that was found or chosen.
         options: `dtype` (`"auto"` keeps the weights' dtype), `n_head`, `activation`, `characters_of` (the training text
             of a character-level model), `raw`, `instructions` or `chat_template` (the kind of prompts), `bos_token`,
-            `eos_token`, `pad_token` (names of tokens) and `ignore_model_args`, as in `Source`; `model`
+            `eos_token`, `pad_token` (names of tokens), `ignore_model_args` and `untie`, as in `Source`; `model`
             (`"FILE.py:NAME"`, your own code that makes the model of a checkpoint).
 
     Returns:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 LANGUAGE = "[a-z]{2,3}|code|multilingual"  # ISO 639, and two words of the Hub
-WRITING = ("output_dir", "overwrite", "push_to_hub", "no_verify", "gguf_type", "quantization", "like")
+WRITING = ("output_dir", "overwrite", "push_to_hub", "untie", "no_verify", "gguf_type", "quantization", "like")
 CARD = ("model_name", "license", "language", "datasets", "base_model", "tags", "example_prompt")
 REPO = named(HUB_NAME.pattern, "openai-community/gpt2")
 
@@ -72,6 +72,11 @@ def add_output(group: argparse._ArgumentGroup) -> None:
         metavar="SIZE",
         default="5GB",
         help="size of the largest file of weights (default: %(default)s)",
+    )
+    group.add_argument(
+        "--untie",
+        action="store_true",
+        help="keep head and embedding as two matrices though equal, for further training",
     )
     group.add_argument("--no_verify", action="store_true", help="do not compare the output with its source")
     group.add_argument(
@@ -200,6 +205,7 @@ def run(args: argparse.Namespace) -> None:
         ),
         on_tokenizer=tokenizers.append,
         report=say,
+        untie=args.untie,
         **source_options(args),
     )
     say("\nTry it:")

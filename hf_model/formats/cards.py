@@ -92,6 +92,10 @@ The model sees only the last {{ block_size }} tokens of a text, and knows only w
 {{ missing }}
 """
 
+COMPARED = "The conversion compares its result with the {name}, not with the model inside its trainer."
+COMPARED_WITH_IT = "The converted files were then compared with this model."
+NOT_COMPARED = "The converted files were not compared with their source."
+
 # How transformers answers the card's example prompt: part of the `use` of two formats.
 GENERATE = """\
 {% if takes_instructions -%}
@@ -209,14 +213,23 @@ def _learnt(inspection: Inspection) -> list[str]:
 def _evidence(loaded: Loaded, inspection: Inspection | None, source: Source) -> str:
     """How far the conversion was checked; the strongest check that there is."""
     if loaded.evidence:
-        only = f"The model's logits, compared with those of its own trainer's code: {loaded.evidence}."
+        only = (
+            f"The model's logits, compared with those of its own trainer's code: {loaded.evidence}. {COMPARED_WITH_IT}"
+        )
     else:
-        name = "source folder" if source.is_folder else "checkpoint file"
-        only = f"The conversion compares its result with the {name}, not with the model inside its trainer."
+        only = COMPARED.format(name="source folder" if source.is_folder else "checkpoint file")
     if inspection is None or inspection.measurement is None:
         return only
     name = code(Path(inspection.measurement.path).name)
     return f"{only} The loss on {name}, measured with the converted weights, is {inspection.measurement.loss:.3f}."
+
+
+def state_not_compared(folder: Path) -> None:
+    """Say in a card that the files were not compared, where it says that they were."""
+    path = folder / "README.md"
+    said = [re.escape(COMPARED).replace(r"\{name\}", ".*?"), re.escape(COMPARED_WITH_IT)]
+    text = path.read_text(encoding="utf-8")
+    path.write_text(re.sub("|".join(said), NOT_COMPARED, text), encoding="utf-8")
 
 
 def title_of(folder: Path, source: Path) -> str:

@@ -73,10 +73,11 @@ class Difference:
     n_positions: int
 
     def __str__(self) -> str:
-        numbers = f"{self.what} of {self.n_positions} positions"
+        numbers, others = f"{self.what} of {self.n_positions} positions", "those of the model for transformers"
         if self.largest == 0:
-            return f"{numbers} are equal"
-        return f"{numbers} differ by at most {self.largest:.1e} (their standard deviation is {self.spread:.2g})"
+            return f"{numbers} are equal to {others}"
+        off = f"{self.largest:.1e} (their standard deviation is {self.spread:.2g})"
+        return f"{numbers} differ by at most {off} from {others}"
 
     @property
     def rounding(self) -> float:

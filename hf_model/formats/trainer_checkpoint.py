@@ -91,7 +91,9 @@ def check_supported(model: CustomGPTForCausalLM, like: str) -> list[str]:
     if config.layer_norm_epsilon != 1e-5:
         raise UserError(f"its LayerNorms have an epsilon of {config.layer_norm_epsilon}; the trainer's have 1e-5")
     if like == "nanogpt" and not config.tie_word_embeddings:
-        raise UserError("its head is not tied to its embedding, and nanoGPT's always is: use --like original")
+        is_equal = torch.equal(model.lm_head.weight, model.transformer.wte.weight)
+        advice = "convert without --untie" if is_equal else "use --like original"
+        raise UserError(f"its head is not tied to its embedding, and nanoGPT's always is: {advice}")
     if like == "original" and config.tie_word_embeddings:
         notes.append("`model_args` has no word for a tied head: tie it in the trainer's model, or it becomes untied.")
     if config.activation_function in TANH_GELU:
@@ -151,6 +153,9 @@ def verify(folder: Path, source: Source, options: Options) -> str:
     model = source.load(needs_tokenizer=False).model
     written, expected = read_checkpoint(folder / FILE), model.state_dict()
     sizes = asdict(written.architecture())
+    # A reader takes equal matrices for a tied pair; here it counts whether the file has one or two.
+    head, embedding = written.state_dict["lm_head.weight"], written.state_dict["transformer.wte.weight"]
+    sizes["tie_word_embeddings"] = head.data_ptr() == embedding.data_ptr()
     for name, value in sizes.items():
         if value != getattr(model.config, name):
             raise UserError(f"{FILE}: says {name}={value}, its source {getattr(model.config, name)}")

@@ -17,7 +17,7 @@ from hf_model.conversion import convert
 from hf_model.formats.cards import About, place_of, title_of
 from hf_model_cli.convert import parse_arguments
 from tests import relatives
-from tests.tiny import CHECKPOINT, TOKENIZER, gpt, save_files
+from tests.tiny import CHECKPOINT, TOKENIZER, gpt, save_files, save_tokenizer
 
 
 @pytest.fixture
@@ -265,6 +265,24 @@ class TestClaims:
     def test_of_a_folder_too(self, capitals: Path, tmp_path: Path) -> None:
         card = card_of(convert(capitals, None, tmp_path / "out", format="gpt2"))
         assert "with the source folder, not with" in section(card, "Evaluation")
+
+    @pytest.mark.parametrize("module", [False, True], ids=["a file", "a model in memory"])
+    def test_files_that_were_not_compared_are_said_to_be_that(self, module: bool, tmp_path: Path) -> None:
+        source = gpt() if module else save_files(tmp_path, gpt())[0]
+        tokenizer = save_tokenizer(tmp_path / "tokenizer.json")
+        options = {"verify": False} if module else {"verify": False, "dtype": "float16"}
+        card = section(card_of(convert(source, tokenizer, tmp_path / "hf", **options)), "Evaluation")
+        assert "were not compared with their source" in card
+        assert "compares its result" not in card and "were then compared" not in card
+        assert ("those of its own trainer's code: " in card) == module
+
+    def test_the_user_s_own_logits_are_said_to_be_older_than_a_rounding(self, tmp_path: Path) -> None:
+        lines: list[str] = []
+        tokenizer = save_tokenizer(tmp_path / "tokenizer.json")
+        folder = convert(gpt(), tokenizer, tmp_path / "hf", dtype="bfloat16", report=lines.append)
+        words = "before its weights were rounded from float32 to bfloat16"
+        assert any(line.startswith("verified      your model's own logits") and words in line for line in lines)
+        assert words in section(card_of(folder), "Evaluation")
 
     def test_the_loss_on_data_is_added(self, tmp_path: Path) -> None:
         data = tmp_path / "data.jsonl"
