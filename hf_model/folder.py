@@ -145,7 +145,12 @@ def read_config(folder: Path) -> CustomGPTConfig:
     model_type = fields.get("model_type")
     if model_type != CustomGPTConfig.model_type:
         if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
-            raise UserError(f"{folder}: holds a model of type {model_type!r}, not {CustomGPTConfig.model_type!r}")
+            found = next((name for name in (WEIGHTS, INDEX, "pytorch_model.bin") if (folder / name).is_file()), None)
+            advice = f": give --checkpoint_path {folder / found} --tokenizer_path {folder}" if found else ""
+            advice = advice if model_type == "gpt2" else ""
+            raise UserError(
+                f"{folder}: holds a model of type {model_type!r}, not {CustomGPTConfig.model_type!r}{advice}"
+            )
         code = ", with code of its own, which is not run" if fields.get("auto_map") else ""
         found = next((name for name in (WEIGHTS, INDEX, "pytorch_model.bin") if (folder / name).is_file()), None)
         advice = f"; if its weights are those of a trainer, give --checkpoint_path {folder / found}" if found else ""

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -82,6 +83,7 @@ MODULE_ACTIVATIONS = {
 LOGITS_CLOSE = {torch.float32: 1e-3, torch.float64: 1e-9}  # largest difference, in standard deviations of the logits
 # Those that a user may name for a checkpoint.
 GELUS = ("gelu", "gelu_new", "gelu_pytorch_tanh")
+ACTIVATION = re.compile(r"activation|(^|_)act(_|$)|nonlinearity")  # what trainers call the option
 ACTIVATIONS = ("auto", *GELUS, "relu", "silu", "quick_gelu", "relu2", "leaky_relu", "mish")
 # One thread at a time: while `from_pretrained` builds a model, it sets torch's default dtype for the whole process.
 FROM_PRETRAINED = threading.Lock()
@@ -286,6 +288,8 @@ class Source:
         if self.activation not in ACTIVATIONS:
             raise UserError(f"activation={self.activation!r} is none of {', '.join(ACTIVATIONS)}")
         checkpoint = read_checkpoint(self.path)
+        if self.activation != "auto":  # the user has answered it
+            checkpoint.unknown_args = {n: v for n, v in checkpoint.unknown_args.items() if not ACTIVATION.search(n)}
         if unknown := [name for name in checkpoint.unknown_args if name not in self.ignore_model_args]:
             told = ", ".join(f"{name}={_shown(checkpoint.unknown_args[name])}" for name in unknown)
             raise UserError(

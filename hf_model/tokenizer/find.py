@@ -26,7 +26,7 @@ from hf_model.tokenizer.files import (
     read_word_pieces,
     tokenizer_of,
 )
-from hf_model.tokenizer.gpt2_files import END_OF_TEXT, find_pair, other_half, read_pair, tiktoken_pair
+from hf_model.tokenizer.gpt2_files import END_OF_TEXT, find_pair, is_by_id, other_half, read_pair, tiktoken_pair
 from hf_model.tokenizer.prompt import BOS, CHAT_TEMPLATE, EOS, PAD, UNK, chat_template
 from hf_model.tokenizer.ranks import MINBPE, minbpe_json, tiktoken_json
 from hf_model.tokenizer.sentence_pieces import sentence_pieces_json
@@ -186,6 +186,8 @@ def _named(source: str | Path, model: ModelInfo, choices: Choices) -> FoundToken
     start = beginning(path)
     if pair := find_pair(path):
         return _of_pair(pair, f"{pair[0]} and {pair[1].name}", model, choices)
+    if other_half(path) and is_by_id(path):
+        raise UserError(f"{path}: maps ids to texts, as tokenizers written by hand do: save it with `tokenizers`")
     if other := other_half(path):
         raise UserError(f"{path}: is half of a vocabulary: its other file, {other}, is not beside it")
     if path.suffix in (".pkl", ".pickle") or start.startswith(b"\x80"):

@@ -53,6 +53,15 @@ def other_half(path: Path) -> str | None:
     return None
 
 
+def is_by_id(path: Path) -> bool:
+    """Whether a vocabulary maps ids to tokens, not tokens to ids."""
+    try:
+        content = parse_json(read_text(path, MAX_BYTES))
+    except ValueError:
+        return False
+    return isinstance(content, dict) and bool(content) and all(key.isdecimal() for key in content)
+
+
 def read_pair(vocabulary: Path, merges: Path, special_tokens: tuple[str, ...]) -> Tokenizer:
     """The tokenizer of two files.
 

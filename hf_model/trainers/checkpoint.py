@@ -179,6 +179,8 @@ def _read(path: Path, check_bytes: bool) -> Checkpoint:
         is_tied="transformer.wte.weight" in state_dict and is_tied(state_dict),
     )
     options: dict[str, Any] = {}
+    if weights_key is None and isinstance(told := stated.pop("activation_function", None), str):
+        trainer = Trainer(told, f"{place} says so", dropout=trainer.dropout)
     if module is not None:
         if activation := activation_of(module):
             trainer = Trainer(activation, "the saved module has it", dropout=trainer.dropout)

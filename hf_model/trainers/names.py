@@ -22,6 +22,7 @@ LLAMA = (
     "If this is Llama's shape (RMSNorm, rotary positions, a gated MLP), use a converter to LlamaForCausalLM, such as "
     "llama2.c's export.py or minimind's convert_model.py"
 )
+LITGPT = "This is litgpt's naming, whose models have rotary positions: use its own `litgpt convert_from_litgpt`"
 # This project's module for each role. A module stands for its weight and its bias.
 OURS = {
     "wte": "transformer.wte",
@@ -58,7 +59,7 @@ class Names:
     """Ends of names that are no weights."""
 
 
-FAMILY = Names("nanoGPT and its relatives", OURS)
+FAMILY = Names("nanoGPT and its relatives", OURS, left_out=("attn.masked_bias",))
 WITHOUT_HEAD = {role: name.removeprefix("transformer.") for role, name in OURS.items()}
 GPT2_HEADS = {768: 12, 1024: 16, 1280: 20, 1600: 25}
 BLOCKS, BOOK = "blocks.{i}.", "trf_blocks.{i}."
@@ -303,6 +304,8 @@ def _is_turned(placed: Placed, shapes: Mapping[str, tuple[int, ...]]) -> bool:
 
 def _unknown_names(names: list[str]) -> str:
     said = f"its {len(names)} tensors ({', '.join(names[:5])}, …) have the names of no trainer that is known here"
+    if any(".norm_1." in name for name in names) and any(name.startswith("transformer.h.") for name in names):
+        return f"{said}. {LITGPT}"
     if any(mark in name.lower() for name in names for mark in LLAMA_MARKS):
         return f"{said}. {LLAMA}"
     return f"{said}: give the code that makes your model, with --model train.py:GPT"

@@ -17,6 +17,7 @@ HEADS = ("n_head", "n_heads", "num_heads", "nhead", "num_attention_heads")
 OTHER_NAMES = {**dict.fromkeys(HEADS, "n_head"), "drop_rate": "dropout"}
 MODEL_KEYS = ("model_args",)  # hold options of the model only; as does a configuration object under the others
 MIXED_KEYS = ("config", "hyper_parameters", "cfg", "model_config", "hparams", "args")  # may hold the training's too
+NAMESPACES = ("Namespace", "SimpleNamespace", "AttributeDict")  # hold a command line, or Lightning's hyperparameters
 PROGRESS = ("iter_num", "step", "loss", "best_val_loss", "val_loss")
 # Options that change no forward pass in evaluation, by their names.
 HARMLESS_ARGS = re.compile(
@@ -55,7 +56,7 @@ def stated_options(content: Mapping[str, Any]) -> tuple[dict[Any, Any], bool, st
         fields = fields_of(content.get(key))
         if fields is None:
             continue
-        is_mixed = key in MIXED_KEYS and isinstance(content[key], dict)
+        is_mixed = key in MIXED_KEYS and (isinstance(content[key], dict) or kind_of(content[key]) in NAMESPACES)
         inner = (value for value in fields.values() if _has_sizes(fields_of(value)))
         if not _has_sizes(fields) and (found := next(inner, None)) is not None:
             return fields_of(found) or {}, isinstance(found, StandIn) or not is_mixed, key

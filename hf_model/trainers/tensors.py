@@ -17,6 +17,11 @@ from hf_model.trainers.pickle_reader import StandIn, StoredTensor, dict_of, kind
 from hf_model.trainers.pickled_module import is_module, state_dict_of
 
 WEIGHT_KEYS = ("model_state_dict", "model", "state_dict")
+PARTS = ("DTensor", "ShardedTensor")  # of FSDP
+OF_SEVERAL = (
+    "of which each process saved its own part: in the trainer, save what torch.distributed.checkpoint.state_dict."
+    "get_model_state_dict gives with StateDictOptions(full_state_dict=True, cpu_offload=True)"
+)
 PLAIN = (bool, int, float, str, bytes, type(None), list, dict)  # values beside the tensors of a bare state dict
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 NUMBER_DTYPES = (*WEIGHT_DTYPES, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
@@ -50,6 +55,8 @@ def find_weights(content: dict[Any, Any]) -> tuple[str | None, dict[Any, Any]]:
         ]
         if len(named) > 1:
             raise UserError(f"holds tensors under {', '.join(map(str, named[:5]))}: save one of them alone")
+        if any(kind_of(value) in PARTS for value in content.values()):
+            raise UserError(f"holds weights {OF_SEVERAL}")
         if not named:
             keys = [str(key) if isinstance(key, (str, int)) else f"a {kind_of(key)}" for key in list(content)[:10]]
             raise UserError(f"holds no weights under {', '.join(WEIGHT_KEYS)}; its keys are {', '.join(keys)}")
@@ -152,6 +159,8 @@ def _check(archive: Archive, name: str, value: Any) -> None:
             f"{name!r} was saved as another kind of tensor ({kind_of(value)}): save a dense one from the CPU"
         )
     if not isinstance(value, StoredTensor):
+        if kind_of(value) in PARTS:
+            raise UserError(f"{name!r} is a {kind_of(value)}, {OF_SEVERAL}")
         raise UserError(f"{name!r} in its state dict is a {kind_of(value)}, not a tensor")
     if (dtype := dtype_of(value)) not in WEIGHT_DTYPES:
         told = dtype or value.dtype or value.storage.dtype
