@@ -367,7 +367,7 @@ class Source:
         if self.n_head is None and (told := checkpoint.told_heads()):
             yield "heads", f"{told[0]} ({told[1]})"
         if checkpoint.no_biases:
-            yield "biases", f"zeros for {', '.join(checkpoint.no_biases)}, which the file does not have"
+            yield "biases", f"zeros for {', '.join(checkpoint.no_biases)}: the file has none in any layer"
         for name, value in checkpoint.unknown_args.items():
             ignored = f"{name}={_shown(value)} in {checkpoint.stated_in} was ignored"
             yield "warning", f"{ignored}: the model may not compute what its trainer computes"
@@ -671,6 +671,8 @@ def describe_source(source: Source, checkpoint: Checkpoint | None) -> str:
     if checkpoint is None:
         return f"{source.path} (a folder)"
     place = f"weights under {checkpoint.weights_key!r}" if checkpoint.weights_key else "a bare state dict"
+    if checkpoint.module_class:
+        place = f"a whole {checkpoint.module_class}"
     progress = "".join(f", {name} {number:.6g}" for name, number in checkpoint.progress.items())
     return f"{checkpoint.path} ({place}{progress})"
 

@@ -51,15 +51,12 @@ from hf_model.trainers.module_roles import (
     norms_in,
     same_attention,
 )
+from hf_model.trainers.names import LLAMA
 
 LENGTHS = (23, 13, 7, 5, 3, 2)  # primes, so that a length is taken for no other size; the longest that runs is taken
 APART = 10.0  # how many times further off the second-best form must be
 ROUNDING = 3e-7  # relative error (root mean square) of a float32 norm
 EPSILONS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-3, 0.0)
-LLAMA = (
-    "If this is Llama's shape (RMSNorm, rotary positions, a gated MLP), use a converter to LlamaForCausalLM, such as "
-    "llama2.c's export.py or minimind's convert_model.py"
-)
 EPSILONS_DIFFER = "its norms have different epsilons, and a model of this family has one for all"
 LENGTH_NAMES = re.compile(
     r"(block|context|ctx|max|seq|pos).*(size|len|length|ctx|positions?|embeddings)|n_ctx|n_positions"
