@@ -6,7 +6,9 @@ FUZZ_INPUTS sets how many; FUZZ_SEED which. A failure leaves its input under the
 import argparse
 import json
 import os
+import pickle
 import random
+import struct
 import time
 import zipfile
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from hf_model.errors import UserError
 from hf_model.tokenizer import read_tokenizer
 from hf_model.trainers import read_checkpoint
 from tests.reliability.files import bounded, rezip, save, weights
-from tests.tiny import save_tokenizer
+from tests.tiny import gpt, save_tokenizer
 
 INPUTS = int(os.environ.get("FUZZ_INPUTS", "1500"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
@@ -69,14 +71,7 @@ def legacy_head(path: Path, whole: bytes, chosen: random.Random) -> None:
     path.write_bytes(mutate(whole[:4000], chosen) + whole[4000:])
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "is_zip, edit",
-    [(True, zip_bytes), (True, zip_entry), (False, zip_bytes), (False, legacy_head)],
-    ids=["zip", "entries of a zip", "older format", "pickles of the older format"],
-)
-def test_a_mutated_checkpoint_is_read_or_refused(is_zip: bool, edit: Callable, tmp_path: Path) -> None:
-    chosen = random.Random(SEED)
+def write_dict(path: Path, is_zip: bool = True) -> None:
     content = {
         "model": weights(n_embd=8, n_layer=1),
         "model_args": argparse.Namespace(n_head=4, dropout=np.float64(0.1)),
@@ -84,7 +79,48 @@ def test_a_mutated_checkpoint_is_read_or_refused(is_zip: bool, edit: Callable, t
         "best_val_loss": torch.tensor(1.5),
         "iter_num": 7,
     }
-    whole = save(tmp_path / "ckpt.pt", content, _use_new_zipfile_serialization=is_zip).read_bytes()
+    save(path, content, _use_new_zipfile_serialization=is_zip)
+
+
+def write_older(path: Path) -> None:
+    write_dict(path, is_zip=False)
+
+
+def write_module(path: Path) -> None:
+    save(path, gpt(n_embd=8, n_layer=1, vocab_size=9))
+
+
+def pickle_module(path: Path) -> None:
+    path.write_bytes(pickle.dumps(gpt(n_embd=8, n_layer=1, vocab_size=9)))
+
+
+def write_llm_c(path: Path) -> None:
+    header = struct.pack("<8i", 20240326, 3, 4, 9, 1, 2, 8, 9).ljust(1024, b"\0")
+    n_values = 9 * 8 + 4 * 8 + (12 * 8 * 8 + 13 * 8) + 2 * 8
+    path.write_bytes(header + bytes(4 * n_values))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "write, edit",
+    [
+        (write_dict, zip_bytes),
+        (write_dict, zip_entry),
+        (write_older, zip_bytes),
+        (write_older, legacy_head),
+        (write_module, zip_entry),
+        (pickle_module, zip_bytes),
+        (write_llm_c, zip_bytes),
+    ],
+    ids=[
+        *("zip", "entries of a zip", "older format", "pickles of the older format", "entries of a whole module"),
+        *("a plain pickle of a module", "llm.c"),
+    ],
+)
+def test_a_mutated_checkpoint_is_read_or_refused(write: Callable, edit: Callable, tmp_path: Path) -> None:
+    chosen = random.Random(SEED)
+    write(tmp_path / "ckpt.pt")
+    whole = (tmp_path / "ckpt.pt").read_bytes()
     path = tmp_path / "ckpt.pt"
 
     def read() -> None:
@@ -93,7 +129,7 @@ def test_a_mutated_checkpoint_is_read_or_refused(is_zip: bool, edit: Callable, t
         for weight in checkpoint.state_dict.values():
             weight.sum()
 
-    assert_only_user_errors(lambda: edit(path, whole, chosen), read, path, INPUTS // 4)
+    assert_only_user_errors(lambda: edit(path, whole, chosen), read, path, INPUTS // 8)
 
 
 def test_a_mutated_tokenizer_is_read_or_refused(tmp_path: Path) -> None:

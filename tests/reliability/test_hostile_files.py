@@ -116,6 +116,28 @@ def test_a_plain_pickle_is_never_run(protocol: int, tmp_path: Path, marker: Path
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_storage_inside_a_plain_pickle_is_never_run(depth: int, tmp_path: Path, marker: Path) -> None:
+    """`torch.storage._load_from_bytes` loads a file from bytes; so such bytes are a file that may call a function."""
+    inner = save(tmp_path / "inner.pt", EXPLOITS["os.system"](str(marker)), _use_new_zipfile_serialization=False)
+
+    class Loads:
+        def __init__(self, raw: bytes):
+            self.raw = raw
+
+        def __reduce__(self) -> tuple:
+            return torch.storage._load_from_bytes, (self.raw,)
+
+    raw = inner.read_bytes()
+    for _ in range(depth - 1):
+        raw = save(tmp_path / "outer.pt", Loads(raw), _use_new_zipfile_serialization=False).read_bytes()
+    path = tmp_path / "ckpt.pkl"
+    path.write_bytes(pickle.dumps({"model": Loads(raw)}))
+    with pytest.raises(UserError, match="nothing was run"):
+        read_checkpoint(path)
+    assert not marker.exists()
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
