@@ -146,7 +146,7 @@ def _nothing(folder: Path) -> UserError:
 
 def _names(paths: Iterable[Path]) -> str:
     """The names of files or folders, the newest first."""
-    newest = sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
+    newest = sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
     return some_of([_quoted(path) for path in newest], MOST_NAMED)
 
 

@@ -124,8 +124,10 @@ class TestTrainer:
 
     def test_of_several_checkpoints_one_must_be_given(self, tmp_path: Path) -> None:
         for step in (500, 1000):
-            (tmp_path / f"checkpoint-{step}").mkdir()
-            torch.save(gpt().state_dict(), tmp_path / f"checkpoint-{step}" / "pytorch_model.bin")
+            folder = tmp_path / f"checkpoint-{step}"
+            folder.mkdir()
+            torch.save(gpt().state_dict(), folder / "pytorch_model.bin")
+            os.utime(folder, (step, step))
         with pytest.raises(UserError, match=r"checkpoint-1000, .*checkpoint-500: give one of them"):
             load(tmp_path)
 
