@@ -55,7 +55,7 @@ from hf_model.trainers.names import LLAMA
 
 LENGTHS = (23, 13, 7, 5, 3, 2)  # primes, so that a length is taken for no other size; the longest that runs is taken
 APART = 10.0  # how many times further off the second-best form must be
-ROUNDING = 3e-7  # relative error (root mean square) of a float32 norm
+ROUNDING = CLOSE / 10  # of a norm in the first layer; an epsilon of 1e-6 in place of 1e-5 makes more
 EPSILONS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-3, 0.0)
 EPSILONS_DIFFER = "its norms have different epsilons, and a model of this family has one for all"
 LENGTH_NAMES = re.compile(
@@ -153,8 +153,9 @@ class _Reader:
             self._find_input()
             self._find_positions()
             layers, layer = self._find_layers()
-            final, head = self._head(layers, layer)
-            self._check_all(layers, layer, final, head)
+            last, allowed = self._last(layers, layer)
+            final, head = self._head(layers, layer, last)
+            self._check_logits(layers, layer, final, head, allowed)
         del self.moved, self.pool, self.recorder
         with self._own_weights():
             positions = self._position_table()
@@ -171,13 +172,23 @@ class _Reader:
                 first = first or error
         raise first or NoReadingError("no list of like layers was found in it")
 
-    def _check_all(self, layers: Sequence[Mapping[str, str]], layer: Layer, final: Norm | None, head: Linear) -> None:
-        """Compute every layer in the form of the first one, and the logits."""
+    def _last(self, layers: Sequence[Mapping[str, str]], layer: Layer) -> tuple[Tensor, float]:
+        """The last layer's recorded result, and the error that rounding may have made in it.
+
+        Every layer is computed in the form of the first one, and must have been recorded.
+        """
         allowed = CLOSE
         for i, x in enumerate(self._outputs(self.x, layers, layer)):
             allowed += CLOSE  # rounding adds up
             if not (error := self.pool.error(x)) < allowed:
                 raise NoReadingError(f"layer {i + 1} of {len(layers)} is not like the first: it is {error:.2g} off")
+        return self.pool.nearest(x), allowed
+
+    def _check_logits(
+        self, layers: Sequence[Mapping[str, str]], layer: Layer, final: Norm | None, head: Linear, allowed: float
+    ) -> None:
+        """Compute the logits from the embeddings on; for tokens that may be padding, a difference is only noted."""
+        *_, x = self._outputs(self.x, layers, layer)
         if not (error := error_between(self._ending(x, final, head), self.logits)) < allowed:
             raise NoReadingError(f"its layers fit, but its logits are {error:.2g} off")
         x = self.scale * self.moved[self.embedding_name][self.padded_ids] + self.positions
@@ -580,8 +591,8 @@ class _Reader:
 
     # The head.
 
-    def _head(self, layers: Sequence[Mapping[str, str]], layer: Layer) -> tuple[Norm | None, Linear]:
-        """The final norm and the head: the norm whose result, times a matrix of V rows, is the logits."""
+    def _head(self, layers: Sequence[Mapping[str, str]], layer: Layer, last: Tensor) -> tuple[Norm | None, Linear]:
+        """The final norm and the head: the norm of `last` whose result, times a matrix of V rows, is the logits."""
         inside = {names[template] for names in layers for template in layer.names()}
         outside = {name: p for name, p in self.moved.items() if name not in inside}
         V = self.logits.shape[2]
@@ -601,28 +612,25 @@ class _Reader:
                 error = error_between(y, self.logits)
                 nearest = min(nearest, error)
                 if error < CLOSE:
-                    return self._final_norm(form, outside, layer), head
+                    return self._final_norm(last, form, outside), head
         raise NoReadingError(
             f"the head: no matrix of {V} rows gives the logits from a recorded tensor (the nearest is {nearest:.2g} "
             "off); a soft cap, or a scale?"
         )
 
-    def _final_norm(self, entry: Tensor, outside: Mapping[str, Tensor], layer: Layer) -> Norm | None:
-        norms = list(norms_in(outside, self.width))
-        if not layer.norm_first:  # a layer ends in a norm of its own
-            norms.remove(Norm(None))
-        for form in reversed(self.pool.forms[self.width]):
-            if error_between(form, entry) < CLOSE:
-                continue
-            found = []
-            for norm in norms:
-                for epsilon in self._epsilons():
-                    y = normalized(form, norm, outside, epsilon)
-                    if (error := error_between(y, entry)) < CLOSE:
-                        found.append((error, norm, epsilon, y))
-            if settled := self._settled(found):
-                return settled[0]
-        return None
+    def _final_norm(self, last: Tensor, entry: Tensor, outside: Mapping[str, Tensor]) -> Norm | None:
+        """The norm between the last layer's result and what the head reads; None if the two are the same."""
+        if error_between(last, entry) < CLOSE:
+            return None
+        found = []
+        for norm in norms_in(outside, self.width):
+            for epsilon in self._epsilons():
+                y = normalized(last, norm, outside, epsilon)
+                if (error := error_between(y, entry)) < CLOSE:
+                    found.append((error, norm, epsilon, y))
+        if (settled := self._settled(found)) is None:
+            raise NoReadingError("its layers fit, but what the head reads is no norm of the last layer's result")
+        return settled[0]
 
     # Everything under this project's names.
 

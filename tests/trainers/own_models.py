@@ -210,6 +210,14 @@ class ScaleShift(nn.Module):
         return self.scale * (x - mean) / torch.sqrt(variance + self.eps) + self.shift
 
 
+class ScaledLater(ScaleShift):
+    """Another order of the same steps, in which the values are normalized before they are scaled."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        normalized = (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + self.eps)
+        return self.scale * normalized + self.shift
+
+
 class RootMeanSquare(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -685,6 +693,7 @@ HONEST: Mapping[str, Callable[[], nn.Module]] = {
     "tanh": partial(Own, mlp=partial(MLP, nn.Tanh)),
     "another epsilon": partial(Own, norm=partial(layer_norm, 1e-3)),
     "another epsilon, written out": partial(Own, norm=partial(ScaleShift, 1e-6)),
+    "norms that scale later": partial(Own, norm=ScaledLater),
     "norms without gain": partial(Own, norm=partial(layer_norm, affine=False)),
     "one layer": partial(Own, layers=1),
     "one layer in no list": partial(Own, layers=1, container="single"),
@@ -953,7 +962,7 @@ REFUSED: Mapping[str, tuple[Callable[[], nn.Module], str]] = {
     "a token in front": (ExtraToken, "embedding"),
     "log-probabilities": (Probabilities, "the head"),
     "rows that mix": (RowsMix, "rows that mix"),
-    "layers that run twice": (LayersTwice, "logits"),
+    "layers that run twice": (LayersTwice, "layers fit"),
     "positions from the end": (FromTheEnd, "1 tokens"),
     "positions that start again": (PositionsAgain, "40 tokens"),
     "another epsilon at the end": (partial(OtherFinalEpsilon, layer_norm, 1e-6), "different epsilons"),
