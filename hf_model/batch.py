@@ -3,90 +3,24 @@
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from hf_model.errors import UserError, memory_for
 from hf_model.generation import Sampling, continue_prompts, encode_prompt
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
+from hf_model.processes import Processes
 from hf_model.records import Record, check_records, is_complete, open_journal
 from hf_model.tokenizer import chat_template, takes_instructions
 
-T = TypeVar("T")
 UNUSED_WHEN_GREEDY = ("top_k", "top_p", "min_p", "seed", "seed_like_original")
-
-
-class Processes:
-    """This process and the others that share a run, started by `accelerate launch` or `torchrun`."""
-
-    def __init__(self, state: PartialState | None = None):
-        self.state = state
-        """None: this process is alone."""
-        self.count: int = state.num_processes if state else 1
-        self.is_main: bool = state is None or state.is_main_process
-        """Whether this process reads and writes the files, and talks to the user."""
-
-    def share(self, items: list[T]) -> list[T]:
-        """This process's part of a list that all processes have. A part may be empty."""
-        # Not accelerate's `split_between_processes`: version 1.3 repeats the last item for a process without any.
-        return items if self.state is None else items[self.state.process_index :: self.count]
-
-    def gather(self, items: list[T]) -> list[T]:
-        """The items of all processes, in every process.
-
-        Raises:
-            UserError: another process has ended.
-        """
-        with _another_has_ended():
-            return items if self.state is None else gather_object(items)
-
-    def from_main(self, value: T) -> T:
-        """The main process's value, in every process.
-
-        Raises:
-            UserError: another process has ended.
-        """
-        with _another_has_ended():
-            return value if self.state is None else broadcast_object_list([value])[0]
-
-    def device(self, chosen: torch.device, is_certain: bool) -> torch.device:
-        """This process's own device of the chosen kind; `chosen` itself if `is_certain` (the user gave its number)."""
-        return chosen if self.state is None or is_certain or chosen.type == "cpu" else self.state.device
-
-    def close(self) -> None:
-        if self.state is not None:
-            self.state.destroy_process_group()
-
-
-def join(device: torch.device) -> Processes:
-    """Join the processes that were started with this one, to work on devices of this kind.
-
-    Raises:
-        UserError: accelerate cannot connect processes that work on such a device.
-    """
-    state = PartialState(cpu=device.type == "cpu")  # without `cpu`, processes on CPUs are not connected
-    if state.num_processes == 1:
-        raise UserError(f"several processes cannot share their work on {device.type}: start one, or give --device cpu")
-    return Processes(state)
-
-
-@contextmanager
-def _another_has_ended() -> Iterator[None]:
-    """Turn torch's error about another process that has ended into a UserError. That process has printed the reason."""
-    try:
-        with memory_for("for what the processes tell each other", "choose a smaller --batch_size"):
-            yield
-    except RuntimeError as error:
-        raise UserError(f"another process of this run has ended ({error})") from None
 
 
 def answer_file(

@@ -13,10 +13,11 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from hf_model import scoring
-from hf_model.batch import Processes, answer_file
+from hf_model.batch import answer_file
 from hf_model.errors import UserError
 from hf_model.generation import Generation, Sampling, encode_prompt, generate
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
+from hf_model.processes import Processes
 from hf_model.records import Record, check_records, journal_path
 from hf_model.scoring import ScoredToken
 from hf_model.tokenizer import Message, prompt_format, prompt_text, takes_instructions

@@ -10,6 +10,7 @@ from hf_model_cli.options import MOST_ANSWERS, SAMPLING, SEED, Parser, add_model
 from hf_model_cli.run import is_terminal, one_line, quick_imports, run_command, show
 
 MOST_CANDIDATES = 100
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 EPILOG = """\
 examples:
   %(prog)s --checkpoint_path capitals-hf --prompt "What is the capital of France?"
@@ -165,7 +166,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     elif args.prompts_file is not None:
         check_batch(parser, args)
     if args.prompts_file is None and is_one_of_several():
-        parser.error("several processes share the records of a --prompts_file; start one process for anything else")
+        parser.error(
+            "several processes share the records of a --prompts_file; start one process for anything else "
+            f"(WORLD_SIZE={os.environ['WORLD_SIZE']} says that there are several: unset it if there are not)"
+        )
     check_model(parser, args)
     if args.score is None and args.prompts_file is None:
         check_prompt(parser, args)
@@ -255,8 +259,11 @@ def read_prompts(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def is_one_of_several() -> bool:
-    """Whether `accelerate launch` or `torchrun` started this process beside others."""
-    return "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    """Whether `accelerate launch` or `torchrun` started this process beside others.
+
+    An earlier job can leave some of the variables behind. A launcher sets all of them.
+    """
+    return all(os.environ.get(name) for name in LAUNCHED) and os.environ["WORLD_SIZE"] != "1"
 
 
 def run(args: argparse.Namespace) -> None:
@@ -264,9 +271,9 @@ def run(args: argparse.Namespace) -> None:
         import torch
         from transformers.utils import logging
 
-        from hf_model.batch import Processes, join
         from hf_model.errors import UserError
         from hf_model.loading import describe_architecture, describe_parameters, load, pick_device
+        from hf_model.processes import Processes, join
         from hf_model.records import is_complete, read_records
         from hf_model_cli.answers import Answers
         from hf_model_cli.chat import converse
@@ -277,7 +284,7 @@ def run(args: argparse.Namespace) -> None:
     # Read before the model is loaded, which may take long. Whether the records are raw is known only after that.
     records = None if args.prompts_file is None else read_records(args.prompts_file, raw=True if args.raw else None)
     device = pick_device(args.device)
-    processes = join(device) if is_one_of_several() else Processes()
+    processes = join(device, lambda line: show(line, file=sys.stderr)) if is_one_of_several() else Processes()
     device = processes.device(device, is_certain=":" in (args.device or ""))
 
     def note(line: str = "") -> None:

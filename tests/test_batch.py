@@ -18,10 +18,11 @@ import torch
 
 from generate import main
 from hf_model import batch, loading
-from hf_model.batch import Processes, answer_file
+from hf_model.batch import answer_file
 from hf_model.errors import UserError
 from hf_model.generation import Sampling, continue_prompts, encode, generate
 from hf_model.loading import load
+from hf_model.processes import Processes, join
 from hf_model.tokenizer import format_prompt
 from tests import relatives
 from tests.tiny import ROOT
@@ -35,6 +36,8 @@ RECORDS = [
     {"instruction": "On which continent is Peru?", "input": "", "id": 7},
     {"instruction": "Which country has the capital Tokyo?", "input": None, "tags": ["Asia", "漢字"]},
 ]
+# What a launcher sets, and an earlier job may leave behind in a shell.
+LEFT_BEHIND = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29599"}
 ANSWERS = ["Africa", "Paris", "Sarajevo", "South America", "Japan"]
 
 
@@ -360,7 +363,7 @@ class TestProcesses:
         def fail(items: list) -> None:
             raise RuntimeError(trouble)
 
-        monkeypatch.setattr("hf_model.batch.gather_object", fail)
+        monkeypatch.setattr("hf_model.processes.gather_object", fail)
         with pytest.raises(UserError, match=said):
             Processes(SimpleNamespace(num_processes=2, is_main_process=True)).gather([1])  # type: ignore[arg-type]
 
@@ -393,12 +396,44 @@ class TestProcesses:
         assert [record["response"] for record in written(out)] == ANSWERS * 60
         assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({}, r"WORLD_SIZE=2, .* the other processes did not come within .*: unset WORLD_SIZE"),
+            ({"RANK": "1", "LOCAL_RANK": "1"}, r"RANK=1, .* did not come within .*: unset WORLD_SIZE"),
+            ({"RANK": "0", "MASTER_ADDR": "gone.invalid"}, "MASTER_ADDR=gone.invalid .*: unset WORLD_SIZE"),
+            ({"RANK": "one"}, "is not a number .*: unset WORLD_SIZE"),
+            ({"RANK": "2"}, "RANK=2, .* fit no process: unset WORLD_SIZE"),
+        ],
+    )
+    def test_variables_that_an_earlier_job_left_are_named(
+        self, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], said: str
+    ) -> None:
+        for name, value in (LEFT_BEHIND | changes).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("hf_model.processes.PATIENCE", 1.0)
+        monkeypatch.setattr("hf_model.processes.A_WHILE", 0.2)
+        lines: list[str] = []
+        with pytest.raises(UserError, match=said):
+            join(torch.device("cpu"), lines.append)
+        assert len(lines) == ("fit" not in said and "number" not in said)
+
+    def test_a_few_of_these_variables_start_a_run_of_one_process(
+        self, monkeypatch: pytest.MonkeyPatch, capitals: Path, tmp_path: Path
+    ) -> None:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        prompts, out = write_records(tmp_path / "in.jsonl", RECORDS), tmp_path / "out.jsonl"
+        monkeypatch.setattr(sys, "argv", program(capitals, prompts, out))
+        assert main() == 0
+        assert [record["response"] for record in written(out)] == ANSWERS
+
     @pytest.mark.parametrize("also", [("--prompt", "What is the capital of France?"), ("--interactive",)])
     def test_several_answer_nothing_but_a_file(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, also: tuple[str, ...]
     ) -> None:
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        monkeypatch.setenv("LOCAL_RANK", "0")
+        for name, value in LEFT_BEHIND.items():
+            monkeypatch.setenv(name, value)
         monkeypatch.setattr(sys, "argv", ["generate.py", *also])
         with pytest.raises(SystemExit, match="2"):
             main()
