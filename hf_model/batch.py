@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from hf_model.errors import UserError, memory_for
-from hf_model.generation import Sampling, continue_prompts, encode_prompt
+from hf_model.generation import Sampling, continue_prompts, encode_end
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.processes import Processes
 from hf_model.records import Record, check_records, is_complete, open_journal
@@ -35,6 +35,7 @@ def answer_file(
     processes: Processes | None = None,
     overwrite: bool = False,
     on_kept: Callable[[int], None] = lambda kept: None,
+    warn: Callable[[str], None] = lambda line: None,
 ) -> int:
     """Write each record with its `response` to a JSON Lines file, in the order of the records.
 
@@ -52,6 +53,7 @@ def answer_file(
             other options.
         on_kept: called in the main process with the number of records that have an answer in the journal: at the start
             and after each batch.
+        warn: called in the main process with a line about prompts that are longer than the context.
 
     Returns:
         The number of records answered by this call, without those that had an answer.
@@ -68,7 +70,14 @@ def answer_file(
     check_records(records, raw=not takes_instructions(tokenizer))
     if is_complete(output_file, records, overwrite):
         return 0
-    prompts = [_encoded(tokenizer, record, index, parse_special_tokens) for index, record in enumerate(records)]
+    context = model.config.block_size
+    prompts = [
+        _encoded(tokenizer, record, index, context, parse_special_tokens) for index, record in enumerate(records)
+    ]
+    n_longer = sum(prompt.shape[1] > context for prompt in prompts)
+    if n_longer and processes.is_main:
+        told = f"{n_longer:,} of {len(prompts):,} prompts"
+        warn(f"longer than the context: {told}; the model sees their last {context:,} tokens")
     with ExitStack() as stack:
         journal, responses, keys = None, {}, []
         if processes.is_main:
@@ -100,11 +109,12 @@ def answer_file(
 
 
 def _encoded(
-    tokenizer: PreTrainedTokenizerFast, record: Record, index: int, parse_special_tokens: bool
+    tokenizer: PreTrainedTokenizerFast, record: Record, index: int, block_size: int, parse_special_tokens: bool
 ) -> torch.Tensor:
     prompt = record["instruction" if takes_instructions(tokenizer) else "prompt"]
     try:
-        return encode_prompt(tokenizer, prompt, record.get("input") or "", parse_special_tokens)
+        input_text = record.get("input") or ""
+        return encode_end(tokenizer, prompt, input_text, parse_special_tokens, block_size=block_size)[0]
     except UserError as error:
         raise UserError(f"record {index + 1}: {error}") from None
 

@@ -53,6 +53,7 @@ def convert(
     about: About | None = None,
     on_tokenizer: Callable[[PreTrainedTokenizerFast], None] = lambda tokenizer: None,
     report: Callable[[str], None] = lambda line: None,
+    on_step: Callable[[str], None] = lambda step: None,
     **options: Unpack[ConvertOptions],
 ) -> Path:
     """Convert a trainer's checkpoint and tokenizer, or a converted folder, to the folder of a format.
@@ -70,6 +71,7 @@ def convert(
         about: what the checkpoint does not tell and the model card needs: licence, languages and so on.
         on_tokenizer: called with the model's tokenizer, if the format needs one.
         report: called with each line of the report.
+        on_step: called with the name of each step when it begins.
         options: those of `load`; `max_shard_size` (such as `"5GB"`); `gguf_type` (`"f32"`, `"f16"` or `"q8_0"`);
             `quantization` (a name that CTranslate2 knows); `like` (the trainer that reads what the format
             `"checkpoint"` writes: `"original"` or `"nanogpt"`).
@@ -91,12 +93,14 @@ def convert(
     if page is not None:
         check_page(page)
 
+    on_step("reading the model")
     # Only now: with `model`, this runs the user's code.
     source = Source.of(checkpoint_path, tokenizer_path, training_data=training_data, **how)
     loaded = source.load(needs_tokenizer=format != "checkpoint" or training_data is not None or page is not None)
     inspection = None
     if loaded.found is not None:
         on_tokenizer(loaded.tokenizer)
+        on_step("looking at what the model has learnt")
         inspection = examine(source, loaded, training_data)
     for line in _head(source, loaded) if inspection is None else inspection.head():
         report(line)
@@ -107,6 +111,7 @@ def convert(
     card = card_facts(loaded, inspection, source, folder, about or About())
     rounded = describe_rounding(loaded.dtype, loaded.model.dtype)
     choices = replace(choices, card=replace(card, rounded=rounded))
+    on_step(f"writing {folder}")
     hashes = Hashes()
     with whole_folder(folder, overwrite, say=report, hashes=hashes) as new:
         for line in target.write(loaded, new, choices):
@@ -121,6 +126,8 @@ def convert(
             of = "" if format == "transformers" else f" (as it was read, before it became {format})"
             lines.append(f"verified      your model's own logits: {evidence}{of}")
         hashes.begin(new)  # while the folder is read back
+        if verify:
+            on_step("comparing what was written with its source")
         compared = _verify(target, new, source, choices, folder) if verify else ""
         lines += [compared] if compared else []
         if not compared.startswith("verified"):

@@ -35,6 +35,10 @@ from hf_model.tokenizer import (
 )
 from hf_model.tokenizer.prompt import beginning_apart, parts
 
+# A text that is longer than both is encoded from its end only: 30 MB of text take a minute and 6 GB of memory.
+LONG_TEXT = 2**18  # characters
+LONG_TOKENS = 64  # characters for each token of the context
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -164,6 +168,44 @@ def encode_example(tokenizer: PreTrainedTokenizerFast, text: str) -> torch.Tenso
         UserError: as `encode`.
     """
     return _encode_parts(tokenizer, beginning_apart(tokenizer, text))
+
+
+def encode_end(
+    tokenizer: PreTrainedTokenizerFast,
+    prompt: str,
+    input_text: str = "",
+    parse_special_tokens: bool = False,
+    *,
+    block_size: int,
+    turns: Sequence[Message] = (),
+) -> tuple[torch.Tensor, bool]:
+    """The token ids of a prompt as `encode_prompt` gives them, and whether they are those of the whole text.
+
+    A model with the context `block_size` sees the last tokens only. Of a very long text, only the end is encoded; it is
+    long enough to give the same last tokens.
+
+    Raises:
+        UserError: as `encode_prompt`.
+    """
+    pieces = [(prompt, True)]
+    if takes_instructions(tokenizer):
+        pieces = list(parts(tokenizer, [*turns, user_message(prompt, input_text)], parse_special_tokens))
+    length = max(LONG_TEXT, LONG_TOKENS * block_size)
+    while length < sum(len(text) for text, _ in pieces):
+        input_ids = _encode_parts(tokenizer, _last_characters(pieces, length))
+        if input_ids.shape[1] > 2 * block_size:  # the cut can change the tokens near it, but not half of them
+            return input_ids, False
+        length *= 4
+    return encode_prompt(tokenizer, prompt, input_text, parse_special_tokens, turns=turns), True
+
+
+def _last_characters(pieces: Sequence[tuple[str, bool]], length: int) -> list[tuple[str, bool]]:
+    kept: list[tuple[str, bool]] = []
+    for text, parses in reversed(pieces):
+        if length > 0:
+            kept.insert(0, (text[-length:], parses))
+            length -= len(text)
+    return kept
 
 
 def _encode_parts(tokenizer: PreTrainedTokenizerFast, parts: Iterable[tuple[str, bool]]) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from hf_model.errors import UserError, memory_for
-from hf_model.generation import encode, encode_prompt
+from hf_model.generation import encode, encode_end
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.tokenizer import prompt_format, prompt_text, takes_instructions
 
@@ -95,7 +95,8 @@ def score_text(
     else:
         if input_text and not takes_instructions(tokenizer):
             raise UserError("argument --input_text: this model's prompts are raw text, which has no place for it")
-        ids = encode_prompt(tokenizer, prompt, input_text, parse_special_tokens)[0].tolist()
+        context = model.config.block_size
+        ids = encode_end(tokenizer, prompt, input_text, parse_special_tokens, block_size=context)[0][0].tolist()
         start = len(ids)
         ids += _plain(tokenizer, prompt_format(tokenizer).before_answer + text, parse_special_tokens)
     start = max(start, 1)  # nothing predicts the first token

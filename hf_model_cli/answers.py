@@ -14,17 +14,18 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_model import scoring
 from hf_model.batch import answer_file
-from hf_model.errors import UserError
-from hf_model.generation import Generation, Sampling, encode_prompt, generate
+from hf_model.errors import UserError, one_line
+from hf_model.generation import LONG_TEXT, Generation, Sampling, encode_end, generate
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.processes import Processes
 from hf_model.records import Record, check_records, journal_path
 from hf_model.scoring import ScoredToken
 from hf_model.tokenizer import Message, prompt_format, prompt_text, takes_instructions
 from hf_model_cli.options import SAMPLING
-from hf_model_cli.run import show
+from hf_model_cli.run import is_terminal, show
 
 MANY_REPEATS = 16  # of one token, at the end of an answer
+A_MINUTE = 60.0  # seconds between two lines about a batch run
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Question:
     """The text that is encoded: an instruction in its format, or raw text as it is."""
     input_ids: torch.Tensor
     """(1, T)"""
+    is_whole: bool
+    """Whether these are the tokens of the whole text, not only of the end of a very long one."""
 
 
 class Answers:
@@ -69,21 +72,25 @@ class Answers:
         if self.takes_instructions and not prompt.strip():
             raise UserError("must not be empty")
         content = prompt_text(self.tokenizer, prompt, input_text, turns)
-        parses = self.args.parse_special_tokens
-        input_ids = encode_prompt(self.tokenizer, prompt, input_text, parses, turns=turns)
-        question = Question(prompt, input_text, content, input_ids)
+        input_ids, is_whole = self._encoded(prompt, input_text, turns)
+        question = Question(prompt, input_text, content, input_ids, is_whole)
         if (n_tokens := input_ids.shape[1]) > (n_seen := self._seen(question)):
-            self.warn(f"the prompt is {n_tokens:,} tokens long; the model sees the last {n_seen:,} of them")
+            length = f"{n_tokens:,} tokens" if is_whole else f"{len(content):,} characters"
+            unit = "of them" if is_whole else "tokens of it"
+            self.warn(f"the prompt is {length} long; the model sees the last {n_seen:,} {unit}")
         return question
 
     def length(self, prompt: str, input_text: str, turns: Sequence[Message]) -> int:
-        """The number of tokens of a prompt and the messages before it.
+        """The number of tokens of a prompt and the messages before it; of a very long text, of its end.
 
         Raises:
             UserError: as `question`.
         """
-        parses = self.args.parse_special_tokens
-        return encode_prompt(self.tokenizer, prompt, input_text, parses, turns=turns).shape[1]
+        return self._encoded(prompt, input_text, turns)[0].shape[1]
+
+    def _encoded(self, prompt: str, input_text: str, turns: Sequence[Message]) -> tuple[torch.Tensor, bool]:
+        parses, context = self.args.parse_special_tokens, self.model.config.block_size
+        return encode_end(self.tokenizer, prompt, input_text, parses, block_size=context, turns=turns)
 
     def _seen(self, question: Question) -> int:
         """How many tokens of a prompt the model sees."""
@@ -168,7 +175,7 @@ class Answers:
             {
                 "prompt": question.prompt,
                 **({"input": question.input_text} if question.input_text else {}),
-                "prompt_tokens": question.input_ids.shape[1],
+                "prompt_tokens": question.input_ids.shape[1] if question.is_whole else None,
                 "prompt_tokens_seen": self._seen(question),
                 "text": text,
                 "response": response,
@@ -195,6 +202,8 @@ class Answers:
     def score(self, text: str) -> None:
         """Print how likely a text is, as the answer to the prompt if there is one."""
         args = self.args
+        if args.prompt is not None and self.length(args.prompt, args.input_text, ()) > self.model.config.block_size:
+            self.warn("the prompt is longer than the context: each token is scored by what fits before it")
         score = scoring.score_text(
             self.model,
             self.tokenizer,
@@ -219,11 +228,14 @@ class Answers:
         """Answer a file of records. If the run ends early, say how many answers are kept."""
         args = self.args
         check_records(records, not self.takes_instructions, args.prompts_file)
-        kept = 0
+        kept, said, has_bar = 0, time.monotonic(), is_terminal(sys.stderr)
 
         def keep(n_answers: int) -> None:
-            nonlocal kept
+            nonlocal kept, said
             kept = n_answers
+            if not (has_bar or args.quiet) and time.monotonic() - said >= A_MINUTE:
+                show(f"{kept} of {count(len(records), 'record')} answered", file=sys.stderr)
+                said = time.monotonic()
 
         start = time.perf_counter()
         try:
@@ -238,6 +250,7 @@ class Answers:
                 processes=processes,
                 overwrite=args.overwrite,
                 on_kept=keep,
+                warn=self.warn,
             )
         except BaseException:  # Ctrl-C and SIGTERM too
             if kept:
@@ -251,7 +264,9 @@ class Answers:
 
 
 def visible(content: str) -> str:
-    """A prompt as it is, or quoted if it begins or ends with spaces or newlines, which would be invisible."""
+    """A prompt as it is; quoted if it begins or ends with spaces or newlines; shortened if it is very long."""
+    if len(content) > LONG_TEXT:
+        return one_line(content)
     return content if content == content.strip() else repr(content)
 
 

@@ -20,7 +20,7 @@ from hf_model_cli.options import (
     source_options,
     words,
 )
-from hf_model_cli.run import OutputError, discard_output, is_terminal, quick_imports, run_command, show
+from hf_model_cli.run import OutputError, discard_output, is_terminal, named_steps, quick_imports, run_command, show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -114,7 +114,8 @@ def add_inspection(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--training_data",
         metavar="FILE",
-        help="data of the training, to measure the model by: JSON Lines with instruction, input and output; or text",
+        help="data of the training, to measure the model by: JSON Lines with instruction, input and output; text; or "
+        "nanoGPT's train.bin",
     )
     group.add_argument(
         "--report", metavar="FILE.html", type=Path, help="write a page that shows what the model has learnt"
@@ -180,34 +181,37 @@ def run(args: argparse.Namespace) -> None:
 
     repo = full_repo_name(args.push_to_hub) if args.push_to_hub else None  # before the work, since it may fail
     tokenizers: list[PreTrainedTokenizerFast] = []
-    folder = convert(
-        args.checkpoint_path,
-        args.tokenizer_path,
-        args.output_dir,
-        format=args.format,
-        max_shard_size=args.max_shard_size,
-        gguf_type=args.gguf_type or "f32",
-        quantization=args.quantization,
-        like=args.like or "original",
-        overwrite=args.overwrite,
-        verify=not args.no_verify,
-        training_data=args.training_data,
-        report_page=args.report,
-        about=About(
-            model_name=args.model_name,
-            license=args.license,
-            language=tuple(args.language),
-            datasets=tuple(args.datasets),
-            base_model=args.base_model,
-            tags=tuple(args.tags),
-            example_prompts=tuple(args.example_prompt),
-            repo=repo,
-        ),
-        on_tokenizer=tokenizers.append,
-        report=say,
-        untie=args.untie,
-        **source_options(args),
+    about = About(
+        model_name=args.model_name,
+        license=args.license,
+        language=tuple(args.language),
+        datasets=tuple(args.datasets),
+        base_model=args.base_model,
+        tags=tuple(args.tags),
+        example_prompts=tuple(args.example_prompt),
+        repo=repo,
     )
+    with named_steps() as on_step:
+        folder = convert(
+            args.checkpoint_path,
+            args.tokenizer_path,
+            args.output_dir,
+            format=args.format,
+            max_shard_size=args.max_shard_size,
+            gguf_type=args.gguf_type or "f32",
+            quantization=args.quantization,
+            like=args.like or "original",
+            overwrite=args.overwrite,
+            verify=not args.no_verify,
+            training_data=args.training_data,
+            report_page=args.report,
+            about=about,
+            on_tokenizer=tokenizers.append,
+            report=say,
+            on_step=on_step,
+            untie=args.untie,
+            **source_options(args),
+        )
     say("\nTry it:")
     for line in how_to_try(
         args.format,

@@ -219,7 +219,7 @@ class Parser(argparse.ArgumentParser):
 
             argcomplete.autocomplete(self)
         known, unknown = self.parse_known_args(args, namespace)
-        if len(unknown) == 1 and known.checkpoint_path == DEFAULT_CHECKPOINT and is_path(unknown[0]):
+        if len(unknown) == 1 and known.checkpoint_path == DEFAULT_CHECKPOINT and is_model(unknown[0]):
             known.checkpoint_path = unknown[0]
         elif unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._advice(unknown[0])}")
@@ -238,11 +238,10 @@ class Parser(argparse.ArgumentParser):
         return f" (did you mean --{likely[0]}?)" if likely else ""
 
 
-def is_path(word: str) -> bool:
-    """Whether a word without an option looks like a path."""
-    return not word.startswith("-") and (
-        word.endswith((".pt", os.sep)) or os.path.exists(word)  # noqa: PTH110 (a Path's raises for long names)
-    )
+def is_model(word: str) -> bool:
+    """Whether a word without an option looks like a path, or like the name of a model on the Hub."""
+    is_path = word.endswith((".pt", os.sep)) or os.path.exists(word)  # noqa: PTH110 (a Path's raises for long names)
+    return not word.startswith("-") and (is_path or ("/" in word and HUB_NAME.fullmatch(word) is not None))
 
 
 class Version(argparse.Action):

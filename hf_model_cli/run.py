@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +18,9 @@ from typing import Any, NoReturn, TextIO
 
 # Characters that move a terminal's cursor, change its state, or reverse the order of its text.
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+A_FEW_SECONDS = 5.0
+LOOK_AGAIN = 0.2  # seconds
 
 
 def run_command(run: Callable[[argparse.Namespace], None], parse: Callable[[], argparse.Namespace]) -> int:
@@ -99,6 +103,37 @@ def show(text: str, end: str = "\n", file: TextIO | None = None, dim: bool = Fal
         print(text, end=end, file=stream, flush=True)
     except OSError as error:
         raise OutputError from error
+
+
+@contextmanager
+def named_steps() -> Iterator[Callable[[str], None]]:
+    """Yield a function that takes the name of each step of long work.
+
+    After a few seconds of work, standard error gets a line for the present step and for each later one, and a line for
+    every minute that a step takes.
+    """
+    began = time.monotonic()
+    steps: list[tuple[str, float]] = []
+    is_done = threading.Event()
+
+    def watch() -> None:
+        said: tuple[str, int] | None = None  # a step and its minute
+        while not is_done.wait(LOOK_AGAIN):
+            if steps and time.monotonic() - began > A_FEW_SECONDS:
+                step, start = steps[-1]
+                minutes = int(time.monotonic() - start) // 60
+                if said != (step, minutes):
+                    said = (step, minutes)
+                    with suppress(OutputError):  # nobody reads it
+                        show(f"{step} …" + (f" ({minutes} min)" if minutes else ""), file=sys.stderr, dim=True)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield lambda step: steps.append((step, time.monotonic()))
+    finally:
+        is_done.set()
+        watcher.join()
 
 
 def is_terminal(stream: TextIO | None) -> bool:

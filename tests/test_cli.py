@@ -467,6 +467,46 @@ class TestGenerate:
         assert f"note: the prompt is {fields['prompt_tokens']} tokens long; the model sees the last 64" in result.err
         assert call(generate, *arguments, "--quiet").err == ""
 
+    def test_of_a_very_long_prompt_the_end_is_encoded_and_this_is_said(
+        self, call: Callable[..., Result], tmp_path: Path
+    ) -> None:
+        (tmp_path / "long.txt").write_text("France " * 100_000)
+        arguments = (*EXAMPLE, "--prompt", f"FILE:{tmp_path / 'long.txt'}", "--max_new_tokens", "1")
+        result = call(generate, *arguments, "--json")
+        fields = json.loads(result.out)
+        assert fields["prompt_tokens"] is None and fields["prompt_tokens_seen"] == 64
+        assert "characters long; the model sees the last 64 tokens of it" in result.err
+        assert "longer than the context" in call(generate, *arguments, "--score", " Paris").err
+
+    def test_records_longer_than_the_context_are_counted(self, call: Callable[..., Result], tmp_path: Path) -> None:
+        texts = ("France " * 100, "What is the capital of France?")
+        (tmp_path / "in.jsonl").write_text("".join(json.dumps({"instruction": text}) + "\n" for text in texts))
+        files = ("--prompts_file", f"{tmp_path}/in.jsonl", "--output_file", f"{tmp_path}/out.jsonl")
+        result = call(generate, *EXAMPLE, *files, "--max_new_tokens", "4")
+        assert "1 of 2 prompts; the model sees their last 64 tokens" in result.err
+
+    def test_a_batch_run_says_a_line_a_minute_where_there_is_no_terminal(
+        self, call: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "in.jsonl").write_text('{"instruction": "What is the capital of France?"}\n' * 3)
+        files = ("--prompts_file", f"{tmp_path}/in.jsonl", "--output_file")
+        options = ("--batch_size", "1", "--max_new_tokens", "2")
+        assert "records answered" not in call(generate, *EXAMPLE, *files, f"{tmp_path}/1.jsonl", *options).err
+        monkeypatch.setattr("hf_model_cli.answers.A_MINUTE", 0.0)
+        assert "2 of 3 records answered\n" in call(generate, *EXAMPLE, *files, f"{tmp_path}/2.jsonl", *options).err
+        assert call(generate, *EXAMPLE, *files, f"{tmp_path}/3.jsonl", *options, "--quiet").err == ""
+
+    def test_a_long_conversion_names_its_steps(
+        self, call: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert "writing" not in call(convert_checkpoint, *EXAMPLE, "--output_dir", f"{tmp_path}/1").err
+        monkeypatch.setattr("hf_model_cli.run.A_FEW_SECONDS", 0.0)
+        monkeypatch.setattr("hf_model_cli.run.LOOK_AGAIN", 0.001)
+        result = call(convert_checkpoint, *EXAMPLE, "--output_dir", f"{tmp_path}/2")
+        assert result.status == 0
+        assert f"writing {tmp_path / '2'} …\n" in result.err
+        assert "comparing what was written with its source …\n" in result.err
+
     def test_an_answer_that_repeats_one_token_has_a_hint(self, tmp_path: Path, call: Callable[..., Result]) -> None:
         model = gpt(vocab_size=1000)
         model.lm_head.weight.data.zero_()

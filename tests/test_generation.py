@@ -7,13 +7,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
 from examples.plain_gpt import save_checkpoint
 from hf_model.errors import UserError
-from hf_model.generation import Generation, ResponseStream, Sampling, TokenStream, encode, generate
+from hf_model.generation import (
+    Generation,
+    ResponseStream,
+    Sampling,
+    TokenStream,
+    encode,
+    encode_end,
+    encode_prompt,
+    generate,
+)
 from hf_model.loading import load
 from hf_model.tokenizer import convert_tokenizer
+from tests.reliability.files import bounded
 from tests.tiny import BOS, EOS, PAD, TOKENIZER, gpt, save_tokenizer, twin
 
 CPU = torch.device("cpu")
@@ -23,6 +34,41 @@ CPU = torch.device("cpu")
 def tokenizer() -> PreTrainedTokenizerFast:
     """The example's."""
     return convert_tokenizer(TOKENIZER, model_max_length=64)
+
+
+class TestVeryLongPrompts:
+    """The model sees their last tokens. To find these, the whole text is not encoded."""
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "The cat sat on the mat. " * 30_000,
+            "a" * 500_000,  # one word
+            " " * 500_000,
+            "漢字" * 200_000,
+            "x" * 400_000 + " " + "y" * 100,
+        ],
+        ids=["sentences", "a word", "spaces", "characters of several bytes", "a word at the cut"],
+    )
+    def test_the_last_tokens_are_those_of_the_whole_text(self, tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+        whole = encode_prompt(tokenizer, text)
+        end, is_whole = encode_end(tokenizer, text, block_size=64)
+        assert torch.equal(end[:, -64:], whole[:, -64:])
+        assert is_whole or end.shape[1] < whole.shape[1]
+
+    def test_a_text_of_few_long_tokens_is_encoded_as_far_as_the_context_needs(self, tmp_path: Path) -> None:
+        file = ByteLevelBPETokenizer()
+        file.train_from_iterator(["a" * 4096], vocab_size=400, show_progress=False)
+        file.save(str(tmp_path / "tokenizer.json"))
+        tokenizer = convert_tokenizer(tmp_path / "tokenizer.json", model_max_length=8192)
+        text = ("a" * 2048 + " ") * 3000  # 6 million characters in some thousand tokens
+        end, _ = encode_end(tokenizer, text, block_size=1024)
+        assert torch.equal(end[:, -1024:], encode_prompt(tokenizer, text)[:, -1024:])
+
+    def test_thirty_megabytes_take_little_memory(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        with bounded(seconds=10, mebibytes=300):
+            _, is_whole = encode_end(tokenizer, "The cat sat. " * 2_400_000, block_size=64)
+        assert not is_whole
 
 
 class TestSampling:

@@ -185,6 +185,11 @@ def _answers(prompts: list[Prompt], model: CustomGPTForCausalLM, words: Words) -
         yield Answer(text, tuple(tokens), prompt.expected, candidates)
 
 
+def _summing_dtype(values: torch.Tensor) -> torch.dtype:
+    """A dtype that holds a sum of many squares. 16 bits do not."""
+    return torch.promote_types(values.dtype, torch.float32)
+
+
 def _weights(model: CustomGPTForCausalLM) -> Iterator[Weight]:
     """The matrices and gains of every layer, each compared with the same one of the other layers."""
     found: dict[str, list[tuple[int, float, float]]] = {}
@@ -194,8 +199,9 @@ def _weights(model: CustomGPTForCausalLM) -> Iterator[Weight]:
         match = re.fullmatch(r"transformer\.h\.(\d+)\.(.+)\.weight", name)
         layer, kind = (int(match[1]), match[2]) if match else (-1, name.removesuffix(".weight"))
         values = parameter.detach()
-        largest = float(torch.linalg.vector_norm(values, math.inf, dtype=torch.float32))
-        rms = float(torch.linalg.vector_norm(values, dtype=torch.float32)) / math.sqrt(values.numel())
+        dtype = _summing_dtype(values)
+        largest = float(torch.linalg.vector_norm(values, math.inf, dtype=dtype))
+        rms = float(torch.linalg.vector_norm(values, dtype=dtype)) / math.sqrt(values.numel())
         found.setdefault(kind, []).append((layer, rms, largest))
     for kind, layers in found.items():
         finite = sorted(rms for _, rms, largest in layers if math.isfinite(largest))
@@ -218,7 +224,7 @@ def _weights(model: CustomGPTForCausalLM) -> Iterator[Weight]:
 def _embeddings(model: CustomGPTForCausalLM, words: Words) -> Embeddings | None:
     """The norms of the embeddings of the tokenizer's tokens; None if any is not finite."""
     table = model.transformer.wte.weight.detach()[: len(words.tokenizer)]  # (V, C)
-    norms = torch.linalg.vector_norm(table, dim=1, dtype=torch.float32)  # (V,)
+    norms = torch.linalg.vector_norm(table, dim=1, dtype=_summing_dtype(table))  # (V,)
     if not norms.isfinite().all():
         return None
     low, high = float(norms.min()), float(norms.max())

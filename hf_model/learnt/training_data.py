@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+import struct
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
 from hf_model.errors import UserError
-from hf_model.generation import Sampling, continue_prompts, encode, encode_example
+from hf_model.generation import LONG_TEXT, LONG_TOKENS, Sampling, continue_prompts, encode, encode_example
 from hf_model.learnt.diagnosis import Finding
 from hf_model.loading import with_weights
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
@@ -26,7 +27,7 @@ MOST_TOKENS = 32768
 MOST_ANSWERS = 32
 LONGEST_ANSWER = 100  # tokens
 CHUNK = 8  # records in one pass
-TEXT_BYTES = 4 * 2**20  # read from the start of a text file
+TEXT_BYTES = 4 * 2**20  # read from the start of a file of text or token ids
 BEGINNING = 16  # tokens
 N_BEGINNINGS = 4
 N_WORST = 8
@@ -203,13 +204,14 @@ def measure(model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast, pat
 
     Args:
         path: JSON Lines of records with an instruction, an optional input and an output; for a model of raw text, a
-            text file.
+            text file; for any model nanoGPT's train.bin, which holds token ids of 16 bits.
 
     Raises:
         UserError: the file cannot be read, has no such records, or nothing in it fits into the context.
     """
-    is_text = not takes_instructions(tokenizer)
-    read = _text_rows if is_text else _record_rows
+    has_ids = path.suffix == ".bin"
+    is_text = has_ids or not takes_instructions(tokenizer)
+    read = _id_rows if has_ids else _text_rows if is_text else _record_rows
     rows, n_all = read(path, tokenizer, model.config.block_size)
     if not rows:
         raise UserError(
@@ -260,11 +262,14 @@ def _record_rows(path: Path, tokenizer: PreTrainedTokenizerFast, block_size: int
     n_all = len(records)
     random.Random(SEED).shuffle(records)
     rows = []
+    longest = max(LONG_TEXT, LONG_TOKENS * block_size)  # characters: a context has no place for more
     for record in records[: MOST_TOKENS // 8]:
         asked, answer = (record["instruction"], record.get("input") or ""), record["output"]
         try:
             prompt, end = example_texts(tokenizer, answer, *asked)
-            ids = encode_example(tokenizer, prompt + end)[0, :block_size].tolist()
+            if len(prompt) > longest:
+                continue
+            ids = encode_example(tokenizer, (prompt + end)[:longest])[0, :block_size].tolist()
             prompt_ids = encode_example(tokenizer, prompt)[0].tolist()
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
@@ -278,15 +283,39 @@ def _record_rows(path: Path, tokenizer: PreTrainedTokenizerFast, block_size: int
 
 def _text_rows(path: Path, tokenizer: PreTrainedTokenizerFast, block_size: int) -> tuple[list[Row], int]:
     """Stretches of a text file, each as long as the context, in a random order."""
-    try:
-        with path.open("rb") as file:
-            text = file.read(TEXT_BYTES).decode("utf-8", "ignore")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    text = _start_of(path).decode("utf-8", "ignore")
     try:
         ids = encode(tokenizer, text, add_special_tokens=False)[0].tolist()
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    return _stretches(ids, tokenizer, block_size)
+
+
+def _id_rows(path: Path, tokenizer: PreTrainedTokenizerFast, block_size: int) -> tuple[list[Row], int]:
+    """Stretches of nanoGPT's train.bin or val.bin: unsigned 16-bit token ids, in the byte order of the machine.
+
+    Format: https://github.com/karpathy/nanoGPT/blob/master/data/openwebtext/prepare.py
+    """
+    content = _start_of(path)
+    ids = [number for (number,) in struct.iter_unpack("=H", content[: len(content) // 2 * 2])]
+    if ids and max(ids) >= len(tokenizer):
+        raise UserError(
+            f"{path}: holds the token id {max(ids)}, but the tokenizer has {len(tokenizer)} tokens: it is not "
+            "nanoGPT's data (token ids of 16 bits), or was made with another tokenizer"
+        )
+    return _stretches(ids, tokenizer, block_size)
+
+
+def _start_of(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(TEXT_BYTES)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _stretches(ids: list[int], tokenizer: PreTrainedTokenizerFast, block_size: int) -> tuple[list[Row], int]:
+    """The ids in stretches, each as long as the context, in a random order."""
     stretches = [ids[start : start + block_size] for start in range(0, len(ids), block_size)]
     rows = [Row(stretch, 1, answer=str(tokenizer.decode(stretch))) for stretch in stretches if len(stretch) > 1]
     random.Random(SEED).shuffle(rows)

@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -35,6 +36,39 @@ def few(tmp_path: Path) -> Path:
     """The first questions of the example's."""
     lines = QUESTIONS.read_text(encoding="utf-8").splitlines()
     return write(tmp_path / "few.jsonl", *map(json.loads, lines[:40]))
+
+
+class TestTokenIds:
+    """nanoGPT's train.bin, which its prepare.py writes with NumPy."""
+
+    def test_are_measured_as_the_text_that_they_stand_for(self, tmp_path: Path) -> None:
+        model = GPT(GPTConfig(**SMALL | {"vocab_size": 1024})).eval()
+        raw = load_plain(CHECKPOINT, TOKENIZER, raw=True)[1]
+        text = QUESTIONS.read_text(encoding="utf-8")
+        (tmp_path / "train.txt").write_text(text, encoding="utf-8")
+        np.array(raw(text, add_special_tokens=False).input_ids, dtype=np.uint16).tofile(tmp_path / "train.bin")
+        of_ids, of_text = (measure(twin(model), raw, tmp_path / name) for name in ("train.bin", "train.txt"))
+        assert of_ids.is_text and of_ids.n_tokens == of_text.n_tokens > 1000
+        assert (of_ids.loss, of_ids.beginnings) == (of_text.loss, of_text.beginnings)
+
+    def test_suit_a_model_of_instructions_too(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        model = gpt(vocab_size=1024, block_size=64)
+        np.arange(4, 964, dtype=np.uint16).tofile(tmp_path / "val.bin")
+        measured = measure(twin(model), tokenizer, tmp_path / "val.bin")
+        with torch.no_grad():
+            losses = [cross_entropy(model(ids[None])[0][0, :-1], ids[1:]) for ids in torch.arange(4, 964).split(64)]
+        assert measured.n_tokens == 960 and measured.n_exact is None
+        assert measured.loss == pytest.approx(float(sum(losses) / len(losses)), rel=1e-4)
+
+    def test_of_another_tokenizer_are_an_error(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        np.array([5, 50256, 7], dtype=np.uint16).tofile(tmp_path / "train.bin")
+        with pytest.raises(UserError, match="token id 50256, but the tokenizer has 1024 tokens"):
+            measure(twin(gpt(vocab_size=1024, block_size=64)), tokenizer, tmp_path / "train.bin")
+
+    def test_of_an_empty_file_are_an_error(self, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        (tmp_path / "train.bin").touch()
+        with pytest.raises(UserError, match="holds nothing to measure"):
+            measure(twin(gpt(vocab_size=1024, block_size=64)), tokenizer, tmp_path / "train.bin")
 
 
 def lines(measured: Measurement) -> list[str]:
