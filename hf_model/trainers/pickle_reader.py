@@ -34,7 +34,7 @@ DATA = re.compile(
     r"builtins\.(object|type|bool|int|float|complex|str|bytes|bytearray|tuple|list|dict|(frozen)?set|range|slice"
     r"|[A-Z]\w*)|collections\.(defaultdict|deque)|datetime\.(date|time|datetime|timedelta|timezone)|array\._?array\w*"
     r"|argparse\.Namespace|types\.(SimpleNamespace|MappingProxyType|GenericAlias|(None|Union|Ellipsis)Type)"
-    r"|copyreg\._reconstructor|_codecs\.encode|functools\.partial|re\._compile|_?operator\.(getitem|or_)"
+    r"|zoneinfo\.ZoneInfo\._unpickle|copyreg\._reconstructor|_codecs\.encode|functools\.partial|re\._compile|_?operator\.(getitem|or_)"
     r"|_?io\.(Bytes|String)IO|time\.struct_time|torch\.(device|bool|half|float|double|short|int|long|strided|sparse_\w+"
     r"|([qu]*int|b?float|complex|bits)\d\w*|per_(tensor|channel)_\w+)"
     r"|torch\.(serialization\._get_layout|nn\.functional\.\w+|_C\._nn\.\w+)|numpy\.(dtype|ndarray|recarray|record|matrix"
@@ -290,11 +290,14 @@ class _Machine:
         Python 3.11.0 to 3.11.3 write members so. As in `_is_data`, a name with a capital letter is not a method's.
         """
         is_named = isinstance(owner, StandIn) and self.names.get(owner.name) is owner
-        if more or not is_named or not isinstance(name, str) or len(name) > MAX_NAME or not _is_capital(name):
+        if more or not is_named or not isinstance(name, str) or len(name) > MAX_NAME:
             self.refused["builtins.getattr"] = None
             return StandIn("builtins.getattr", (owner, name))
-        self.unproven.pop("builtins.getattr", None)
         full = f"{owner.name}.{name}"
+        if _is_capital(name) or DATA.fullmatch(full):
+            self.unproven.pop("builtins.getattr", None)
+        else:
+            self.refused[full] = None
         return self.names.setdefault(full, StandIn(full))
 
     def storage(self, raw: Any = None) -> Any:
