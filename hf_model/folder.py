@@ -20,7 +20,7 @@ from transformers import CONFIG_MAPPING, AutoTokenizer, GenerationConfig, PreTra
 from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
-from hf_model.reading import parse_json
+from hf_model.reading import LFS_ADVICE, LFS_POINTER, parse_json, read_start
 from hf_model.tokenizer.trial import MAX_TOKENIZER_BYTES, check_by_trial
 from hf_model.trainers import widest
 from hf_model.trainers.tensors import WEIGHT_DTYPES, dtype_name
@@ -84,6 +84,8 @@ def read_file(folder: Path, name: str) -> str | None:
             content = file.read(limit + 1)
         if len(content) > limit:
             raise ValueError(f"is larger than {limit:,} bytes")
+        if content.startswith(LFS_POINTER):
+            raise ValueError(LFS_ADVICE)
         return content.decode("utf-8-sig")
     except FileNotFoundError:
         return None
@@ -285,10 +287,15 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder's weights: one, or the shards that the index names.
 
     Raises:
-        UserError: the folder has none, or a shard is missing.
+        UserError: the folder has none, or a shard is missing or a pointer of Git LFS.
     """
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
+    files = [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else _shards(folder)
+    for file in files:
+        read_start(file, len(LFS_POINTER))
+    return files
+
+
+def _shards(folder: Path) -> list[Path]:
     index = read_json(folder, INDEX)
     if index is None:
         raise cannot_load(folder, f"no {WEIGHTS} and no {INDEX}")

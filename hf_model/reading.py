@@ -10,6 +10,8 @@ from hf_model.errors import UserError
 
 MAX_DEPTH = 100  # of lists and dicts in each other
 MAX_DIGITS = 400  # of an integer; longer ones take long to convert
+LFS_POINTER = b"version https://git-lfs"  # how a file begins that stands for a large one
+LFS_ADVICE = "is a git-lfs pointer, not the file itself: run `git lfs pull`"
 
 
 def read_bytes(path: Path, max_bytes: int, *, streams: bool = False) -> bytes:
@@ -31,14 +33,20 @@ def read_start(path: Path, n_bytes: int, *, streams: bool = False) -> bytes:
     """The first bytes of a regular file.
 
     Raises:
-        UserError: there is no such file, it is a folder, pipe or device (without `streams`), or it cannot be read.
+        UserError: there is no such file, it is a folder, pipe or device (without `streams`), it cannot be read, or it
+            is Git LFS's pointer to a file.
     """
     try:
         if streams or stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its other end
             with path.open("rb") as file:
-                return file.read(n_bytes)
+                content = file.read(n_bytes)
+            if content.startswith(LFS_POINTER):
+                raise UserError(f"{path}: {LFS_ADVICE}")
+            return content
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
+    except UserError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     raise UserError(f"{path}: is not a regular file")

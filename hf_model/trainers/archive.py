@@ -18,12 +18,13 @@ from typing import IO, Any
 import torch
 
 from hf_model.errors import UserError, memory_for, one_line
+from hf_model.reading import LFS_ADVICE, LFS_POINTER
 from hf_model.trainers.pickle_reader import MAX_PICKLE_BYTES, StoredBytes, read_pickle
 
 ZIP = b"PK\x03\x04"
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of torch's magic number
 OTHER_FORMATS = {
-    b"version https://git-lfs": "is a git-lfs pointer, not the file itself: run `git lfs pull`",
+    LFS_POINTER: LFS_ADVICE,
     b"<": "is a web page, not a checkpoint: download the file itself",
     b"\x1f\x8b": "is gzip-compressed: unpack it first",
     b"{": "is a JSON file, not a checkpoint",

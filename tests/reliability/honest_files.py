@@ -645,8 +645,8 @@ def is_as_told(honest: Honest, said: str) -> bool:
 def main(action: str, folder: Path) -> None:
     warnings.simplefilter("ignore")
     counts: collections.Counter[str] = collections.Counter()
-    for number, honest in enumerate(honest_files()):
-        path = folder / f"{number:03}" / honest.path
+    for honest in honest_files():
+        path = folder / re.sub(r"\W+", "_", honest.name) / honest.path
         if action == "write" and is_here(honest.needs):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:

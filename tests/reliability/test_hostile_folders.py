@@ -271,6 +271,12 @@ class TestPlaces:
         with pytest.raises(UserError, match=r"model\.safetensors\.index\.json names"):
             load(folder)
 
+    @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+    def test_a_pointer_of_git_lfs_is_called_that(self, name: str, folder: Path) -> None:
+        (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+        with pytest.raises(UserError, match=f"{name}:? is a git-lfs pointer, .*git lfs pull"):
+            load(folder)
+
     def test_an_adapter_s_other_model_is_not_loaded(self, folder: Path) -> None:
         say(folder, "adapter_config.json", base_model_name_or_path="/elsewhere", peft_type="LORA")
         with pytest.raises(UserError, match="holds a PEFT adapter"):
