@@ -230,8 +230,9 @@ class TestArguments:
         assert call(generate, "--checkpoint_path", path, "--response_only", "--quiet", *FRANCE).out == "Paris\n"
 
     def test_a_name_on_the_hub_is_answered_with_how_to_download_it(self, call: Callable[..., Result]) -> None:
-        result = call(generate, "--checkpoint_path", "someone/capitals", *FRANCE)
-        assert result.status == 2 and "hf download someone/capitals --local-dir capitals" in result.err
+        for name in (("--checkpoint_path", "someone/capitals"), ("someone/capitals",)):
+            result = call(generate, *name, *FRANCE)
+            assert result.status == 2 and "hf download someone/capitals --local-dir capitals" in result.err
 
     def test_weights_alone_need_the_number_of_heads(self, tmp_path: Path, call: Callable[..., Result]) -> None:
         state = torch.load(CHECKPOINT, weights_only=True)["model_state_dict"]

@@ -223,6 +223,16 @@ def test_the_smallest_models_have_a_page_too(block_size: int, n_tokens: int, tmp
     assert "<strong>" in page_of(twin(model), tokenizer, tmp_path / "report.html")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_model_of_any_dtype_has_the_page_of_its_values(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, tokenizer = gpt(vocab_size=1024, block_size=64).to(dtype), load_plain(CHECKPOINT, TOKENIZER)[1]
+    same = twin(model).to(dtype)
+    content = gather(examined(same, tokenizer, "ckpt.pt"), same, tokenizer)
+    assert content.embeddings is not None and "</html>" in page_of(same, tokenizer, tmp_path / "report.html")
+    lengths = model.transformer.wte.weight.double().norm(dim=1)
+    assert content.embeddings.high == pytest.approx(lengths.max().item(), rel=1e-3)
+
+
 def test_a_page_is_replaced_and_another_file_is_not(tmp_path: Path) -> None:
     model, tokenizer = twin(gpt(**SMALL)), convert_tokenizer(TOKENIZER, model_max_length=64)
     path = tmp_path / "report.html"

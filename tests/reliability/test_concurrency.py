@@ -3,10 +3,17 @@
 import argparse
 import importlib
 import multiprocessing
+import os
+import random
 import shutil
 import sys
+import time
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +21,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_model
 from hf_model import CustomGPTForCausalLM, generation, loading
+from hf_model.conversion import convert
 from hf_model.generation import Sampling, encode
 from hf_model.tokenizer import format_prompt
 from hf_model.trainers import read_checkpoint
 from tests.reliability.files import save, weights
 from tests.tiny import CHECKPOINT, TOKENIZER
 
+THREAD_SECONDS = float(os.environ.get("THREAD_SECONDS", "4"))
+N_THREADS = 6
+DTYPES = ("float32", "float16", "bfloat16")
 PROMPT = format_prompt("What is the capital of France?")
 
 
@@ -36,6 +47,63 @@ def test_generations_of_one_model_in_threads_give_what_they_give_alone(temperatu
     assert len(set(map(tuple, alone))) == 8
     with ThreadPoolExecutor(4) as threads:
         assert list(threads.map(answer, range(8))) == alone
+
+
+class TestSideBySide:
+    """Loads of three dtypes, generation and conversion at once, each compared with what it gives alone."""
+
+    @pytest.fixture(scope="class")
+    def folders(self, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+        root = tmp_path_factory.mktemp("folders")
+        return [convert(CHECKPOINT, TOKENIZER, root / dtype, dtype=dtype) for dtype in DTYPES]
+
+    def test_nothing_changes(self, folders: list[Path], tmp_path: Path) -> None:
+        model, tokenizer = loading.load(folders[0], device="cpu")
+        sampling = Sampling(max_new_tokens=20, temperature=1.0)
+
+        def weights_of(folder: Path) -> dict[str, tuple[torch.dtype, bytes]]:
+            state = loading.load(folder, device="cpu")[0].plain().state_dict()
+            return {
+                name: (weight.dtype, weight.contiguous().view(torch.uint8).numpy().tobytes())
+                for name, weight in state.items()
+            }
+
+        def answer(seed: int) -> list[str]:
+            return generation.generate(model, tokenizer, encode(tokenizer, PROMPT), replace(sampling, seed=seed)).texts
+
+        def converted(name: str, format: str, dtype: str) -> dict[str, bytes]:
+            folder = convert(CHECKPOINT, TOKENIZER, tmp_path / name, format=format, dtype=dtype)
+            weights = {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+            shutil.rmtree(folder)
+            return weights
+
+        tasks: list[Callable[[str], Any]] = [
+            *(lambda _, folder=folder: weights_of(folder) for folder in folders),
+            *(lambda _, seed=seed: answer(seed) for seed in range(3)),
+            *(
+                lambda name, format=format, dtype=dtype: converted(name, format, dtype)
+                for format in ("transformers", "gpt2")
+                for dtype in DTYPES
+            ),
+        ]
+        alone = [task("alone") for task in tasks]
+        dtype, end = torch.get_default_dtype(), time.monotonic() + THREAD_SECONDS
+        done: Counter[int] = Counter()
+
+        def work(worker: int) -> None:
+            order = random.Random(worker)
+            while time.monotonic() < end:
+                number = order.randrange(len(tasks))
+                assert tasks[number](f"{worker}") == alone[number], f"task {number}"
+                done[number] += 1
+
+        with ThreadPoolExecutor(N_THREADS) as threads:
+            list(threads.map(work, range(N_THREADS)))
+        assert torch.get_default_dtype() == dtype
+        loads, answers, conversions = (sum(done[n] for n in part) for part in (range(3), range(3, 6), range(6, 12)))
+        print(
+            f"{N_THREADS} threads, {THREAD_SECONDS:.0f} s: {loads} loads, {answers} answers, {conversions} conversions"
+        )
 
 
 def test_checkpoints_with_classes_of_their_own_are_read_in_threads(tmp_path: Path) -> None:
