@@ -5,6 +5,7 @@ Only this module reads the file, so what is checked is what is used.
 
 import io
 import mmap
+import pickle
 import struct
 import sys
 import zipfile
@@ -22,7 +23,8 @@ from hf_model.reading import LFS_ADVICE, LFS_POINTER
 from hf_model.trainers.pickle_reader import MAX_PICKLE_BYTES, StoredBytes, read_pickle
 
 ZIP = b"PK\x03\x04"
-LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # a pickle of torch's magic number
+# A pickle of torch's magic number, in each of pickle's protocols.
+LEGACY = tuple(pickle.dumps(0x1950A86A20F9469CFC6C, protocol) for protocol in range(2, 6))
 OTHER_FORMATS = {
     LFS_POINTER: LFS_ADVICE,
     b"<": "is a web page, not a checkpoint: download the file itself",
@@ -85,7 +87,7 @@ def load(path: Path) -> Archive:
     """
     head = read_head(path)
     with distrust(), memory_for("to load it"), path.open("rb") as file:
-        if head.startswith((ZIP, LEGACY)):
+        if head.startswith((ZIP, *LEGACY)):
             return _load_zip(file) if head.startswith(ZIP) else _load_legacy(file)
         if head.startswith(PLAIN_PICKLE):
             return _load_plain(file)
@@ -262,8 +264,7 @@ def _load_legacy(file: IO[bytes]) -> Archive:
 
 def _legacy(content: mmap.mmap | bytearray, head: IO[bytes] | mmap.mmap) -> Archive:
     """Read the pickles from `head`, the beginning of the content."""
-    head.seek(len(LEGACY))
-    (_, _), (_, _), (value, stored), (keys, _) = (_value(head) for _ in range(4))
+    _, _, _, (value, stored), (keys, _) = (_value(head) for _ in range(5))
     place = head.tell()
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise ValueError("the keys of its storages are not a list")
@@ -301,8 +302,8 @@ def _load_plain(file: IO[bytes]) -> Archive:
     storages: dict[str, Entry] = {}
 
     def embedded(inner: bytes) -> StoredBytes:
-        archive = _legacy(bytearray(inner), io.BytesIO(inner))
-        if not inner.startswith(LEGACY) or not isinstance(stored := archive.value, StoredBytes):
+        archive = _legacy(bytearray(inner), io.BytesIO(inner)) if inner.startswith(LEGACY) else None
+        if archive is None or not isinstance(stored := archive.value, StoredBytes):
             raise ValueError("a storage of another format")
         entry, key = archive.storages[stored.key], str(len(storages))
         content.extend(bytes(-len(content) % ALIGNMENT))

@@ -19,6 +19,7 @@ from hf_model.trainers.table import Trainer, find_trainer, heads_beside
 from hf_model.trainers.tensors import find_weights, is_no_weight, weights_of, widest
 
 MAX_NAME = 200
+ADVICE = "a model with parts of its own is read by its code (--model FILE.py:NAME)"
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
@@ -223,7 +224,7 @@ def _place(file: archive.Archive, weights: Mapping[Any, Any]) -> Placed:
             raise UserError(f"its state dict has the key {name!r}, which is not a name")
     placed = place_names({name: getattr(value, "shape", ()) for name, value in weights.items()})
     if others := [name for name in placed.others if not is_no_weight(file, weights[name])]:
-        raise UserError(f"it holds {some_of(list(map(repr, others)), 5)}, which this model has no place for")
+        raise UserError(f"it holds {some_of(list(map(repr, others)), 5)}, which this model has no place for: {ADVICE}")
     return placed
 
 

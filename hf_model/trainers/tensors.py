@@ -61,7 +61,10 @@ def find_weights(content: dict[Any, Any]) -> tuple[str | None, dict[Any, Any]]:
             if any(isinstance(one, dict) and "param_groups" in one for one in (content, *content.values())):
                 raise UserError("holds the state of an optimizer and no weights: give the file of the model beside it")
             keys = [str(key) if isinstance(key, (str, int)) else f"a {kind_of(key)}" for key in list(content)[:10]]
-            raise UserError(f"holds no weights under {', '.join(WEIGHT_KEYS)}; its keys are {', '.join(keys)}")
+            raise UserError(
+                f"holds no weights under {', '.join(WEIGHT_KEYS)}; its keys are {', '.join(keys)}: "
+                "save {'model': model.state_dict()} with torch.save"
+            )
         key = named[0]
     return key, found[key]
 

@@ -42,7 +42,8 @@ FORMS = {"zip": {}, "legacy": {"_use_new_zipfile_serialization": False}}
 PROTOCOLS = (2, 3, 4, 5)
 
 # The remedies, as patterns of the lines that refuse a file.
-SAVE_A_STATE_DICT = r"save model\.state_dict\(\)"
+SAVE_A_STATE_DICT = r"save .*model\.state_dict\(\)"
+A_SAFETENSORS_FILE = "is a safetensors file"
 REFERS_TO_CODE = r"refers to .*(Functions, and classes that can act, are not read|save)"
 
 
@@ -83,7 +84,7 @@ class Honest(NamedTuple):
     write: Callable[[Path], object]
     """Takes the path of the file, whose folder is its own."""
     refused: str = ""
-    """A pattern of the line that refuses it, with the remedy. Empty for a file that is read."""
+    """A pattern of the line that may refuse it, with the remedy. Empty for a file that is read."""
     expected: Callable[[], State] = weights
     needs: str = ""
     """The module of another library that writes it."""
@@ -493,10 +494,7 @@ def beside() -> Iterator[Honest]:
 
 
 def other_kinds() -> Iterator[Honest]:
-    """Files that hold no state dict, or are no checkpoints."""
-    yield Honest("a whole model", lambda path: save(path, GPT()), SAVE_A_STATE_DICT)
-    yield Honest("a whole model in a dict", lambda path: save(path, nanogpt() | {"model": GPT()}), SAVE_A_STATE_DICT)
-    yield Honest("a whole model, legacy", lambda path: save(path, GPT(), **FORMS["legacy"]), SAVE_A_STATE_DICT)
+    """Files that hold something other than a state dict, or are no checkpoints."""
     yield Honest("a list of weights", lambda path: save(path, list(weights().values())), SAVE_A_STATE_DICT)
     yield Honest("a tensor", lambda path: save(path, torch.ones(3)), SAVE_A_STATE_DICT)
     yield Honest("TorchScript", lambda path: torch.jit.script(nn.Linear(2, 2)).save(str(path)), r"torch\.jit\.load")
@@ -505,8 +503,13 @@ def other_kinds() -> Iterator[Honest]:
     yield Honest(
         "an optimizer in a dict", lambda path: save(path, {"optimizer": optimizer}), "give the file of the model"
     )
-    yield Honest("weights under another key", lambda path: save(path, {"net": weights()}), "holds no weights under")
-    yield Honest("a plain pickle", lambda path: path.write_bytes(pickle.dumps({"a": 1})), r"torch\.save")
+    yield Honest("weights under another key", lambda path: save(path, {"net": weights()}))
+    yield Honest("a whole model", lambda path: save(path, GPT()))
+    yield Honest("a whole model in a dict", lambda path: save(path, nanogpt() | {"model": GPT()}))
+    yield Honest("a whole model, legacy", lambda path: save(path, GPT(), **FORMS["legacy"]))
+    yield Honest("a whole model in a plain pickle", lambda path: path.write_bytes(pickle.dumps(GPT())))
+    yield Honest("no weights", lambda path: save(path, {"a": 1}), SAVE_A_STATE_DICT)
+    yield Honest("a plain pickle", lambda path: path.write_bytes(pickle.dumps({"a": 1})), SAVE_A_STATE_DICT)
     yield Honest(
         "NumPy's arrays",
         lambda path: path.write_bytes(npz()),
@@ -570,6 +573,7 @@ def accelerate_folders() -> Iterator[Honest]:
             yield Honest(
                 f"accelerate's {kind}, {name}",
                 functools.partial(written, whole=whole, safe=safe),
+                A_SAFETENSORS_FILE if safe else "",
                 needs="accelerate",
                 path=name,
             )
@@ -607,7 +611,7 @@ def safetensors_files() -> Iterator[Honest]:
 
         save_file(weights(), path)
 
-    yield Honest("safetensors", write, needs="safetensors", path="model.safetensors")
+    yield Honest("safetensors", write, A_SAFETENSORS_FILE, needs="safetensors", path="model.safetensors")
 
 
 SOURCES = (forms, wrapped, beside, other_kinds, lightning, accelerate_folders, omegaconf, deepspeed, safetensors_files)
@@ -639,7 +643,10 @@ def outcome(path: Path, honest: Honest) -> str:
 
 
 def is_as_told(honest: Honest, said: str) -> bool:
-    return re.search(honest.refused, said) is not None if honest.refused else said == "read"
+    """Whether the outcome is right. A file that refers to code must be refused; of others, more may be read one day."""
+    if said == "read":
+        return honest.refused != REFERS_TO_CODE
+    return bool(honest.refused) and re.search(honest.refused, said) is not None
 
 
 def main(action: str, folder: Path) -> None:
