@@ -72,7 +72,9 @@ def written(draw: st.DrawFn) -> Written:
     if config.tied and draw(st.booleans()):
         del weights["lm_head.weight"]
     if draw(st.booleans()):
-        weights = weights | {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 2, 2) for i in range(config.n_layer)}
+        weights = weights | {
+            f"transformer.h.{i}.attn.bias": torch.ones(2, 2).tril()[None, None] for i in range(config.n_layer)
+        }
     names = draw(st.permutations(list(weights))) if draw(st.booleans()) else list(weights)
     prefix = draw(st.sampled_from(PREFIXES))
     saved = draw(st.sampled_from([dict, OrderedDict]))({prefix + name: weights[name] for name in names})
