@@ -20,7 +20,7 @@ import torch
 
 from hf_model.errors import UserError, memory_for, one_line
 from hf_model.reading import LFS_ADVICE, LFS_POINTER
-from hf_model.trainers.pickle_reader import MAX_PICKLE_BYTES, StoredBytes, read_pickle
+from hf_model.trainers.pickle_reader import MAX_PICKLE_BYTES, Budget, StoredBytes, read_pickle
 
 ZIP = b"PK\x03\x04"
 # A pickle of torch's magic number, in each of pickle's protocols.
@@ -129,10 +129,12 @@ def distrust() -> Iterator[None]:
 
 
 def _value(
-    file: bytes | IO[bytes] | mmap.mmap, embedded: Callable[[bytes], StoredBytes] | None = None
+    file: bytes | IO[bytes] | mmap.mmap,
+    embedded: Callable[[bytes], StoredBytes] | None = None,
+    budget: Budget | None = None,
 ) -> tuple[Any, list[StoredBytes]]:
     try:
-        return read_pickle(file, embedded)
+        return read_pickle(file, embedded, budget)
     except UserError as error:
         raise UserError(f"{error}. {ADVICE}") from None
 
@@ -262,9 +264,9 @@ def _load_legacy(file: IO[bytes]) -> Archive:
             raise
 
 
-def _legacy(content: mmap.mmap | bytearray, head: IO[bytes] | mmap.mmap) -> Archive:
+def _legacy(content: mmap.mmap | bytearray, head: IO[bytes] | mmap.mmap, budget: Budget | None = None) -> Archive:
     """Read the pickles from `head`, the beginning of the content."""
-    _, _, _, (value, stored), (keys, _) = (_value(head) for _ in range(5))
+    _, _, _, (value, stored), (keys, _) = (_value(head, budget=budget) for _ in range(5))
     place = head.tell()
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise ValueError("the keys of its storages are not a list")
@@ -301,8 +303,12 @@ def _load_plain(file: IO[bytes]) -> Archive:
     content = bytearray()
     storages: dict[str, Entry] = {}
 
+    budget = Budget()
+
     def embedded(inner: bytes) -> StoredBytes:
-        archive = _legacy(bytearray(inner), io.BytesIO(inner)) if inner.startswith(LEGACY) else None
+        if len(content) + len(inner) > 2 * MAX_PICKLE_BYTES:  # the pickle can give the same bytes many times
+            raise UserError(TOO_MUCH)
+        archive = _legacy(bytearray(inner), io.BytesIO(inner), budget) if inner.startswith(LEGACY) else None
         if archive is None or not isinstance(stored := archive.value, StoredBytes):
             raise ValueError("a storage of another format")
         entry, key = archive.storages[stored.key], str(len(storages))
@@ -311,5 +317,5 @@ def _load_plain(file: IO[bytes]) -> Archive:
         content.extend(inner[entry.start : entry.start + entry.length])
         return StoredBytes(key, stored.dtype, stored.length)
 
-    value, _ = _value(raw, embedded)
+    value, _ = _value(raw, embedded, budget)
     return Archive(value, storages)

@@ -1,5 +1,6 @@
 """Reads what a checkpoint file holds of the model: weights under clean names, sizes, progress."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,9 @@ from hf_model.trainers.table import Trainer, find_trainer, heads_beside
 from hf_model.trainers.tensors import find_weights, is_no_weight, weights_of, widest
 
 MAX_NAME = 200
+COUNTERS = re.compile(r"(^|\.)(n_averaged|num_batches_tracked)$")  # of averaged models and of norms
+GPT2_VOCABULARY = 50257
+TIES = re.compile(r"(^|_)(tie|tied|tying)(_|$)")
 ADVICE = "a model with parts of its own is read by its code (--model FILE.py:NAME)"
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
@@ -110,8 +114,9 @@ class Checkpoint:
         width = embedding.shape[1]
         if self.weights_key is None and (beside := heads_beside(self.path, n_layers(self.state_dict), width)):
             return beside
-        if (usual := self.names.n_head.get(width)) is not None:
-            return usual, f"{self.names.trainer}'s number for this width; give another one with --n_head"
+        usual = self.names.n_head.get((width, n_layers(self.state_dict)))
+        if usual is not None and GPT2_VOCABULARY <= embedding.shape[0] <= GPT2_VOCABULARY + 1000:
+            return usual, "GPT-2's number for this width and depth; give another one with --n_head"
         return None
 
     @property
@@ -154,7 +159,8 @@ def _read(path: Path, check_bytes: bool) -> Checkpoint:
     joined = placed.joined(weights_of(file, {name: weights[name] for name in placed.places}, check_bytes, tied))
     # Some savers keep one name of a tied pair. The original's heads are never tied: there, a weight is missing.
     is_original = placed.names is FAMILY and weights_key == "model_state_dict"
-    has_head_alone = not is_original and "lm_head.weight" in joined and "transformer.wte.weight" not in joined
+    may_tie = placed.names.may_tie and not is_original
+    has_head_alone = may_tie and "lm_head.weight" in joined and "transformer.wte.weight" not in joined
     if has_head_alone:
         joined["transformer.wte.weight"] = joined.pop("lm_head.weight")
     state_dict = with_zero_biases(joined)
@@ -162,9 +168,11 @@ def _read(path: Path, check_bytes: bool) -> Checkpoint:
     whole = content[weights_key] if weights_key is not None else None
     module = whole if is_module(whole) else None
     beside = {key: value for key, value in content.items() if isinstance(key, str) and key not in weights}
-    stated, is_of_model, place = stated_options(beside)
+    stated, is_of_model, place = stated_options(beside if module is None else beside | module.state)
     if weights_key is None:
         stated, place = options_beside(path, file.metadata)
+    if "lm_head.weight" not in joined and any(TIES.search(str(name)) and stated[name] is False for name in stated):
+        raise UserError(f"it lacks 'lm_head.weight', and its {place} say that the head is not tied")
     sizes = stated_sizes(stated, file)
     known = {size for tensor in state_dict.values() for size in tensor.shape} | {n_layers(state_dict), *sizes.values()}
     config = beside.get("config")
@@ -175,7 +183,7 @@ def _read(path: Path, check_bytes: bool) -> Checkpoint:
         beside.keys(),
         sizes,
         has_config_object=isinstance(config, StandIn),
-        has_masks=any(len(weights[name].shape) > 1 for name in placed.others),
+        has_masks=any(weights[name].shape[-2:-1] == weights[name].shape[-1:] for name in placed.others),
         has_biases=any(name.endswith(".bias") for name in state_dict),
         is_tied="transformer.wte.weight" in state_dict and is_tied(state_dict),
     )
@@ -183,8 +191,10 @@ def _read(path: Path, check_bytes: bool) -> Checkpoint:
     if weights_key is None and isinstance(told := stated.pop("activation_function", None), str):
         trainer = Trainer(told, f"{place} says so", dropout=trainer.dropout)
     if module is not None:
-        if activation := activation_of(module):
-            trainer = Trainer(activation, "the saved module has it", dropout=trainer.dropout)
+        mlps = {name.rpartition(".")[0].rpartition(".")[0] + "." for name in placed.names_of("mlp.c_fc")}
+        if activation := activation_of(module, mlps):
+            is_usual = trainer.is_known and trainer.activation == activation
+            trainer = Trainer(activation, "a module of the saved model", is_usual, trainer.dropout)
         if epsilon := epsilon_of(module):
             options["layer_norm_epsilon"] = epsilon
     return Checkpoint(
@@ -209,7 +219,7 @@ def _read(path: Path, check_bytes: bool) -> Checkpoint:
         options=options,
         module_class=kind_of(module) if module else "",
         n_head=placed.n_head or (heads_of(module, HEADS) if module else None),
-        no_biases=tuple({without_layer(name): None for name in state_dict if name not in joined}),
+        no_biases=(*dict.fromkeys(without_layer(n) for n in state_dict if n not in joined), *placed.unbiased_parts),
     )
 
 
@@ -223,7 +233,8 @@ def _place(file: archive.Archive, weights: Mapping[Any, Any]) -> Placed:
         if not isinstance(name, str):
             raise UserError(f"its state dict has the key {name!r}, which is not a name")
     placed = place_names({name: getattr(value, "shape", ()) for name, value in weights.items()})
-    if others := [name for name in placed.others if not is_no_weight(file, weights[name])]:
+    others = [name for name in placed.others if not COUNTERS.search(name) and not is_no_weight(file, weights[name])]
+    if others:
         raise UserError(f"it holds {some_of(list(map(repr, others)), 5)}, which this model has no place for: {ADVICE}")
     return placed
 

@@ -48,10 +48,10 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         content = map_file(file)
     if len(content) < HEADER_BYTES:
         raise UserError("is damaged or was not written to its end")
-    _, version, block_size, _, n_layer, n_head, n_embd, rows = struct.unpack_from("<8i", content)
+    _, version, block_size, vocab_size, n_layer, n_head, n_embd, rows = struct.unpack_from("<8i", content)
     if (dtype := DTYPES.get(version)) is None:
         raise UserError(f"is a model of llm.c in version {version}; versions {', '.join(map(str, DTYPES))} are read")
-    if min(block_size, n_layer, n_head, n_embd, rows) < 1 or n_layer > MAX_LAYERS:
+    if min(block_size, n_layer, n_head, n_embd, vocab_size) < 1 or vocab_size > rows or n_layer > MAX_LAYERS:
         raise UserError("is damaged: its header has impossible sizes")
     sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "block_size": block_size, "vocab_size": rows}
     shapes = Architecture(**sizes, bias=True, dropout=0.0, tie_word_embeddings=True).shapes()
@@ -78,4 +78,6 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         name: values[stop - count : stop].view(shapes[name])
         for name, count, stop in zip(names, counts, stops, strict=True)
     }
-    return sizes, tensors
+    # Rows of padding have no part in llm.c's softmax.
+    tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"][:vocab_size]
+    return sizes | {"vocab_size": vocab_size}, tensors

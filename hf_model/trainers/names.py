@@ -6,6 +6,7 @@ To add a trainer, add an entry to `TABLE`. Nothing else knows a trainer's names.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -16,7 +17,8 @@ from hf_model.errors import UserError, some_of
 EXACT, WRITTEN_OUT_TANH, TORCH_TANH = "gelu", "gelu_new", "gelu_pytorch_tanh"
 # torch.compile, DistributedDataParallel, FSDP, its activation checkpoints, Lightning Fabric
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
-MAX_DIGITS = 6  # of a layer's number
+MAX_DIGITS = 4  # of a layer's number
+MAX_PIECES = 8  # of a module's name, between its dots, without what stands in front
 LLAMA_MARKS = ("gate", "rotary", "rope", "freqs", "w3.", "rms", "q_norm", "k_norm")
 LLAMA = (
     "If this is Llama's shape (RMSNorm, rotary positions, a gated MLP), use a converter to LlamaForCausalLM, such as "
@@ -37,7 +39,7 @@ OURS = {
     "lm_head": "lm_head",
 }
 CONV1D = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # GPT-2's layers whose weight is (in, out)
-PARAMETERS = {"weight": "weight", "scale": "weight", "bias": "bias", "shift": "bias"}
+PARAMETERS = {"weight": "weight", "bias": "bias"}
 
 
 @dataclass(frozen=True)
@@ -49,19 +51,26 @@ class Names:
     """Role to the module's name in the file. `{i}` is the layer, `{head}` the head. A tuple is query, key, value."""
     activation: str | None = None
     """The trainer's activation; None if what else the file holds must tell it."""
-    n_head: Mapping[int, int] = field(default_factory=dict)
-    """The trainer's own number of heads for a width."""
+    n_head: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    """The number of heads for a width and a number of layers, if the vocabulary is GPT-2's."""
     forms: tuple[Mapping[str, Any], ...] = ({},)
     """Models that have these names: fields of `CustomGPTConfig`. If there are several, the loss on a text decides."""
     is_transposed: bool = False
     """Whether linear weights are (in, out), as in GPT-2's `Conv1D`."""
     left_out: tuple[str, ...] = ()
     """Ends of names that are no weights."""
+    parameters: Mapping[str, str] = field(default_factory=lambda: PARAMETERS)
+    """The trainer's names of a module's weight and bias."""
+    may_tie: bool = True
+    """Whether the trainer ties the head to the embedding, so that one of the two may be missing."""
+    has_biases: bool = False
+    """Whether all modules but the joined projection and the head always have a bias."""
 
 
 FAMILY = Names("nanoGPT and its relatives", OURS, left_out=("attn.masked_bias",))
 WITHOUT_HEAD = {role: name.removeprefix("transformer.") for role, name in OURS.items()}
-GPT2_HEADS = {768: 12, 1024: 16, 1280: 20, 1600: 25}
+GPT2_HEADS = {(768, 6): 12, (768, 12): 12, (1024, 24): 16, (1280, 36): 20, (1600, 48): 25}
+BOOK_PARAMETERS = PARAMETERS | {"scale": "weight", "shift": "bias"}
 BLOCKS, BOOK = "blocks.{i}.", "trf_blocks.{i}."
 LECTURE = Names(
     "Karpathy's lecture",
@@ -83,6 +92,8 @@ LECTURE = Names(
         {"activation_function": activation, "norm_first": norm_first, "attention_scale": scale}
         for activation, norm_first, scale in product(("relu", EXACT), (True, False), (None, "width"))
     ),
+    may_tie=False,
+    has_biases=True,
 )
 TABLE = (
     FAMILY,
@@ -119,6 +130,9 @@ TABLE = (
         },
         activation=WRITTEN_OUT_TANH,
         n_head=GPT2_HEADS,
+        parameters=BOOK_PARAMETERS,
+        may_tie=False,
+        has_biases=True,
     ),
     Names(
         "LLMs-from-scratch's faster variant",
@@ -136,6 +150,9 @@ TABLE = (
         },
         activation=TORCH_TANH,
         n_head=GPT2_HEADS,
+        parameters=BOOK_PARAMETERS,
+        may_tie=False,
+        has_biases=True,
     ),
     Names(
         "train-llm-from-scratch",
@@ -152,6 +169,8 @@ TABLE = (
             "lm_head": "lm_head",
         },
         activation="relu",
+        may_tie=False,
+        has_biases=True,
     ),
     LECTURE,
 )
@@ -200,8 +219,10 @@ class Placed:
         """The tensors under this project's names, with heads and queries, keys and values joined.
 
         Raises:
-            UserError: a part of a joined tensor is missing or has another shape than the others.
+            UserError: two tensors have one place, a part of a joined tensor is missing or has another shape than the
+                others, or the trainer's models have something that is missing.
         """
+        self._check_missing()
         groups: dict[str, list[str]] = {}
         for name, place in self.places.items():
             groups.setdefault(place.ours, []).append(name)
@@ -217,15 +238,46 @@ class Placed:
             return tensor.t().contiguous() if is_turned else tensor
         found = {(self.places[name].part, self.places[name].head): part for name, part in group.items()}
         wanted = list(product(range(len(modules)), range(self.n_head or 1)))
-        missing = [modules[part].format(i=first.layer, head=head) for part, head in wanted if (part, head) not in found]
-        if missing and first.parameter == "weight":
-            raise UserError(f"it lacks {some_of([repr(f'{self.prefix}{one}.weight') for one in missing], 5)}")
+        missing = [(part, head) for part, head in wanted if (part, head) not in found]
+        if first.parameter == "bias":  # a part that never has a bias has zeros
+            missing = [(part, head) for part, head in missing if (first.role, part) in self._biased]
+        if missing:
+            names = [modules[part].format(i=first.layer, head=head) for part, head in missing]
+            raise UserError(f"it lacks {some_of([repr(f'{self.prefix}{one}.{first.parameter}') for one in names], 5)}")
         if other := next((name for name, part in group.items() if part.shape != tensor.shape), None):
             raise UserError(
                 f"{other!r} has shape {tuple(group[other].shape)}, but {name!r} has {tuple(tensor.shape)}: queries, "
                 "keys and values must have one shape"
             )
-        return torch.cat([found.get(key, torch.zeros_like(tensor)) for key in wanted])
+        return torch.cat([found[key] if key in found else torch.zeros_like(tensor) for key in wanted])
+
+    @cached_property
+    def _biased(self) -> set[tuple[str, int]]:
+        """The roles and parts that have a bias somewhere."""
+        return {(place.role, place.part) for place in self.places.values() if place.parameter == "bias"}
+
+    @property
+    def unbiased_parts(self) -> list[str]:
+        """Queries, keys or values that have no bias, while others of the three have one."""
+        modules = _parts(self.names.modules["attn.c_attn"])
+        biased = [part for part in range(len(modules)) if ("attn.c_attn", part) in self._biased]
+        return [f"{modules[part]}.bias" for part in range(len(modules)) if biased and part not in biased]
+
+    def _check_missing(self) -> None:
+        """Check what no shape shows: no place is taken twice; heads, ties and biases are the trainer's."""
+        taken: dict[Place, str] = {}
+        for name, place in self.places.items():
+            if (other := taken.setdefault(place, name)) != name:
+                raise UserError(f"{other!r} and {name!r} are the same weight: save one of them alone")
+        if self.n_head is not None and self.n_head > len(self.places):
+            raise UserError(f"it has a head numbered {self.n_head - 1}, but too few tensors for so many heads")
+        needed = [] if self.names.may_tie else [("wte", "weight"), ("lm_head", "weight")]
+        if self.names.has_biases:
+            needed += [(role, "bias") for role in OURS if role not in ("wte", "wpe", "attn.c_attn", "lm_head")]
+        has = {(place.role, place.parameter) for place in self.places.values()}
+        if missing := [(role, parameter) for role, parameter in needed if (role, parameter) not in has]:
+            told = [f"{self.prefix}{_parts(self.names.modules[role])[0].format(i=0)}.{kind}" for role, kind in missing]
+            raise UserError(f"it lacks {some_of(list(map(repr, told)), 5)}")
 
 
 def place_names(shapes: Mapping[str, tuple[int, ...]]) -> Placed:
@@ -252,7 +304,7 @@ def place_names(shapes: Mapping[str, tuple[int, ...]]) -> Placed:
 def _place(names: Names, clean: Mapping[str, str]) -> Placed:
     """Place the names that the entry knows, behind the prefix that most of them have."""
     templates = _templates(names)
-    found = {name: one for name in clean if (one := _find(templates, name)) is not None}
+    found = {name: one for name in clean if (one := _find(templates, name, names.parameters)) is not None}
     counts = Counter(prefix for prefix, _ in found.values()).most_common(2)
     if len(counts) == 2 and counts[1][1] > max(3, counts[0][1] // 2):
         raise UserError(
@@ -260,6 +312,12 @@ def _place(names: Names, clean: Mapping[str, str]) -> Placed:
         )
     prefix = counts[0][0] if counts else ""
     places = {clean[name]: place for name, (begin, place) in found.items() if begin == prefix}
+    if not any(place.role == "lm_head" for place in places.values()):  # it may stand outside of the model's body
+        places |= {
+            clean[name]: place
+            for name, (begin, place) in found.items()
+            if place.role == "lm_head" and prefix.startswith(begin)
+        }
     others = [name for name in clean.values() if name not in places and not name.endswith(names.left_out)]
     return Placed(names, prefix, places, tuple(others))
 
@@ -282,17 +340,19 @@ def _form(pieces: Sequence[str]) -> str:
     return ".".join("#" if piece.isdecimal() or piece in ("{i}", "{head}") else piece for piece in pieces)
 
 
-def _find(templates: Mapping[str, list[tuple[list[str], str, int]]], name: str) -> tuple[str, Place] | None:
+def _find(
+    templates: Mapping[str, list[tuple[list[str], str, int]]], name: str, parameters: Mapping[str, str]
+) -> tuple[str, Place] | None:
     """The prefix and the place of a name; None if the entry does not know it."""
     *pieces, last = name.split(".")
-    if last not in PARAMETERS:
+    if last not in parameters:
         return None
-    for start in range(len(pieces)):
+    for start in range(max(0, len(pieces) - MAX_PIECES), len(pieces)):
         for template, role, part in templates.get(_form(pieces[start:]), []):
             numbers = {want: piece for want, piece in zip(template, pieces[start:], strict=True) if want != piece}
             if all(want in ("{i}", "{head}") and len(n) <= MAX_DIGITS for want, n in numbers.items()):
                 layer, head = int(numbers.get("{i}", 0)), int(numbers.get("{head}", 0))
-                return ".".join([*pieces[:start], ""]), Place(role, PARAMETERS[last], part, layer, head)
+                return ".".join([*pieces[:start], ""]), Place(role, parameters[last], part, layer, head)
     return None
 
 

@@ -108,7 +108,9 @@ def fields_of(value: Any) -> dict[Any, Any] | None:
 
 
 def read_pickle(
-    file: bytes | IO[bytes] | mmap, embedded: Callable[[bytes], StoredBytes] | None = None
+    file: bytes | IO[bytes] | mmap,
+    embedded: Callable[[bytes], StoredBytes] | None = None,
+    budget: "Budget | None" = None,
 ) -> tuple[Any, list[StoredBytes]]:
     """The value of the pickle at the file's position, and the storages that the pickle refers to.
 
@@ -116,14 +118,15 @@ def read_pickle(
 
     Args:
         embedded: reads a storage that stands in the pickle itself; None if there must be none.
+        budget: counts the steps of several pickles together.
 
     Raises:
         UserError: the pickle refers to code, or holds too much.
         Exception: of any kind, if it is damaged.
     """
-    machine = _Machine(embedded)
+    machine = _Machine(embedded, budget=budget or Budget())
     for opcode, argument, _ in pickletools.genops(file):  # type: ignore[arg-type]  # which an mmap serves too
-        machine.count(1)
+        machine.budget.count(1)
         if opcode.name == "STOP":
             break
         if opcode.name not in STEPS:
@@ -197,6 +200,18 @@ def _key(value: Any) -> Any:
     return StandIn(f"builtins.{kind_of(value)}", (value,))
 
 
+class Budget:
+    """Counts the steps of pickles that are read together."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def count(self, steps: int) -> None:
+        self.steps += steps
+        if self.steps > MAX_STEPS:
+            raise UserError(f"holds more than about {MAX_STEPS:,} values")
+
+
 @dataclass
 class _Machine:
     """Pickle's stack and memo, and the names that the pickle refers to."""
@@ -212,12 +227,7 @@ class _Machine:
     refused: dict[str, None] = field(default_factory=dict)
     """Names of code that the pickle has used as such."""
     storages: list[StoredBytes] = field(default_factory=list)
-    steps: int = 0
-
-    def count(self, steps: int) -> None:
-        self.steps += steps
-        if self.steps > MAX_STEPS:
-            raise UserError(f"holds more than about {MAX_STEPS:,} values")
+    budget: Budget = field(default_factory=Budget)
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -240,7 +250,7 @@ class _Machine:
 
     def remember(self, index: int | None) -> None:
         index = len(self.memo) if index is None else index
-        if not 0 <= index <= self.steps:  # writers number their values one by one
+        if not 0 <= index <= self.budget.steps:  # writers number their values one by one
             raise ValueError("a place in the memo that is too high")
         self.memo.extend([None] * (index + 1 - len(self.memo)))
         self.memo[index] = self.stack[-1]
@@ -396,7 +406,7 @@ STEPS: dict[str, Callable[[_Machine, Any], Any]] = {
 def _ordered_dict(machine: _Machine, pairs: Any = ()) -> dict[Any, Any]:
     if not isinstance(pairs, (list, tuple)):
         raise TypeError("makes a dict of a value that is not a list")
-    machine.count(len(pairs))  # the file can give one list many times
+    machine.budget.count(len(pairs))  # the file can give one list many times
     return {_key(key): value for key, value in pairs}
 
 

@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from hf_model.errors import UserError
 from hf_model.trainers.pickle_reader import StandIn, dict_of, fields_of, kind_of
 
-MAX_MODULE_DEPTH = 32
+MAX_MODULES = 20_000
 # torch's modules that are an activation, to the name in transformers. A module's own attributes tell variants apart.
 ACTIVATIONS = {"ReLU": "relu", "GELU": "gelu", "SiLU": "silu", "Tanh": "tanh", "Sigmoid": "sigmoid", "Mish": "mish"}
 
@@ -16,13 +17,21 @@ def is_module(value: Any) -> bool:
     return isinstance(state, dict) and {"_parameters", "_buffers", "_modules"} <= state.keys()
 
 
-def modules_in(module: StandIn, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, StandIn]]:
-    """A module and all modules in it, with what stands in front of their tensors' names."""
-    yield prefix, module
-    if depth < MAX_MODULE_DEPTH:
-        for name, inner in (dict_of(module.state["_modules"]) or {}).items():
-            if is_module(inner):
-                yield from modules_in(inner, f"{prefix}{name}.", depth + 1)
+def modules_in(module: StandIn) -> Iterator[tuple[str, StandIn]]:
+    """A module and all modules in it, with what stands in front of their tensors' names.
+
+    Raises:
+        UserError: they are too many. A small file can hold one module in many places.
+    """
+    waiting = [("", module)]
+    for _ in range(MAX_MODULES):
+        if not waiting:
+            return
+        prefix, found = waiting.pop()
+        yield prefix, found
+        inner = dict_of(found.state["_modules"]) or {}
+        waiting += [(f"{prefix}{name}.", value) for name, value in reversed(inner.items()) if is_module(value)]
+    raise UserError(f"holds a model of more than {MAX_MODULES:,} modules")
 
 
 def state_dict_of(module: StandIn) -> dict[str, Any]:
@@ -38,20 +47,41 @@ def state_dict_of(module: StandIn) -> dict[str, Any]:
     return found
 
 
-def activation_of(module: StandIn) -> str | None:
-    """The activation, if the module has activations of one kind only, and as modules of torch."""
+def activation_of(module: StandIn, places: Iterable[str]) -> str | None:
+    """The activation, if there are activations of one kind at these places, and they are modules of torch.
+
+    Args:
+        places: what stands in front of the names in each MLP.
+    """
+    places = tuple(places)
     kinds = {
         "gelu_pytorch_tanh" if inner.state.get("approximate") == "tanh" else ACTIVATIONS[kind_of(inner)]
-        for _, inner in modules_in(module)
-        if inner.name.startswith("torch.nn.modules.activation.") and kind_of(inner) in ACTIVATIONS
+        for prefix, inner in modules_in(module)
+        if inner.name.startswith("torch.nn.modules.activation.")
+        and kind_of(inner) in ACTIVATIONS
+        and prefix.startswith(places)
     }
     return kinds.pop() if len(kinds) == 1 else None
 
 
 def epsilon_of(module: StandIn) -> float | None:
-    """The norms' epsilon, if the modules state one and the same."""
+    """The norms' epsilon; None if no module states one.
+
+    Raises:
+        UserError: the norms are not LayerNorms, or have different epsilons.
+    """
     stated = {eps for _, inner in modules_in(module) if isinstance(eps := inner.state.get("eps"), float)}
-    return stated.pop() if len(stated) == 1 else None
+    others = {
+        kind_of(inner)
+        for _, inner in modules_in(module)
+        if (inner.name.startswith("torch.nn.modules.normalization.") and kind_of(inner) != "LayerNorm")
+        or "rmsnorm" in kind_of(inner).lower()
+    }
+    if others:
+        raise UserError(f"its norms are {', '.join(sorted(others))}, not LayerNorm: not a GPT of this shape")
+    if len(stated) > 1:
+        raise UserError(f"its norms have different epsilons ({', '.join(map(str, sorted(stated)))})")
+    return stated.pop() if stated else None
 
 
 def heads_of(module: StandIn, names: Iterable[str]) -> int | None:

@@ -17,6 +17,7 @@ from hf_model.trainers.pickle_reader import StandIn, StoredTensor, dict_of, kind
 from hf_model.trainers.pickled_module import is_module, state_dict_of
 
 WEIGHT_KEYS = ("model_state_dict", "model", "state_dict")
+MASKED = -1e3  # at most, what is added to the scores of masked tokens
 PARTS = ("DTensor", "ShardedTensor")  # of FSDP
 OF_SEVERAL = (
     "of which each process saved its own part: in the trainer, save what torch.distributed.checkpoint.state_dict."
@@ -104,9 +105,9 @@ def weights_of(
 
 
 def is_no_weight(archive: Archive, stored: Any) -> bool:
-    """Whether a tensor is a causal mask, whole numbers in order (positions), or one whole number (a counter).
+    """Whether a tensor is a causal mask, or whole numbers in order (positions). Modules keep these as buffers.
 
-    Modules keep these as buffers. A mask has one value on and below its diagonal and another one above.
+    A mask has one value on and below its diagonal and another one above: 0 and 1, or 0 and a very negative number.
     """
     if not isinstance(stored, StoredTensor) or dtype_of(stored) not in NUMBER_DTYPES or not stored.is_plain:
         return False
@@ -114,13 +115,15 @@ def is_no_weight(archive: Archive, stored: Any) -> bool:
     if is_expanded or not _is_inside(archive, stored):
         return False
     tensor = _Storages(archive).tensor(stored)
-    if tensor.ndim >= 2 and tensor.shape[-1] == tensor.shape[-2] and tensor.numel() == tensor.shape[-1] ** 2:
+    if tensor.ndim >= 2 and tensor.shape[-1] == tensor.shape[-2] > 1 and tensor.numel() == tensor.shape[-1] ** 2:
         mask = tensor.reshape(tensor.shape[-2:])
         seen = torch.ones_like(mask, dtype=torch.bool).tril()
         past, future = mask[seen], mask[~seen]
-        return bool((past == past[0]).all() and (future == future[:1]).all() and (future != past[0]).all())
-    is_whole = not tensor.is_floating_point()
-    return is_whole and (tensor.numel() == 1 or bool((tensor.flatten() == torch.arange(tensor.numel())).all()))
+        values = {float(past[0]), float(future[0])}
+        is_usual = values == {0.0, 1.0} or (0.0 in values and min(values) <= MASKED)
+        return is_usual and bool((past == past[0]).all() and (future == future[0]).all())
+    is_whole = not tensor.is_floating_point() and tensor.numel() > 1
+    return is_whole and bool((tensor.flatten() == torch.arange(tensor.numel())).all())
 
 
 def number_of(archive: Archive, stored: StoredTensor) -> int | float | None:

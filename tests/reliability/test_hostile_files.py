@@ -116,6 +116,50 @@ def test_a_plain_pickle_is_never_run(protocol: int, tmp_path: Path, marker: Path
     assert not marker.exists()
 
 
+class Repeats:
+    """Pickled as a call with the same bytes, many times: each call takes a few bytes of the file."""
+
+    def __init__(self, raw: bytes):
+        self.raw = raw
+
+    def __reduce__(self) -> tuple:
+        return torch.storage._load_from_bytes, (self.raw,)
+
+
+def small_and_deep() -> torch.nn.Module:
+    """2**32 modules by their paths, in a file of a few kilobytes."""
+    module = torch.nn.Linear(1, 1)
+    for _ in range(32):
+        module = torch.nn.ModuleDict({"a": module, "b": module})
+    return module
+
+
+def far_head() -> dict[str, Any]:
+    names = [f"blocks.0.sa.heads.{head}.{part}.weight" for head in (0, 999_999) for part in ("key", "query", "value")]
+    others = ["token_embedding_table.weight", "blocks.0.ln1.weight"]
+    return {name: torch.ones(2, 2) for name in (*names, *others)}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [small_and_deep, far_head, lambda: {"model": {".".join("a" * 450): torch.ones(1) for _ in range(200)}}],
+    ids=["shared modules", "a head of a high number", "long names"],
+)
+def test_a_small_file_takes_little_time_and_memory(content: Callable[[], Any], tmp_path: Path) -> None:
+    path = save(tmp_path / "ckpt.pt", content())
+    with bounded(), pytest.raises(UserError):
+        read_checkpoint(path)
+
+
+def test_one_storage_that_a_plain_pickle_loads_many_times_is_refused(tmp_path: Path) -> None:
+    raw = save(tmp_path / "a.pt", torch.ones(2**18).untyped_storage(), _use_new_zipfile_serialization=False)
+    content = raw.read_bytes()
+    path = tmp_path / "ckpt.pkl"
+    path.write_bytes(pickle.dumps({"model": [Repeats(content) for _ in range(400)]}))
+    with bounded(), pytest.raises(UserError, match="holds more than"):
+        read_checkpoint(path)
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_storage_inside_a_plain_pickle_is_never_run(depth: int, tmp_path: Path, marker: Path) -> None:
     """`torch.storage._load_from_bytes` loads a file from bytes; so such bytes are a file that may call a function."""

@@ -13,7 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from hf_model import convert
 from hf_model.errors import UserError
 from hf_model.loading import Source
-from hf_model.trainers import read_checkpoint
+from hf_model.trainers import Checkpoint, read_checkpoint
+from hf_model.trainers.names import TABLE
 from tests import relatives
 from tests.tiny import ROOT, gpt, save_tokenizer
 from tests.trainers.trainer_models import (
@@ -87,17 +88,30 @@ class TestLLMsFromScratch:
         with pytest.raises(UserError, match="--n_head"):
             Source(path, None, characters_of=text).load()
 
-    def test_gpt2_s_widths_have_gpt2_s_heads(self, saved: Callable) -> None:
-        block = "trf_blocks.0."
-        square, wide = torch.randn(768, 768), torch.randn(3072, 768)
-        weights = {"tok_emb.weight": torch.randn(8, 768), "pos_emb.weight": torch.randn(4, 768)}
-        weights |= {f"{block}att.{name}.weight": square.clone() for name in ("W_query", "W_key", "W_value", "out_proj")}
-        weights |= {f"{block}ff.layers.0.weight": wide, f"{block}ff.layers.2.weight": wide.t().contiguous()}
-        weights |= {f"{name}.scale": torch.ones(768) for name in (f"{block}norm1", f"{block}norm2", "final_norm")}
-        weights["out_head.weight"] = torch.randn(8, 768)
-        checkpoint = read_checkpoint(saved(weights))
-        assert checkpoint.architecture().n_head == 12
-        assert checkpoint.architecture(n_head=6).n_head == 6
+    @pytest.mark.parametrize(
+        ("width", "n_layer", "rows", "heads"),
+        [(768, 12, 50257, 12), (1600, 48, 50257, 25), (768, 12, 4000, None), (768, 8, 50257, None)],
+        ids=["GPT-2 small", "GPT-2 XL", "another vocabulary", "another depth"],
+    )
+    def test_only_gpt2_s_sizes_have_gpt2_s_heads(self, width: int, n_layer: int, rows: int, heads: int | None) -> None:
+        weights = {"transformer.wte.weight": torch.empty(rows, width, device="meta")}
+        weights |= {f"transformer.h.{i}.ln_1.weight": torch.empty(width, device="meta") for i in range(n_layer)}
+        names = next(names for names in TABLE if names.trainer == "LLMs-from-scratch")
+        told = Checkpoint(Path("model.pth"), weights, {}, weights_key="model_state_dict", names=names).told_heads()
+        assert (told and told[0]) == heads
+
+    @pytest.mark.parametrize("name", ["out_head.weight", "tok_emb.weight", "final_norm.shift"])
+    def test_what_the_book_s_models_always_have_is_missed(self, name: str, saved: Callable) -> None:
+        weights = moved(Book()).state_dict()
+        del weights[name]
+        with pytest.raises(UserError, match=rf"lacks '{name.rpartition('.')[0]}"):
+            read_checkpoint(saved(weights))
+
+    def test_a_bias_that_one_layer_lacks_is_missed(self, saved: Callable) -> None:
+        weights = moved(Book(qkv_bias=True)).state_dict()
+        del weights["trf_blocks.1.att.W_query.bias"]
+        with pytest.raises(UserError, match=r"lacks 'trf_blocks\.1\.att\.W_query\.bias'"):
+            read_checkpoint(saved(weights))
 
 
 class TestTrainLLMFromScratch:
@@ -137,7 +151,7 @@ class TestLlmC:
             weight.data = weight.data.to(dtype).float()
         ids = torch.randint(300, (1, 16), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            assert torch.equal(loaded.model(ids).logits[..., :300], logits_of(model, ids))
+            assert torch.equal(loaded.model(ids).logits, logits_of(model, ids))
         assert loaded.dtype == dtype
 
     def test_its_state_dict_has_its_activation_and_a_warning(self, text: Path, saved: Callable) -> None:
@@ -225,11 +239,10 @@ class TestBuffers:
             torch.full((1, 1, 16, 16), float("-inf")).triu(1),
             torch.arange(16),
             torch.arange(16)[None],
-            torch.tensor(7),
         ],
-        ids=["tril", "triu", "infinite", "positions", "rows of positions", "a counter"],
+        ids=["tril", "triu", "infinite", "positions", "rows of positions"],
     )
-    def test_masks_positions_and_counters_are_left_out(self, buffer: Tensor, saved: Callable) -> None:
+    def test_masks_and_positions_are_left_out(self, buffer: Tensor, saved: Callable) -> None:
         weights = gpt().state_dict()
         path = saved({"model": weights | {"transformer.h.0.attn.anything": buffer}, "model_args": {"n_head": 4}})
         assert list(read_checkpoint(path).state_dict) == list(weights)
@@ -243,13 +256,50 @@ class TestBuffers:
             torch.rand(16, 16).tril(),
             torch.tensor([0, 2, 1]),
             torch.rand(16),
+            torch.tensor([[0.7]]),
+            torch.tensor([[0.7, 0.1], [0.7, 0.7]]),
+            torch.tensor(4),
         ],
-        ids=["a sliding window", "no mask", "sees the next token", "a matrix", "an order", "numbers"],
+        ids=[
+            *("a sliding window", "no mask", "sees the next token", "a matrix", "an order", "numbers"),
+            *("a gate", "a learned mask", "a window"),
+        ],
     )
     def test_anything_else_is_refused(self, buffer: Tensor, saved: Callable) -> None:
         weights = gpt().state_dict() | {"transformer.h.0.attn.anything": buffer}
         with pytest.raises(UserError, match=r"attn\.anything"):
             read_checkpoint(saved({"model": weights}))
+
+
+def test_the_counter_of_an_averaged_model_is_left_out(saved: Callable) -> None:
+    weights = {f"module.{name}": weight for name, weight in gpt().state_dict().items()}
+    assert "n_averaged" not in read_checkpoint(saved({"model": weights | {"n_averaged": torch.tensor(3)}})).state_dict
+
+
+def test_a_learned_scale_beside_a_weight_is_refused(saved: Callable) -> None:
+    weights = gpt().state_dict() | {"transformer.h.0.attn.c_proj.scale": torch.rand(32)}
+    with pytest.raises(UserError, match=r"c_proj\.scale"):
+        read_checkpoint(saved({"model": weights}))
+
+
+def test_a_layer_that_has_two_numbers_is_refused(saved: Callable) -> None:
+    weights = gpt().state_dict()
+    twice = weights | {"transformer.h.00.ln_1.weight": weights["transformer.h.0.ln_1.weight"] + 1}
+    with pytest.raises(UserError, match="are the same weight"):
+        read_checkpoint(saved({"model": twice}))
+
+
+def test_a_head_outside_of_the_body_belongs_to_it(saved: Callable) -> None:
+    weights = gpt().state_dict()
+    apart = {name.replace("transformer.", "gpt."): weight for name, weight in weights.items()}
+    assert set(read_checkpoint(saved({"model": apart})).state_dict) == set(weights)
+
+
+def test_a_missing_head_is_not_a_tied_one_if_the_file_says_so(saved: Callable) -> None:
+    weights = dict(gpt().state_dict())
+    del weights["lm_head.weight"]
+    with pytest.raises(UserError, match=r"lacks 'lm_head\.weight'"):
+        read_checkpoint(saved({"model": weights, "model_args": {"n_head": 4, "tie_weights": False}}))
 
 
 class TestForksOfNanoGPT:
@@ -306,6 +356,29 @@ class TestWholeModules:
         assert checkpoint.module_class == "GPT"
         assert checkpoint.trainer.activation == "gelu_pytorch_tanh"
         assert checkpoint.architecture().n_head == 4
+        assert checkpoint.options == {"layer_norm_epsilon": 1e-6}
+
+    def test_an_activation_that_is_not_the_mlp_s_is_not_taken(self, saved: Callable) -> None:
+        model = gpt()
+        model.unused = nn.ReLU()
+        assert read_checkpoint(saved(model)).trainer.activation != "relu"
+
+    def test_norms_with_different_epsilons_are_refused(self, saved: Callable) -> None:
+        model = moved(TrainLLM())
+        model.layer_norm.eps = 0.5
+        with pytest.raises(UserError, match=r"different epsilons \(1e-05, 0\.5\)"):
+            read_checkpoint(saved(model))
+
+    def test_norms_of_another_kind_are_refused(self, saved: Callable) -> None:
+        model = gpt(bias=False)
+        model.transformer.ln_f = nn.RMSNorm(32, 1e-5)
+        with pytest.raises(UserError, match="its norms are RMSNorm"):
+            read_checkpoint(saved(model))
+
+    def test_options_of_its_configuration_are_not_passed_over(self, saved: Callable) -> None:
+        model = gpt()
+        model.config.mup_enabled = True
+        assert read_checkpoint(saved(model)).unknown_args["mup_enabled"] is True
 
     def test_an_unknown_class_is_told_of_its_code(self, saved: Callable) -> None:
         with pytest.raises(UserError, match=r"--model train\.py:GPT"):
