@@ -7,6 +7,7 @@ from hf_model.errors import UserError
 from hf_model.trainers.pickle_reader import StandIn, dict_of, fields_of, kind_of
 
 MAX_MODULES = 20_000
+KINDS = ("_parameters", "_buffers", "_modules")  # attributes of each module: dicts by name
 # torch's modules that are an activation, to the name in transformers. A module's own attributes tell variants apart.
 ACTIVATIONS = {"ReLU": "relu", "GELU": "gelu", "SiLU": "silu", "Tanh": "tanh", "Sigmoid": "sigmoid", "Mish": "mish"}
 
@@ -14,7 +15,7 @@ ACTIVATIONS = {"ReLU": "relu", "GELU": "gelu", "SiLU": "silu", "Tanh": "tanh", "
 def is_module(value: Any) -> bool:
     """Whether a value is a pickled `nn.Module`. Its attributes then have dicts of parameters, buffers and modules."""
     state = value.state if isinstance(value, StandIn) else None
-    return isinstance(state, dict) and {"_parameters", "_buffers", "_modules"} <= state.keys()
+    return isinstance(state, dict) and all(isinstance(dict_of(state.get(kind)), dict) for kind in KINDS)
 
 
 def modules_in(module: StandIn) -> Iterator[tuple[str, StandIn]]:
@@ -29,7 +30,7 @@ def modules_in(module: StandIn) -> Iterator[tuple[str, StandIn]]:
             return
         prefix, found = waiting.pop()
         yield prefix, found
-        inner = dict_of(found.state["_modules"]) or {}
+        inner = dict_of(found.state["_modules"])
         waiting += [(f"{prefix}{name}.", value) for name, value in reversed(inner.items()) if is_module(value)]
     raise UserError(f"holds a model of more than {MAX_MODULES:,} modules")
 
@@ -41,7 +42,7 @@ def state_dict_of(module: StandIn) -> dict[str, Any]:
         skipped = inner.state.get("_non_persistent_buffers_set")
         not_saved = skipped.content if isinstance(skipped, StandIn) else None
         for kind in ("_parameters", "_buffers"):
-            for name, tensor in (dict_of(inner.state[kind]) or {}).items():
+            for name, tensor in dict_of(inner.state[kind]).items():
                 if tensor is not None and not (kind == "_buffers" and name in (not_saved or ())):
                     found[f"{prefix}{name}"] = tensor
     return found

@@ -43,7 +43,6 @@ PROTOCOLS = (2, 3, 4, 5)
 
 # The remedies, as patterns of the lines that refuse a file.
 SAVE_A_STATE_DICT = r"save .*model\.state_dict\(\)"
-A_SAFETENSORS_FILE = "is a safetensors file"
 REFERS_TO_CODE = r"refers to .*(Functions, and classes that can act, are not read|save)"
 
 
@@ -573,7 +572,6 @@ def accelerate_folders() -> Iterator[Honest]:
             yield Honest(
                 f"accelerate's {kind}, {name}",
                 functools.partial(written, whole=whole, safe=safe),
-                A_SAFETENSORS_FILE if safe else "",
                 needs="accelerate",
                 path=name,
             )
@@ -611,7 +609,7 @@ def safetensors_files() -> Iterator[Honest]:
 
         save_file(weights(), path)
 
-    yield Honest("safetensors", write, A_SAFETENSORS_FILE, needs="safetensors", path="model.safetensors")
+    yield Honest("safetensors", write, needs="safetensors", path="model.safetensors")
 
 
 SOURCES = (forms, wrapped, beside, other_kinds, lightning, accelerate_folders, omegaconf, deepspeed, safetensors_files)

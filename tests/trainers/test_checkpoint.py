@@ -355,3 +355,16 @@ def test_a_system_that_reserves_memory_for_every_mapping_gets_copies(
     assert_same(read, weights)
     for weight in read.values():
         weight.add_(1)
+
+
+class NoModule:
+    """Has the attributes of a module, which hold something else."""
+
+    def __init__(self) -> None:
+        self._parameters = self._buffers = self._modules = Path("x")
+
+
+def test_what_only_looks_like_a_module_is_refused(tmp_path: Path) -> None:
+    torch.save({"model": NoModule()}, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match=r"holds no weights .*save .*state_dict"):
+        read_checkpoint(tmp_path / "ckpt.pt")
