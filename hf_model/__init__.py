@@ -7,6 +7,21 @@
     prompt = encode(tokenizer, format_prompt("What is the capital of France?"))  # token ids, (1, T)
     print(generate(model, tokenizer, prompt, Sampling(temperature=0), response_only=True).texts[0])
 
+The functions; `help(hf_model.convert)` explains one with its arguments and errors:
+
+    convert          convert a checkpoint, a folder or your own model to the folder of a format
+    inspect          find out what a model has learnt; nothing is written
+    load             the model and the tokenizer of a checkpoint, a folder or your own model; nothing is written
+    encode           the token ids of a text
+    encode_prompt    the token ids of a prompt in the model's prompt format
+    format_prompt    an instruction in the format of fine-tuning, as text
+    generate         continue a prompt of token ids
+    read_records     read a file of prompts
+    answer_file      answer these prompts in batches, write a file, and continue a run that was stopped
+    read_checkpoint  the weights and sizes in a trainer's file; no model is built
+
+`Sampling` holds the options of generation. `UserError` is the error for what a user can correct.
+
 Importing this package registers the model with transformers' Auto classes, so that a converted folder loads without
 `trust_remote_code`.
 """
