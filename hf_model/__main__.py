@@ -15,7 +15,8 @@ A GPT trained in plain PyTorch (nanoGPT and its relatives) as a Hugging Face mod
   custom-gpt-convert --help     write a Hugging Face folder from a checkpoint and its tokenizer
   custom-gpt-generate --help    generate text with a checkpoint or a converted folder
 
-In a clone: python convert_checkpoint.py, python generate.py. From Python: import hf_model; help(hf_model)"""
+In a clone: python convert_checkpoint.py, python generate.py
+In Python: import hf_model; help(hf_model.convert)"""
 
 
 def main(arguments: list[str]) -> int:
