@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -61,6 +60,8 @@ from hf_model.trainers.module_parts import unwrap
 from hf_model.trainers.names import FAMILY
 from hf_model.trainers.own_code import build_module
 from hf_model.trainers.pickle_reader import kind_of
+from hf_model.trainers.stated import ACTIVATIONS as READ_ACTIVATIONS
+from hf_model.trainers.stated import is_activation
 from hf_model.trainers.tensors import WEIGHT_DTYPES, dtype_name
 
 AUTO_MAP = {
@@ -73,17 +74,10 @@ AUTO_MAP = {
     "AutoModelForDecision": "modeling_custom_gpt.CustomGPTForCausalLM",
 }
 # The activations that a user's own model may have; of two names for one function, the first is taken.
-MODULE_ACTIVATIONS = {
-    name: ACT2FN[name]
-    for name in (
-        *("gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "silu", "quick_gelu", "relu2", "leaky_relu", "mish"),
-        *("tanh", "sigmoid", "relu6", "laplace"),
-    )
-}
+MODULE_ACTIVATIONS = {name: ACT2FN[name] for name in READ_ACTIVATIONS}
 LOGITS_CLOSE = {torch.float32: 1e-3, torch.float64: 1e-9}  # largest difference, in standard deviations of the logits
 # Those that a user may name for a checkpoint.
 GELUS = ("gelu", "gelu_new", "gelu_pytorch_tanh")
-ACTIVATION = re.compile(r"activation|(^|_)act(_|$)|nonlinearity")  # what trainers call the option
 ACTIVATIONS = ("auto", *GELUS, "relu", "silu", "quick_gelu", "relu2", "leaky_relu", "mish")
 # One thread at a time: while `from_pretrained` builds a model, it sets torch's default dtype for the whole process.
 FROM_PRETRAINED = threading.Lock()
@@ -189,7 +183,7 @@ class Source:
         model = options.pop("model", None)
         if isinstance(origin, nn.Module):
             return cls(Path(type(unwrap(origin)).__name__), tokenizer_path, module=origin, **options)
-        path = saved_file(Path(origin))
+        path = _saved_file(Path(origin))
         module = None if model is None else build_module(model, path)
         return cls(path, tokenizer_path, module=module, training_data=training_data, **options)
 
@@ -289,7 +283,7 @@ class Source:
             raise UserError(f"activation={self.activation!r} is none of {', '.join(ACTIVATIONS)}")
         checkpoint = read_checkpoint(self.path)
         if self.activation != "auto":  # the user has answered it
-            checkpoint.unknown_args = {n: v for n, v in checkpoint.unknown_args.items() if not ACTIVATION.search(n)}
+            checkpoint.unknown_args = {n: v for n, v in checkpoint.unknown_args.items() if not is_activation(n)}
         if unknown := [name for name in checkpoint.unknown_args if name not in self.ignore_model_args]:
             told = ", ".join(f"{name}={_shown(checkpoint.unknown_args[name])}" for name in unknown)
             raise UserError(
@@ -310,7 +304,7 @@ class Source:
                 for form in checkpoint.forms(architecture, None if self.activation == "auto" else self.activation)
             ]
         except StrictDataclassError as error:
-            raise UserError(f"{self.path}: {error}") from None
+            raise UserError(f"{self.path}: {error.__cause__ or error}") from None
         chosen = Chosen(forms[0], "") if len(forms) == 1 else self._choose_form(forms, checkpoint, found)
         config = chosen.config
         if checkpoint.names is not FAMILY:
@@ -332,8 +326,9 @@ class Source:
         if path is None:
             raise UserError(
                 f"{self.path}: models of several kinds have the names of {checkpoint.names.trainer} (norms before or "
-                "after, two scales of attention): give the text that the model was trained on, with --characters_of or "
-                "--training_data, or the code that makes the model, with --model train.py:GPT"
+                "after, two scales of attention): give the text that the model was trained on, with --characters_of "
+                "(the conversion also takes --training_data), or the code that makes the model, with --model "
+                "train.py:GPT"
             )
         text = read_start(Path(path), TEXT_BYTES).decode("utf-8", "ignore")
         try:
@@ -366,14 +361,16 @@ class Source:
             yield "names", f"those of {checkpoint.names.trainer}"
         if self.n_head is None and (told := checkpoint.told_heads()):
             yield "heads", f"{told[0]} ({told[1]})"
+        if checkpoint.config_unused:
+            yield "note", f"{checkpoint.config_unused}: it was not used"
         if checkpoint.no_biases:
             yield "biases", f"zeros for {', '.join(checkpoint.no_biases)}: the file has none in any layer"
         for name, value in checkpoint.unknown_args.items():
             ignored = f"{name}={_shown(value)} in {checkpoint.stated_in} was ignored"
             yield "warning", f"{ignored}: the model may not compute what its trainer computes"
         head, embedding = (checkpoint.state_dict.get(f"{name}.weight") for name in ("lm_head", "transformer.wte"))
-        is_other = head is not None and embedding is not None and head.data_ptr() != embedding.data_ptr()
-        if is_other and is_copied(head, embedding):
+        are_apart = head is not None and embedding is not None and head.data_ptr() != embedding.data_ptr()
+        if are_apart and is_copied(head, embedding):
             yield "head", "tied: the file has an equal copy of the embedding"
         if checkpoint.has_head_alone:
             yield "head", "tied: the file has lm_head.weight alone, which is taken for the embedding too"
@@ -388,9 +385,9 @@ class Source:
             yield "activation", f"{trainer.activation} ({likely})"
             yield (
                 "warning",
-                "nothing in the file tells the activation, and a wrong one changes the answers a little. Choose it "
-                "with --activation, check it with --inspect --training_data FILE, or give the code that makes the "
-                "model, with --model train.py:GPT",
+                "nothing in the file tells the activation. Names and shapes alone do not prove which model this is, "
+                "and with a wrong activation the answers are worse. Choose it with --activation, check it with "
+                "--inspect --training_data FILE, or give the code that makes the model, with --model train.py:GPT",
             )
         elif self.activation == "auto" and trainer.why:
             yield "activation", f"{trainer.activation} ({trainer.why})"
@@ -425,9 +422,22 @@ class Source:
                 model.generation_config = default_generation(found.tokenizer, config.vocab_size)
         except UserError:
             raise
+        except StrictDataclassError as error:
+            raise UserError(f"{folder}: cannot be loaded (config.json: {error.__cause__ or error})") from None
         except Exception as error:  # a stranger's file can make the library fail in any way
             raise UserError(f"{folder}: cannot be loaded ({one_line(error, 200)})") from None
         return Loaded(model, found, own, choices=tuple(tokenizer_choices(found)))
+
+
+def _saved_file(origin: Path) -> Path:
+    try:
+        origin.stat()
+    except FileNotFoundError:
+        pass  # whoever reads the file says so
+    except (OSError, ValueError) as error:  # the name is too long, or holds a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{one_line(origin, 100)}: cannot be read ({reason})") from None
+    return saved_file(origin)
 
 
 def untied(loaded: Loaded) -> Loaded:

@@ -173,7 +173,7 @@ class TestChoices:
     @pytest.mark.parametrize(
         "sizes, heads",
         [
-            ({"n_head": 3}, 3),
+            ({"n_head": 3, "n_layer": 3}, 3),
             ({"n_layer": 3, "n_head": 4, "n_embd": 48}, 4),
             ({"model_type": "gpt-nano", "n_head": 6}, 6),
         ],

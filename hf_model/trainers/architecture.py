@@ -155,7 +155,11 @@ def _heads(n_head: Any, n_embd: int) -> int:
     if n_head is None:
         usual = f" (most models have heads of 64, which makes {n_embd // 64} here)" if n_embd % 64 == 0 else ""
         raise UserError(f"its weights do not tell the number of attention heads: give it with --n_head{usual}")
-    if not isinstance(n_head, int) or isinstance(n_head, bool) or n_head < 1 or n_embd % n_head:
+    if not isinstance(n_head, int) or isinstance(n_head, bool):
+        raise UserError(
+            f"n_head={n_head!r} is a {type(n_head).__name__}, not a whole number: give the right number with --n_head"
+        )
+    if n_head < 1 or n_embd % n_head:
         raise UserError(f"n_head={n_head!r} does not divide n_embd={n_embd}: give the right number with --n_head")
     return n_head
 

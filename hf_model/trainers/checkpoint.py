@@ -15,8 +15,17 @@ from hf_model.trainers.architecture import Architecture, infer_architecture, is_
 from hf_model.trainers.names import FAMILY, WRITTEN_OUT_TANH, Names, Placed, place_names
 from hf_model.trainers.pickle_reader import StandIn, dict_of, kind_of
 from hf_model.trainers.pickled_module import activation_of, epsilon_of, heads_of, is_module
-from hf_model.trainers.stated import HEADS, options_beside, progress_of, stated_options, stated_sizes, unknown_options
-from hf_model.trainers.table import Trainer, find_trainer, heads_beside
+from hf_model.trainers.stated import (
+    HEADS,
+    Beside,
+    options_beside,
+    progress_of,
+    read_options,
+    stated_options,
+    stated_sizes,
+    unknown_options,
+)
+from hf_model.trainers.table import Trainer, find_trainer
 from hf_model.trainers.tensors import find_weights, is_no_weight, weights_of, widest
 
 MAX_NAME = 200
@@ -52,6 +61,10 @@ class Checkpoint:
     """Options in `model_args` that are switched on and may change what the model computes, in a way not known here."""
     stated_in: str = "model_args"
     """Where the sizes and options stand: in the file, or in a config.json beside it."""
+    beside: str = ""
+    """The config.json beside the file that states sizes and options, in words; "" if none does."""
+    config_unused: str = ""
+    """Why the config.json beside the file is not used; "" if it is, or if there is none."""
     has_head_alone: bool = False
     """Whether the file has the head and no embedding, as some savers leave a tied pair."""
     other_keys: tuple[str, ...] = ()
@@ -79,6 +92,8 @@ class Checkpoint:
             if self.n_head is not None and not self.module_class and stated not in (None, self.n_head):
                 raise UserError(f"n_head={stated}, but its layers have tensors for {self.n_head} heads")
             told = self.told_heads() if n_head is None else None
+            if stated is None and told is None and self.config_unused:
+                raise UserError(f"{self.config_unused}: give --n_head")
             model_args = {"dropout": self.trainer.dropout} | self.model_args
             return infer_architecture(self.state_dict, model_args, told[0] if told else n_head, self.stated_in)
 
@@ -101,19 +116,18 @@ class Checkpoint:
         return forms
 
     def told_heads(self) -> tuple[int, str] | None:
-        """The number of heads if `model_args` do not state it, and the words that say what does.
+        """The number of heads if the file itself does not state it, and the words that say what does.
 
-        Raises:
-            UserError: the config.json beside the file belongs to a model of other sizes.
+        The place is always told if it is outside the file.
         """
         if self.n_head is not None:
             return self.n_head, "the saved module says so" if self.module_class else "each head has its own tensors"
         embedding = self.state_dict.get("transformer.wte.weight")
-        if self.model_args.get("n_head") is not None or embedding is None or embedding.ndim != 2:
+        if (stated := self.model_args.get("n_head")) is not None:
+            return (stated, self.beside) if self.beside else None
+        if embedding is None or embedding.ndim != 2:
             return None
         width = embedding.shape[1]
-        if self.weights_key is None and (beside := heads_beside(self.path, n_layers(self.state_dict), width)):
-            return beside
         usual = self.names.n_head.get((width, n_layers(self.state_dict)))
         if usual is not None and GPT2_VOCABULARY <= embedding.shape[0] <= GPT2_VOCABULARY + 1000:
             return usual, "GPT-2's number for this width and depth; give another one with --n_head"
@@ -151,6 +165,15 @@ def n_layers(state_dict: Mapping[str, torch.Tensor]) -> int:
     return len({name.split(".")[2] for name in state_dict if name.startswith("transformer.h.")})
 
 
+def _sizes_of(state_dict: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """The sizes that the weights show; 0 for a matrix that is missing."""
+    embeddings = (state_dict.get(f"transformer.{name}.weight") for name in ("wte", "wpe"))
+    (vocab_size, n_embd), (block_size, _) = (
+        (0, 0) if one is None or one.ndim != 2 else one.shape for one in embeddings
+    )
+    return {"n_layer": n_layers(state_dict), "n_embd": n_embd, "block_size": block_size, "vocab_size": vocab_size}
+
+
 def _read(path: Path, check_bytes: bool) -> Checkpoint:
     file, content = load_content(path)
     weights_key, weights = find_weights(content)
@@ -169,12 +192,16 @@ def _read(path: Path, check_bytes: bool) -> Checkpoint:
     module = whole if is_module(whole) else None
     beside = {key: value for key, value in content.items() if isinstance(key, str) and key not in weights}
     stated, is_of_model, place = stated_options(beside if module is None else beside | module.state)
+    outside = Beside({}, "")
     if weights_key is None:
-        stated, place = options_beside(path, file.metadata)
+        outside = options_beside(path, file.metadata, _sizes_of(state_dict))
+        stated, is_of_model, place = outside.options, outside.is_of_model, outside.place
     if "lm_head.weight" not in joined and any(TIES.search(str(name)) and stated[name] is False for name in stated):
         raise UserError(f"it lacks 'lm_head.weight', and its {place} say that the head is not tied")
     sizes = stated_sizes(stated, file)
     known = {size for tensor in state_dict.values() for size in tensor.shape} | {n_layers(state_dict), *sizes.values()}
+    if isinstance(n_head := sizes.get("n_head"), int) and n_head > 0:
+        known.add(_sizes_of(state_dict)["n_embd"] // n_head)  # the width of a head
     config = beside.get("config")
     dataset, start = (config.get(key) if isinstance(config, dict) else None for key in ("dataset", "init_from"))
     trainer = find_trainer(
@@ -187,8 +214,11 @@ def _read(path: Path, check_bytes: bool) -> Checkpoint:
         has_biases=any(name.endswith(".bias") for name in state_dict),
         is_tied="transformer.wte.weight" in state_dict and is_tied(state_dict),
     )
-    options: dict[str, Any] = {}
-    if weights_key is None and isinstance(told := stated.pop("activation_function", None), str):
+    # transformers' own class has the activation that its configuration says; others' classes have one of their own.
+    own = None if placed.names.is_transposed else placed.names.activation
+    left, told, stated_epsilon = read_options(stated, file, is_of_model, own)
+    options: dict[str, Any] = {"layer_norm_epsilon": stated_epsilon} if stated_epsilon else {}
+    if told:
         trainer = Trainer(told, f"{place} says so", dropout=trainer.dropout)
     if module is not None:
         mlps = {name.rpartition(".")[0].rpartition(".")[0] + "." for name in placed.names_of("mlp.c_fc")}
@@ -207,8 +237,10 @@ def _read(path: Path, check_bytes: bool) -> Checkpoint:
         dataset=dataset if isinstance(dataset, str) and len(dataset) <= MAX_NAME else None,
         started_from=start if isinstance(start, str) and start in GPT2_NAMES else None,
         is_pretrained=is_original and "loss" in beside and "config" not in beside,
-        unknown_args=unknown_options(stated, known, is_of_model or weights_key is None),
+        unknown_args=unknown_options(left, known, is_of_model),
         stated_in=place,
+        beside=outside.says,
+        config_unused=outside.unused,
         has_head_alone=has_head_alone,
         other_keys=tuple(
             one_line(key, MAX_NAME)

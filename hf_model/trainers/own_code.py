@@ -6,7 +6,7 @@ The code runs because the user named it. What the checkpoint holds is still only
 import importlib.util
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from hf_model.errors import UserError, one_line, some_of
+from hf_model.trainers import archive, llm_c
 from hf_model.trainers.checkpoint import load_content, naming
-from hf_model.trainers.pickle_reader import StoredTensor, fields_of
-from hf_model.trainers.tensors import find_weights, weights_of
-
-STATED = ("model_args", "config", "hyper_parameters", "model_config", "args")
+from hf_model.trainers.pickle_reader import fields_of
+from hf_model.trainers.stated import MIXED_KEYS, MODEL_KEYS
+from hf_model.trainers.tensors import find_weights, is_no_weight, weights_of
 
 
 class Stated(dict[str, Any]):
@@ -43,6 +43,8 @@ def build_module(model: str, checkpoint_path: Path) -> nn.Module:
     """
     make = _import(model)
     with naming(checkpoint_path):
+        if llm_c.is_model(archive.read_head(checkpoint_path)):
+            raise UserError("is a model of llm.c, whose code is known here: leave out --model")
         file, content = load_content(checkpoint_path)
         _, weights = find_weights(content)
     try:
@@ -53,10 +55,12 @@ def build_module(model: str, checkpoint_path: Path) -> nn.Module:
         raise UserError(f"--model {model}: gives a {type(module).__name__}, not a torch.nn.Module")
     with naming(checkpoint_path):
         own = module.state_dict()
-        names = {name: value for name, value in weights.items() if isinstance(name, str)}
-        matched = _without_prefix(names, own)
-        _check_names(matched, module)
-        tensors = weights_of(file, {name: matched[name] for name in matched if own[name].is_floating_point()})
+        matched = _without_prefix({name: value for name, value in weights.items() if isinstance(name, str)}, own)
+        extra = [name for name in matched if name not in own and not is_no_weight(file, matched[name])]
+        _check_names(set(matched), extra, module)
+        tensors = weights_of(
+            file, {name: matched[name] for name in matched if name in own and own[name].is_floating_point()}
+        )
         _copy(tensors, own)
     return module.eval()
 
@@ -90,7 +94,7 @@ def _import(model: str) -> Any:
 
 
 def _stated(content: Mapping[Any, Any]) -> Stated:
-    stated = next(filter(None, (fields_of(content.get(key)) for key in STATED)), {})
+    stated = next(filter(None, (fields_of(content.get(key)) for key in (*MODEL_KEYS, *MIXED_KEYS))), {})
     return Stated({name: value for name, value in stated.items() if isinstance(name, str)})
 
 
@@ -108,33 +112,27 @@ def _call(make: Any, stated: Stated) -> Any:
 
 
 def _without_prefix(weights: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights without the prefix of all their names, such as `model.` or `_orig_mod.`."""
-    first = next(iter(weights), "")
-    prefixes = ["", *(first[: i + 1] for i, character in enumerate(first) if character == ".")]
+    """The weights by their names in the model: without what stands in front of them all, such as `model.`.
+
+    A name without this prefix stays as it is.
+    """
+    first = next(iter(own), "")
+    prefixes = {"", *(name.removesuffix(first) for name in weights if name.endswith(f".{first}"))}
 
     def stripped(prefix: str) -> dict[str, Any]:
-        return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        return {name.removeprefix(prefix): value for name, value in weights.items()}
 
-    return max(map(stripped, prefixes), key=lambda names: len(names.keys() & own.keys()))
+    return max(map(stripped, sorted(prefixes)), key=lambda names: len(names.keys() & own.keys()))
 
 
-def _check_names(weights: dict[str, Any], module: nn.Module) -> None:
-    """Check that each parameter has a weight and each weight a place; masks that code no longer keeps are dropped."""
+def _check_names(names: Set[str], extra: Sequence[str], module: nn.Module) -> None:
+    """Check that each parameter has a weight, and that each weight of the file has a place."""
     buffers = {name for name, _ in module.named_buffers()}
-    missing = [name for name in module.state_dict() if name not in weights and name not in buffers]
-    unknown = [name for name in weights if name not in module.state_dict()]
-    masks = [name for name in unknown if isinstance(weights[name], StoredTensor) and _is_square(weights[name].shape)]
-    for name in masks:
-        del weights[name]
-    unknown = [name for name in unknown if name not in masks]
-    if missing or unknown:
+    missing = [name for name in module.state_dict() if name not in names and name not in buffers]
+    if missing or extra:
         said = [f"the file lacks {some_of(list(map(repr, missing)), 3)}"] * bool(missing)
-        said += [f"the model has no place for {some_of(list(map(repr, unknown)), 3)}"] * bool(unknown)
+        said += [f"the model has no place for {some_of(list(map(repr, extra)), 3)}"] * bool(extra)
         raise UserError(f"does not belong to the model of --model: {', and '.join(said)}")
-
-
-def _is_square(shape: Any) -> bool:
-    return len(shape) in (2, 3, 4) and shape[-1] == shape[-2] and all(n == 1 for n in shape[:-2])
 
 
 @torch.no_grad()

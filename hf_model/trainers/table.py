@@ -1,15 +1,10 @@
 """The trainers of the family: how to know their files, and which activation their models have."""
 
-import json
 from collections.abc import Set
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from hf_model.errors import UserError
 from hf_model.trainers.names import EXACT, FAMILY, TORCH_TANH, WRITTEN_OUT_TANH, Names
-
-MAX_CONFIG_BYTES = 2**20
 
 # minGPT's model types: layers, heads, width. Its checkpoint lacks the heads; its config.json may have only the type.
 MINGPT_TYPES = {
@@ -78,33 +73,3 @@ def find_trainer(
     if has_masks and has_biases:
         return Trainer(WRITTEN_OUT_TANH, "causal masks and biases are in llm.c's and older trainers' files", False)
     return Trainer(is_known=False)
-
-
-def heads_beside(path: Path, n_layer: int, n_embd: int) -> tuple[int, str] | None:
-    """The number of heads in minGPT's config.json beside a file, and the words that say so. None if there is none.
-
-    Raises:
-        UserError: the config.json belongs to a model of other sizes.
-    """
-    config = path.with_name("config.json")
-    if not config.is_file():
-        return None
-    try:
-        with config.open("rb") as file:
-            model = json.loads(file.read(MAX_CONFIG_BYTES))["model"]
-        model_type, n_head = model.get("model_type"), model.get("n_head")
-        layers, width = model.get("n_layer") or n_layer, model.get("n_embd") or n_embd
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return None
-    says = f"n_head={n_head}"
-    if n_head is None and isinstance(model_type, str) and model_type in MINGPT_TYPES:
-        says = model_type
-        layers, n_head, width = MINGPT_TYPES[model_type]
-    if not isinstance(n_head, int):
-        return None
-    if (layers, width) != (n_layer, n_embd):
-        raise UserError(
-            f"{config.name} beside it says {says} ({layers} layers, {width} wide), but the weights have "
-            f"{n_layer} layers and are {n_embd} wide: give --n_head"
-        )
-    return n_head, f"{config} says {says}"

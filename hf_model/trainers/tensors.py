@@ -18,6 +18,8 @@ from hf_model.trainers.pickled_module import is_module, state_dict_of
 
 WEIGHT_KEYS = ("model_state_dict", "model", "state_dict")
 MASKED = -1e3  # at most, what is added to the scores of masked tokens
+ARRAYS = ("_reconstruct", "ndarray")  # how a pickle makes NumPy's
+OF_NUMPY = "holds NumPy arrays: save torch's tensors, as {'model': model.state_dict()} has them"
 PARTS = ("DTensor", "ShardedTensor")  # of FSDP
 OF_SEVERAL = (
     "of which each process saved its own part: in the trainer, save what torch.distributed.checkpoint.state_dict."
@@ -59,6 +61,8 @@ def find_weights(content: dict[Any, Any]) -> tuple[str | None, dict[Any, Any]]:
         if any(kind_of(value) in PARTS for value in content.values()):
             raise UserError(f"holds weights {OF_SEVERAL}")
         if not named:
+            if any(kind_of(value) in ARRAYS for inner in (content, *found.values()) for value in inner.values()):
+                raise UserError(OF_NUMPY)
             if any(isinstance(one, dict) and "param_groups" in one for one in (content, *content.values())):
                 raise UserError("holds the state of an optimizer and no weights: give the file of the model beside it")
             keys = [str(key) if isinstance(key, (str, int)) else f"a {kind_of(key)}" for key in list(content)[:10]]
@@ -167,6 +171,8 @@ def _check(archive: Archive, name: str, value: Any) -> None:
             f"{name!r} was saved as another kind of tensor ({kind_of(value)}): save a dense one from the CPU"
         )
     if not isinstance(value, StoredTensor):
+        if kind_of(value) in ARRAYS:
+            raise UserError(OF_NUMPY)
         if kind_of(value) in PARTS:
             raise UserError(f"{name!r} is a {kind_of(value)}, {OF_SEVERAL}")
         raise UserError(f"{name!r} in its state dict is a {kind_of(value)}, not a tensor")

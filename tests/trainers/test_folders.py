@@ -82,7 +82,14 @@ class TestSafetensors:
         save_model(model, str(tmp_path / "any.safetensors"))
         assert_same(load(tmp_path / "any.safetensors"), model)
 
-    @pytest.mark.parametrize("beside", [{"n_head": 4}, {"num_heads": 4, "dropout": 0.0}, {"config": {"n_head": 4}}])
+    @pytest.mark.parametrize(
+        "beside",
+        [
+            {"n_head": 4, "n_embd": 32},
+            {"num_heads": 4, "d_model": 32, "dropout": 0.0},
+            {"config": {"n_head": 4, "n_layer": 2}},
+        ],
+    )
     def test_a_config_beside_tells_the_heads(self, beside: dict, model: GPT, tmp_path: Path) -> None:
         save_model(model, str(tmp_path / "model.safetensors"))
         (tmp_path / "config.json").write_text(json.dumps(beside))
@@ -95,7 +102,7 @@ class TestSafetensors:
 
     def test_an_unknown_option_beside_stops_the_conversion(self, model: GPT, tmp_path: Path) -> None:
         save_model(model, str(tmp_path / "model.safetensors"))
-        (tmp_path / "config.json").write_text(json.dumps({"n_head": 4, "use_softmax1": True}))
+        (tmp_path / "config.json").write_text(json.dumps({"n_head": 4, "n_layer": 2, "use_softmax1": True}))
         with pytest.raises(UserError, match=r"config\.json beside it says use_softmax1=True"):
             load(tmp_path, n_head=None)
 

@@ -84,3 +84,26 @@ def test_missing_and_unknown_weights_are_named(code: Path) -> None:
     torch.save(state, code.with_name("ckpt.pt"))
     with pytest.raises(UserError, match=r"lacks 'tok.weight'.*'extra.weight'"):
         load(code.with_name("ckpt.pt"), None, characters_of=code.with_name("input.txt"), model=f"{code}:build")
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize("name", ["adapter.weight", "model.blocks.0.talking.weight", "talking.weight"])
+def test_a_square_matrix_and_a_name_without_the_prefix_are_not_dropped(prefix: str, name: str, code: Path) -> None:
+    state = {prefix + one: tensor for one, tensor in weights(24).items()} | {name: torch.randn(8, 8)}
+    torch.save(state, code.with_name("ckpt.pt"))
+    with pytest.raises(UserError, match=f"no place for '{name.removeprefix(prefix)}'"):
+        load(code.with_name("ckpt.pt"), None, characters_of=code.with_name("input.txt"), model=f"{code}:build")
+
+
+@pytest.mark.parametrize("key", ["hparams", "cfg"])
+def test_what_is_stated_is_found_under_each_key_that_trainers_have(key: str, code: Path) -> None:
+    torch.save({"state_dict": weights(12), key: {"block_size": 12}}, code.with_name("ckpt.pt"))
+    paths = code.with_name("ckpt.pt"), None
+    model, _ = load(*paths, characters_of=code.with_name("input.txt"), model=f"{code}:sized", device="cpu")
+    assert model.config.block_size == 12
+
+
+def test_llm_c_s_file_needs_no_code(code: Path) -> None:
+    code.with_name("model.bin").write_bytes((20240326).to_bytes(4, "little") + bytes(1020))
+    with pytest.raises(UserError, match=r"is a model of llm\.c.*leave out --model"):
+        load(code.with_name("model.bin"), None, characters_of=code.with_name("input.txt"), model=f"{code}:build")

@@ -109,7 +109,7 @@ def test_a_trainer_s_own_type_of_config_is_answered_with_the_file(tmp_path: Path
         model_type = "own-gpt"
 
     model = gpt()
-    OwnConfig(n_head=SIZES["n_head"], dropout=0.0).save_pretrained(tmp_path)
+    OwnConfig(n_head=SIZES["n_head"], n_layer=SIZES["n_layer"], dropout=0.0).save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="unknown model_type 'own-gpt'") as raised:
         load(tmp_path, save_tokenizer(tmp_path / "tokenizer.json"))
