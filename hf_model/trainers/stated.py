@@ -65,7 +65,7 @@ OUR_KINDS = (
 OTHER_KINDS = re.compile(r"rope|rotary|alibi|glu|rms|moe|llama|post|sliding|local|sparse|parallel", re.IGNORECASE)
 # Options that change what a model computes, by words in their names. Among the training's options, only these count.
 OPTIONS_OF_MODELS = re.compile(
-    r"mup($|_)|softmax_?(1|one)|rope($|_)|rotary|alibi|swiglu|geglu|(^|_)glu($|_)|gated|swish|rms_?norm|qk_?norm"
+    r"(^|_)mup($|_)|softmax_?(1|one)|(^|_)rope($|_)|rotary|alibi|swiglu|geglu|(^|_)glu($|_)|gated|swish|rms_?norm|qk_?norm"
     r"|(soft|logits?)_?cap|post_?(ln|norm)|sliding|expert|moe($|_)|kv_heads?|key_value_heads|query_groups|multi_query"
     r"|(attn|attention|logits?|embed\w*|residual)_(scal|mult)|scale_(attn|attention|emb|logit|resid)"
     r"|parallel_(residual|block|attn|attention|mlp|ff|layer)|(batch|group|scale|deep|weight)_?norm|embed\w*_norm"
@@ -76,7 +76,7 @@ OPTIONS_OF_MODELS = re.compile(
 # A name of these words, one of the first group among them, is that of an option that changes no logits: the training's,
 # or one whose effect the weights show.
 HARMLESS = re.compile(
-    r"drop|pdrop|dropout|droppath|layerdrop|bias|biases|tie|tied|tying|weights|init|initializer|flash|sdpa|backend"
+    r"strategy|accelerator|accumulate|drop|pdrop|dropout|droppath|layerdrop|bias|biases|tie|tied|tying|weights|init|initializer|flash|sdpa|backend"
     r"|cache|device|devices|dtype|precision|amp|compile|compiled|seed|seeds|batch|batches|batchsize|lr|learning"
     r"|decay|wd|beta|betas|grad|grads|gradient|gradients|clip|clipping|warmup|iter|iters|iteration|iterations|step"
     r"|steps|epoch|epochs|optim|optimizer|adam|adamw|sched|scheduler|momentum|nesterov|ema|wandb|tensorboard|log"
@@ -87,7 +87,7 @@ HARMLESS = re.compile(
     r"|temperature|implementation|impl|generate|ratio|mult"
 )
 FILLING = re.compile(
-    r"n|num|max|min|total|always|size|rate|prob|p|use|is|has|add|with|from|in|out|to|per|of|at|a|model|best|current"
+    r"n|num|max|min|total|always|work|check|t|dev|size|rate|prob|p|use|is|has|add|with|from|in|out|to|per|of|at|a|model|best|current"
     r"|global|start|attn|attention|embd|emb|embed|embedding|resid|residual|hidden|mlp|ff|ffn|ffwd|qkv|q|k|v|c|proj"
     r"|head|lm|ln|norm|linear|layer|layers|classifier|input|output|std|range|method|fn|type|mode|weight|word"
     r"|embeddings|token|tokens|id|ids|idx|index|only|all|first|last|time|loss|accum|accumulation|micro|mini|torch"
