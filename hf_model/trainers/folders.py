@@ -10,7 +10,7 @@ from hf_model.errors import UserError, some_of
 from hf_model.reading import parse_json, read_text
 
 MAX_CONFIG_BYTES = 2**21
-# The whole of the weights, as accelerate and transformers name it, in the order in which they look for it.
+# The whole of the weights, as accelerate and transformers name it.
 WHOLE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 PART = re.compile(r".*-\d{5}-of-\d{5}\.\w+")
@@ -20,6 +20,7 @@ DEEPSPEED = "mp_rank_00_model_states.pt"
 PARTITION = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_(model|optim)_states\.pt")
 OWN_TYPE = "custom_gpt"  # of a folder that this project wrote
 MOST_NAMED = 5
+RUNS = "That command runs what the files hold: use it for your own files only"
 
 
 def is_model_folder(folder: Path) -> bool:
@@ -42,8 +43,18 @@ def saved_file(path: Path) -> Path:
     """The file with the weights in a trainer's folder. A file, and a folder of transformers, are returned as they are.
 
     Raises:
-        UserError: the folder holds no weights or those of several models, or its library must join the weights first.
+        UserError: the folder holds no weights or those of several models, its library must join the weights first, or
+            it cannot be read.
     """
+    try:
+        return _saved_file(path)
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+def _saved_file(path: Path) -> Path:
     if path.name.endswith(".distcp") or path.name == ".metadata":
         raise _distributed(path.parent)
     if PARTITION.fullmatch(path.name):
@@ -58,12 +69,10 @@ def saved_file(path: Path) -> Path:
         raise _distributed(path)
     found = [file for name in WHOLE if (file := path / name).is_file()]
     others = [file for file in _weights_in(path) if file not in found]
-    if found and not others:
-        return found[0]
     if not found and (deepspeed := _deepspeed_file(path)):
         return deepspeed
-    if len(others) == 1 and not found:
-        return others[0]
+    if len(found) + len(others) == 1:
+        return [*found, *others][0]
     if found or others:
         raise UserError(f"{path}: holds {_names([*found, *others])}: give one of them with --checkpoint_path")
     raise _nothing(path)
@@ -110,15 +119,14 @@ def _deepspeed_file(folder: Path) -> Path | None:
 
 
 def _partitioned(step: Path) -> UserError:
-    """What to do with the files of ZeRO, by DeepSpeed's own program, which it copies beside them."""
+    """What to do with the files of ZeRO, by DeepSpeed's own program: the installed one, not the copy in the folder."""
     top = step.parent
-    program = top / "zero_to_fp32.py"
-    start = f"python {_quoted(program)}" if program.is_file() else "python -m deepspeed.utils.zero_to_fp32"
     tag = "" if (top / "latest").is_file() else f" -t {_quoted(step.name)}"
     joined = top / "joined"
     return UserError(
         f"{step}: each process wrote its part of every weight (DeepSpeed's ZeRO); join them with: "
-        f"{start} {_quoted(top)} {_quoted(joined)}{tag}; then give --checkpoint_path {_quoted(joined)}"
+        f"python -m deepspeed.utils.zero_to_fp32 {_quoted(top)} {_quoted(joined)}{tag}; "
+        f"then give --checkpoint_path {_quoted(joined)}. {RUNS}"
     )
 
 
@@ -128,7 +136,7 @@ def _distributed(folder: Path) -> UserError:
     return UserError(
         f"{folder}: is a checkpoint of torch.distributed; make one file of it with: python -m "
         f"torch.distributed.checkpoint.format_utils dcp_to_torch {_quoted(folder)} {_quoted(joined)}; "
-        f"then give --checkpoint_path {_quoted(joined)}"
+        f"then give --checkpoint_path {_quoted(joined)}. {RUNS}"
     )
 
 

@@ -34,13 +34,17 @@ def _load_shards(index: Path) -> Archive:
     """The state dict whose parts are in the files that an index names, as accelerate and transformers write it."""
     weights: dict[str, Any] = {}
     storages: dict[str, Entry] = {}
-    for name, shard in _shards(index).items():
+    places = _weight_map(index)
+    for name in sorted(set(places.values())):
         try:
-            part = load(shard)
+            part = load(index.with_name(name))
         except UserError as error:
             raise UserError(f"its part {name}: {error}") from None
         if not isinstance(part.value, dict):
             raise UserError(f"its part {name} holds no state dict")
+        for key in part.value:
+            if (place := places.setdefault(key, name)) != name:
+                raise UserError(f"its part {name} holds {key!r}, which belongs in {place}: copy the files again")
         # Storages have the same keys in each file.
         storages |= {f"{name}/{key}": entry for key, entry in part.storages.items()}
         weights |= {key: _renamed(value, name) for key, value in part.value.items()}
@@ -53,18 +57,19 @@ def _renamed(value: Any, shard: str) -> Any:
     return replace(value, storage=replace(value.storage, key=f"{shard}/{value.storage.key}"))
 
 
-def _shards(index: Path) -> dict[str, Path]:
-    """Name to path of each file that an index names. All are in the index's own folder."""
+def _weight_map(index: Path) -> dict[str, str]:
+    """The name of each tensor, and the file that an index names for it. All are in the index's own folder."""
     try:
         weight_map = parse_json(read_text(index, MAX_INDEX_BYTES))["weight_map"]
-        names = sorted({str(name) for name in weight_map.values()})
+        places = {str(key): str(name) for key, name in weight_map.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, UserError):
             raise UserError(str(error).removeprefix(f"{index}: ")) from None
         raise UserError("is not an index of weights (no weight_map)") from None
+    names = sorted(set(places.values()))
     if not 0 < len(names) <= MAX_SHARDS:
         raise UserError(f"names {len(names)} files of weights")
     for name in names:
         if not re.fullmatch(r"[^/\\]+\.(safetensors|bin|pt|pth)", name) or not index.with_name(name).is_file():
             raise UserError(f"names {name!r}, and there is no such file beside it: download or copy it too")
-    return {name: index.with_name(name) for name in names}
+    return places

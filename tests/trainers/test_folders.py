@@ -69,6 +69,19 @@ class TestAccelerate:
         with pytest.raises(UserError, match=r"names 'model-00002-of-\d+\.safetensors', and there is no such file"):
             load(tmp_path / "m")
 
+    def test_a_tensor_belongs_in_one_shard(self, tmp_path: Path) -> None:
+        weights = {"a": torch.ones(2), "b": torch.ones(3)}
+        for name, held in (("m-1.safetensors", ("a",)), ("m-2.safetensors", ("a", "b"))):
+            save_file({key: weights[key] for key in held}, tmp_path / name)
+        index = tmp_path / "model.safetensors.index.json"
+        for places in (
+            {"a": "m-1.safetensors", "b": "m-2.safetensors"},
+            {"a": "m-2.safetensors", "b": "m-1.safetensors"},
+        ):
+            index.write_text(json.dumps({"weight_map": places}))
+            with pytest.raises(UserError, match=rf"holds 'a', which belongs in {places['a']}"):
+                load(index)
+
     @pytest.mark.parametrize("name", ["../m.bin", "/etc/passwd", "a/b.bin", "model.safetensors.index.json"])
     def test_an_index_that_leads_elsewhere_is_refused(self, name: str, tmp_path: Path) -> None:
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
@@ -138,6 +151,23 @@ class TestTrainer:
         with pytest.raises(UserError, match=r"checkpoint-1000, .*checkpoint-500: give one of them"):
             load(tmp_path)
 
+    def test_of_two_kinds_of_file_one_must_be_given(self, tmp_path: Path) -> None:
+        folder = tmp_path / "run"
+        folder.mkdir()
+        save_model(gpt(), str(folder / "model.safetensors"))
+        os.utime(folder / "model.safetensors", (1, 1))
+        torch.save(gpt().state_dict(), folder / "pytorch_model.bin")
+        with pytest.raises(UserError, match=r"pytorch_model\.bin, .*model\.safetensors: give one of them"):
+            load(folder)
+
+    def test_a_folder_that_may_not_be_read_is_one_error(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(path: Path) -> None:
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(Path, "iterdir", refuse)
+        with pytest.raises(UserError, match=rf"{tmp_path}: cannot be read \(Permission denied\)"):
+            load(tmp_path)
+
     def test_of_several_files_one_must_be_given(self, tmp_path: Path) -> None:
         for name in ("model_05000.pt", "model_10000.pt"):
             torch.save(gpt().state_dict(), tmp_path / name)
@@ -198,13 +228,15 @@ class TestDeepSpeed:
 
     def test_half_precision_weights_are_said_to_be_that(self, tmp_path: Path) -> None:
         choices = load(save_deepspeed(tmp_path / "ds", gpt().bfloat16())).choices
-        assert any("bfloat16 weights" in text and "zero_to_fp32.py" in text for _, text in choices)
+        assert any("bfloat16 weights" in text and "zero_to_fp32" in text for _, text in choices)
 
     def test_partitioned_weights_are_answered_with_its_program(self, model: GPT, tmp_path: Path) -> None:
         folder = save_deepspeed(tmp_path / "ds", model, file="zero_pp_rank_0_mp_rank_00_model_states.pt")
-        (folder / "zero_to_fp32.py").touch()
+        (folder / "zero_to_fp32.py").touch()  # the folder's own program is not proposed
         command = (
-            rf"python {folder}/zero_to_fp32\.py {folder} {folder}/joined; then give --checkpoint_path {folder}/joined"
+            rf"python -m deepspeed\.utils\.zero_to_fp32 {folder} {folder}/joined; "
+            rf"then give --checkpoint_path {folder}/joined\. .* runs what the files hold: "
+            r"use it for your own files only"
         )
         for path in (folder, folder / "global_step5", *(folder / "global_step5").iterdir()):
             with pytest.raises(UserError, match=command):
@@ -223,13 +255,13 @@ class TestDistributed:
         with pytest.raises(UserError, match=r"checkpoint of torch\.distributed") as raised:
             load(folder)
         for path in (tmp_path, folder / "__0_0.distcp", folder / ".metadata"):
-            with pytest.raises(UserError, match="dcp_to_torch"):
+            with pytest.raises(UserError, match=r"dcp_to_torch.* use it for your own files only"):
                 load(path)
         command = shlex.split(str(raised.value).partition("with: ")[2].partition(";")[0])
         assert command[0] == "python"  # of the activated environment
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
         subprocess.run([sys.executable, *command[1:]], check=True, timeout=120, env=environment, capture_output=True)
-        path = str(raised.value).partition("--checkpoint_path ")[2]
+        path = str(raised.value).partition("--checkpoint_path ")[2].partition(". ")[0]
         assert_same(load(Path(shlex.split(path)[0])), model)
 
 
