@@ -42,6 +42,7 @@ from hf_model.tokenizer import (
     check_template,
     check_tokens,
     end_ids,
+    end_of_answer,
     end_text,
     end_tokens,
     find_tokenizer,
@@ -376,7 +377,10 @@ class Source:
             yield "head", "tied: the file has lm_head.weight alone, which is taken for the embedding too"
         if checkpoint.weights_key == "module" and checkpoint.dtype != torch.float32:
             half = dtype_name(checkpoint.dtype)
-            yield "note", f"DeepSpeed saved {half} weights here; its zero_to_fp32.py makes a file of the float32 ones"
+            yield (
+                "note",
+                f"DeepSpeed saved {half} weights here; its program zero_to_fp32 makes a file of the float32 ones",
+            )
         trainer = checkpoint.trainer
         if self.activation == "auto" and len(checkpoint.names.forms) > 1:
             pass  # the loss has decided
@@ -580,7 +584,8 @@ def tokenizer_choices(found: FoundTokenizer) -> Iterator[tuple[str, str]]:
     elif template != CHAT_TEMPLATE:
         name = next((name for name, ours in TEMPLATES.items() if ours == template), "a chat template of its own")
         turns = "several turns" if prompt_format(found.tokenizer).has_turns else "a single turn"
-        yield "prompt", f"{name}, of {turns}; an answer ends at {end}"
+        no_end = "" if end_of_answer(found.tokenizer) else "the template writes no end of an answer, which "
+        yield "prompt", f"{name}, of {turns}; {no_end or 'an answer '}ends at {end}"
     for note in found.notes:
         yield "note", note
 

@@ -17,8 +17,7 @@ from hf_model.errors import one_line
 from hf_model.learnt.inspection import Inspection
 from hf_model.loading import Loaded, Source, describe_architecture
 from hf_model.tokenizer import (
-    end_text,
-    end_tokens,
+    end_of_answer,
     example_prompt,
     example_texts,
     is_of_characters,
@@ -348,15 +347,15 @@ def _instructions(tokenizer: PreTrainedTokenizerBase) -> str:
     inputs = ("", "{input}") if form.takes_input else ("",)
     prompts = [render(tokenizer, [user_message("{instruction}", text)]) for text in inputs]
     example = "".join(example_texts(tokenizer, "Paris", "What is the capital of France?"))
-    ends = [*end_tokens(tokenizer)[:1], *filter(None, [end_text(tokenizer)])][-1:]
+    end = end_of_answer(tokenizer)
     is_line = "\n" not in example
     puts_begin = tokenizer.bos_token and prompts[0].startswith(tokenizer.bos_token)
     text = INSTRUCTIONS.format(
         with_input=WITH_INPUT if form.takes_input else WITHOUT_INPUT,
         begin=f", and `tokenizer(text)` puts {code(tokenizer.bos_token)} in front" if puts_begin else "",
         prompts=fenced("\n".join(prompts)) if is_line else "\n\n".join(map(fenced, prompts)),
-        end="".join(f" and {code(end)}" for end in ends),
-        s="" if ends else "s",
+        end=f" and {code(end)}" if end else "",
+        s="" if end else "s",
         example=code(example) if is_line else f"\n{fenced(example)}",
         dot="." if is_line else "",
     )

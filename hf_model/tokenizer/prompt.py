@@ -1,6 +1,7 @@
 """How a prompt is made: by the tokenizer's chat template or, without one, as raw text. Nothing else decides this."""
 
 import re
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from hf_model.errors import UserError, one_line
+from hf_model.tokenizer.trial_child import conversations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -163,31 +165,35 @@ def _special(tokenizer: "PreTrainedTokenizerBase") -> tuple[tuple[str, str], ...
 
 @lru_cache(maxsize=16)
 def _observe(template: str, special: tuple[tuple[str, str], ...]) -> PromptFormat:
-    question, answer, earlier, more = ("Qx7question7xQ", "Qx7answer7xQ", "Qx7earlier7xQ", "Qx7input7xQ")
-    asked, answered = {"role": "user", "content": question}, {"role": "assistant", "content": answer}
+    # The trial in another process has rendered the same conversations, with other marks: no template can know these.
+    question, answer, earlier, more = marks = [secrets.token_hex(8) for _ in range(4)]
 
-    def render(*messages: Message, add_generation_prompt: bool = True) -> str:
+    def render(messages: list[Message], is_prompt: bool) -> str:
         tokens: dict[str, Any] = dict(special)
         try:
             rendered: Any = render_jinja_template(
-                [list(messages)], chat_template=template, add_generation_prompt=add_generation_prompt, **tokens
+                [messages], chat_template=template, add_generation_prompt=is_prompt, **tokens
             )
             return str(rendered[0][0])
         except Exception:  # the template refuses this conversation, with an error of any class
             return ""
 
-    prompt, whole = render(asked), render(asked, answered, add_generation_prompt=False)
-    before, found, after = whole.rpartition(answer)
-    conversation = render({"role": "user", "content": earlier}, answered, asked)
+    texts = {name: render(*how) for name, how in conversations(*marks).items()}
+    prompt, conversation = texts["a question"], texts["a second question"]
+    before, found, after = texts["an answer"].rpartition(answer)
     has_turns = earlier in conversation and answer in conversation
+    between = conversation.rpartition(answer)[2].partition(question)[0]
     end = after
-    if has_turns and prompt == render(asked, add_generation_prompt=False):
+    if has_turns and prompt == texts["a question alone"]:
         # It asks for the next answer in any case. What stands behind an answer before another question has only the
         # beginning in common with that.
-        pairs = zip(after, conversation.rpartition(answer)[2], strict=False)
-        end = "".join(char for char, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        end = _common_start(after, between)
+    if has_turns and not end.strip():
+        # Some templates end an answer only before the next question, which begins as the first one does.
+        begins = _common_start(between[::-1], prompt.partition(question)[0][::-1])[::-1]
+        end = between.removesuffix(begins) if between.removesuffix(begins).strip() else end
     return PromptFormat(
-        takes_input=more in render(asked | {"input": more}),
+        takes_input=more in texts["an input"],
         has_turns=has_turns,
         before_answer=before.removeprefix(prompt) if found and prompt and before.startswith(prompt) else "",
         after_answer=after if found else "",
@@ -195,13 +201,26 @@ def _observe(template: str, special: tuple[tuple[str, str], ...]) -> PromptForma
     )
 
 
+def _common_start(one: str, other: str) -> str:
+    return "".join(char for char, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
 def end_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     """The tokens that end an answer: the one that the chat template puts behind it, then the `eos_token`."""
-    known = tokenizer.get_added_vocab()
-    after = prompt_format(tokenizer).end
-    first = re.search("|".join(map(re.escape, sorted(known, key=len, reverse=True))), after) if known else None
+    special, end = _special_tokens(tokenizer), prompt_format(tokenizer).end
+    others = [token for token in tokenizer.get_added_vocab() if token.strip() and token not in special]
+    first = _one_of(special).search(end) or _one_of(others).search(end)
     ends = [first[0] if first else None, tokenizer.eos_token]
     return list(dict.fromkeys(token for token in ends if token))
+
+
+def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
+def _one_of(tokens: Sequence[str]) -> re.Pattern[str]:
+    """A pattern for any of these tokens; of two that begin alike, the longer one."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
 def end_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -302,25 +321,28 @@ def parts(
     Raises:
         UserError: as `render`.
     """
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
+    special = _special_tokens(tokenizer)
+    pattern = _one_of(special)
     written = "\n".join(text for message in messages for key, text in message.items() if key != "role")
     if parse_special_tokens or not pattern.search(written):
         yield from beginning_apart(tokenizer, render(tokenizer, messages))
         return
-    # A mark within each special token of a message tells it from the template's own.
-    mark = next(char for char in map(chr, range(0xE000, 0x110000)) if char not in written)
+    # A mark in place of each special token of a message tells it from the template's own.
+    taken = "".join((written, chat_template(tokenizer) or "", *special))
+    free = (char for char in map(chr, range(0xE000, 0x110000)) if char not in taken)
+    marks = dict(zip(dict.fromkeys(pattern.findall(written)), free, strict=False))
+    tokens = str.maketrans({mark: token for token, mark in marks.items()})
 
     def marked(key: str, text: str) -> str:
-        return text if key == "role" else pattern.sub(lambda token: f"{token[0][0]}{mark}{token[0][1:]}", text)
+        return text if key == "role" else pattern.sub(lambda token: marks[token[0]], text)
 
     rendered = render(tokenizer, [{key: marked(key, text) for key, text in one.items()} for one in messages])
     end = 0
     for token in pattern.finditer(rendered):
-        yield rendered[end : token.start()].replace(mark, ""), False
+        yield rendered[end : token.start()].translate(tokens), False
         yield token[0], True
         end = token.end()
-    yield rendered[end:].replace(mark, ""), False
+    yield rendered[end:].translate(tokens), False
 
 
 def beginning_apart(tokenizer: "PreTrainedTokenizerBase", text: str) -> Iterator[tuple[str, bool]]:

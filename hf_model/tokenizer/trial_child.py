@@ -10,8 +10,10 @@ The script imports nothing of this project, so it starts in a twentieth of a sec
 
 import json
 import re
+import secrets
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 
 if __name__ == "__main__":
@@ -200,28 +202,51 @@ def chats() -> dict[str, list[dict[str, str]]]:
     }
 
 
+def conversations(question: str, answer: str, earlier: str, more: str) -> dict[str, tuple[list[dict[str, str]], bool]]:
+    """The conversations that show what a chat template does, and whether the model answers.
+
+    `prompt.py` renders them too, in the user's process. With words drawn at random, no template can tell the two apart.
+    """
+    asked, answered = {"role": "user", "content": question}, {"role": "assistant", "content": answer}
+    return {
+        "a question": ([asked], True),
+        "a question alone": ([asked], False),
+        "an answer": ([asked, answered], False),
+        "an input": ([asked | {"input": more}], True),
+        "a second question": ([{"role": "user", "content": earlier}, answered, asked], True),
+    }
+
+
+def renderings() -> Iterator[tuple[str, list[dict[str, str]], bool]]:
+    """The name of each conversation to try, its messages, and whether the model answers."""
+    for name, messages in chats().items():
+        for is_prompt in (True, False):
+            yield name, messages, is_prompt
+    for name, how in conversations(*(secrets.token_hex(8) for _ in range(4))).items():
+        yield f"{name} in random words", *how
+
+
 def try_template(text: str) -> None:
     """Render a chat template. Its own errors do no harm, but to the simplest conversation."""
     request = json.loads(text)
     set_limits(text, STEP_SECONDS)
-    for name, messages in chats().items():
-        for is_prompt in (True, False):
-            begin(f"rendering {name}")
-            how = {"chat_template": request["template"], "add_generation_prompt": is_prompt, **request["special"]}
-            try:
-                rendered = render_jinja_template([messages], **how)[0][0]
-            except SecurityError as error:
-                raise RefusedError(f"it reaches for what no template needs ({error})") from None
-            except MemoryError:
+    for name, messages, is_prompt in renderings():
+        begin(f"rendering {name}")
+        how = {"chat_template": request["template"], "add_generation_prompt": is_prompt, **request["special"]}
+        try:
+            rendered = render_jinja_template([messages], **how)[0][0]
+        except SecurityError as error:
+            raise RefusedError(f"it reaches for what no template needs ({error})") from None
+        except MemoryError:
+            raise
+        except Exception:
+            if name == "a question":
                 raise
-            except Exception:
-                if name == "a question":
-                    raise
-                continue
-            if size(rendered) > GROWTH * size(json.dumps(messages, ensure_ascii=False)) + MAX_ADDED:
-                raise RefusedError(f"it makes {size(rendered):,} bytes out of {name}")
-            if name == "a question" and QUESTION not in rendered:
-                raise RefusedError("it leaves out the user's question")
+            continue
+        if size(rendered) > GROWTH * size(json.dumps(messages, ensure_ascii=False)) + MAX_ADDED:
+            raise RefusedError(f"it makes {size(rendered):,} bytes out of {name}")
+        if name == "a question" and QUESTION not in rendered:
+            raise RefusedError("it leaves out the user's question")
 
 
 def main() -> None:

@@ -22,6 +22,10 @@ HOSTILE = {
     ),
     "a text that doubles": (SAYS + DOUBLES, "takes too much memory"),
     "a long string": (SAYS + "{{ ('a' * 10**11)|length }}", "takes too much memory"),
+    "a loop for a short word": (
+        SAYS + "{% if ' ' not in messages[0].content and messages[0].content|length < 99 %}" + LOOP + "{% endif %}",
+        "rendering a question in random words takes longer than a few seconds",
+    ),
     "a huge output": (SAYS + "{{ 'a' * 3000000 }}", r"makes 3,000,030 bytes out of a question"),
     "attributes of Python": (SAYS + "{{ ''.__class__.__mro__ }}", "reaches for what no template needs"),
     "attributes, for some only": (

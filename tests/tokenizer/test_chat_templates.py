@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_model.errors import UserError
 from hf_model.generation import encode_prompt
+from hf_model.loading import tokenizer_choices
 from hf_model.tokenizer import (
     FoundTokenizer,
     ModelInfo,
@@ -179,6 +180,8 @@ class TestAFile:
             ("{{ m.content }}{{ '</s>' }} ", ("<|endoftext|>", "</s>"), ["</s>", "<|endoftext|>"], ""),
             ("{% generation %}{{ m.content }}<|end|>{% endgeneration %}", ("<|end|>",), ["<|end|>"], ""),
             ("{{ m.content }}\n(stop)\n", (), ["<|endoftext|>"], "\n(stop)"),
+            ("{{ m.content }}{% if not loop.last %}<|end|>{% endif %}", ("<|end|>",), ["<|end|>"], ""),
+            ("{{ m.role }}: {{ m.content }}{% if not loop.last %}(stop){% endif %}", (), ["<|endoftext|>"], "(stop)"),
             ("{{ m.content }}\n", (), ["<|endoftext|>"], ""),
         ],
     )
@@ -214,6 +217,27 @@ class TestAFile:
         assert prompt_text(tokenizer, "good") == "good"
         with pytest.raises(UserError, match=r"chat template refuses this prompt \(no bad words\)"):
             encode_prompt(tokenizer, "bad")
+
+    def test_a_line_break_among_the_tokens_does_not_end_an_answer(self, tmp_path: Path) -> None:
+        tokenizer = self.find(tmp_path, "{{ messages[-1].content }}\n<|end|>", "<|endoftext|>", "<|end|>")
+        tokenizer.add_tokens("\n")
+        assert end_tokens(tokenizer) == ["<|end|>", "<|endoftext|>"]
+
+    @pytest.mark.parametrize("end, said", [("\n\n", False), ("<|endoftext|>", True), ("(stop)", True)])
+    def test_an_end_that_it_does_not_write_is_not_called_its_own(self, end: str, said: bool, tmp_path: Path) -> None:
+        template = f"{{% for m in messages %}}{{{{ m.content }}}}{end}{{% endfor %}}"
+        (tmp_path / "my.jinja").write_text(template, encoding="utf-8")
+        path = save(tmp_path / "t.json", *GPT2_LIKE)
+        found = find_tokenizer(path, MODEL, chat_template=tmp_path / "my.jinja")
+        prompt = dict(tokenizer_choices(found))["prompt"]
+        assert ("the template writes no end of an answer" not in prompt) is said
+
+    def test_a_special_token_of_one_character_in_a_question_is_text(self, tmp_path: Path) -> None:
+        tokenizer = self.find(tmp_path, "<|end|>{{ messages[0].content }}!", "<|endoftext|>", "<|end|>", "€")
+        ids = encode_prompt(tokenizer, "costs €5 <|end|> €")[0].tolist()
+        assert tokenizer.decode(ids) == "<|end|>costs €5 <|end|> €!"
+        assert tokenizer.convert_tokens_to_ids("€") not in ids
+        assert ids.count(tokenizer.convert_tokens_to_ids("<|end|>")) == 1
 
     def test_a_name_that_is_not_known_gives_those_that_are(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="alpaka: is neither alpaca or chatml nor a file"):
