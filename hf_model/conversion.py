@@ -131,7 +131,7 @@ def convert(
         compared = _verify(target, new, source, choices, folder) if verify else ""
         lines += [compared] if compared else []
         if not compared.startswith("verified"):
-            state_not_compared(new)
+            state_not_compared(new, card)
     for line in lines:  # the folder is in its place now
         report(line)
     return folder

@@ -161,6 +161,8 @@ class CardFacts:
     learnt: tuple[str, ...] = ()
     data: str = MISSING
     evaluation: str = MISSING
+    compared: str = COMPARED_WITH_IT
+    """The sentence of `evaluation` that says what the files were compared with."""
     rounded: str = ""
     """How the weights were rounded, as `describe_rounding` tells; "" if they were not."""
 
@@ -187,6 +189,8 @@ def card_facts(loaded: Loaded, inspection: Inspection | None, source: Source, fo
         if checkpoint.dataset:
             data.append(f"The checkpoint names its data {code(checkpoint.dataset)}.")
     evaluation = [f"The checkpoint tells: {markdown(progress)}."] if progress else []
+    compared = COMPARED.format(name="source folder" if source.is_folder else "checkpoint file")
+    compared = COMPARED_WITH_IT if loaded.evidence else compared
     return CardFacts(
         title=about.model_name or (about.repo or "").rpartition("/")[2] or title_of(folder, source.path),
         place=place_of(folder),
@@ -194,7 +198,8 @@ def card_facts(loaded: Loaded, inspection: Inspection | None, source: Source, fo
         base_model=f"{GPT2_OWNER}/{started_from}" if started_from else None,
         learnt=tuple(map(markdown, _learnt(inspection))) if inspection else (),
         data="\n\n".join([*data, MISSING]),
-        evaluation="\n\n".join([*evaluation, _evidence(loaded, inspection, source), MISSING]),
+        evaluation="\n\n".join([*evaluation, _evidence(loaded, inspection, compared), MISSING]),
+        compared=compared,
     )
 
 
@@ -209,26 +214,22 @@ def _learnt(inspection: Inspection) -> list[str]:
     return [*(text for item, text in inspection.choices if item == "warning"), *lines]
 
 
-def _evidence(loaded: Loaded, inspection: Inspection | None, source: Source) -> str:
+def _evidence(loaded: Loaded, inspection: Inspection | None, compared: str) -> str:
     """How far the conversion was checked; the strongest check that there is."""
+    only = compared
     if loaded.evidence:
-        only = (
-            f"The model's logits, compared with those of its own trainer's code: {loaded.evidence}. {COMPARED_WITH_IT}"
-        )
-    else:
-        only = COMPARED.format(name="source folder" if source.is_folder else "checkpoint file")
+        only = f"The model's logits, compared with those of its own trainer's code: {loaded.evidence}. {compared}"
     if inspection is None or inspection.measurement is None:
         return only
     name = code(Path(inspection.measurement.path).name)
     return f"{only} The loss on {name}, measured with the converted weights, is {inspection.measurement.loss:.3f}."
 
 
-def state_not_compared(folder: Path) -> None:
+def state_not_compared(folder: Path, facts: CardFacts) -> None:
     """Say in a card that the files were not compared, where it says that they were."""
     path = folder / "README.md"
-    said = [re.escape(COMPARED).replace(r"\{name\}", ".*?"), re.escape(COMPARED_WITH_IT)]
     text = path.read_text(encoding="utf-8")
-    path.write_text(re.sub("|".join(said), NOT_COMPARED, text), encoding="utf-8")
+    path.write_text(text.replace(facts.compared, NOT_COMPARED), encoding="utf-8")
 
 
 def title_of(folder: Path, source: Path) -> str:
