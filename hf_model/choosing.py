@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,8 +16,14 @@ from hf_model.folder import with_weights
 LENGTH = 128  # tokens of a stretch at most
 FIRST, MOST = 16, 1024  # stretches
 CLEARLY = 5.0  # standard errors
+WELL_BELOW = 0.85  # of the text's entropy: a model that has learnt the text is below
+NEAR = 0.2  # nats above the loss that the checkpoint states: its text and its stretches are others
 TEXT_BYTES = 4 * 2**20  # read from the start of a text
 SEED = 0
+FINAL_NORM = "transformer.ln_f."
+# Activations that differ too little from others: before a training ends, the wrong one can have the lower loss.
+ALIKE = {"gelu": "gelu_new", "relu": "leaky_relu"}
+CODE = "the code that makes the model, with --model train.py:GPT"
 
 
 @dataclass(frozen=True)
@@ -27,46 +34,74 @@ class Chosen:
     why: str
 
 
-def choose_form(forms: Sequence[CustomGPTConfig], state_dict: Mapping[str, torch.Tensor], ids: Sequence[int]) -> Chosen:
-    """The form with the lowest loss on a text, if it is clearly the lowest.
+def choose_form(
+    forms: Sequence[CustomGPTConfig],
+    state_dict: Mapping[str, torch.Tensor],
+    ids: Sequence[int],
+    stated: float | None = None,
+) -> Chosen:
+    """The form with the lowest loss on a text, if it is clearly the lowest, and low.
 
-    The losses of two forms are compared on the same stretches of the text. More stretches are read until the lowest
-    loss is 5 standard errors below each other one.
+    The losses of all forms are compared on the same stretches of the text. A form that is 5 standard errors behind the
+    best one is dropped, and the others are compared on twice as many stretches, until one is left.
 
     Args:
         forms: configurations that the weights fit.
         state_dict: the weights, under this project's names.
         ids: the text's tokens.
+        stated: the loss that the checkpoint states, in nats.
 
     Raises:
-        UserError: the text is too short, or no form is clearly the best one.
+        UserError: the text is too short, no form is clearly the best one, or none fits the text.
     """
     length = min(LENGTH, forms[0].block_size)
     stretches = [list(ids[start : start + length + 1]) for start in range(0, len(ids) - length, length)]
     random.Random(SEED).shuffle(stretches)
     if len(stretches) < FIRST:
-        raise UserError(f"the text has {len(ids):,} tokens, too few to choose by: {FIRST * length + 1:,} are needed")
-    losses: list[list[float]] = [[] for _ in forms]
+        raise UserError(
+            f"the text has {len(ids):,} tokens, and {FIRST * length + 1:,} are needed to choose. "
+            f"Give more text, or {CODE}"
+        )
+    compared: list[tuple[CustomGPTConfig, list[float]]] = [(form, []) for form in forms]
     for n in _doubled(FIRST, min(MOST, len(stretches))):
-        for form, known in zip(forms, losses, strict=True):
-            known += _losses(form, state_dict, stretches[len(known) : n])
-        means = [sum(known) / n for known in losses]
-        best = means.index(min(means))
-        ahead = [_standard_errors(known, losses[best]) for i, known in enumerate(losses) if i != best]
-        if min(ahead) >= CLEARLY:
+        for form, losses in compared:
+            losses += _losses(form, state_dict, stretches[len(losses) : n])
+        (best, lowest), *others = compared = sorted(compared, key=lambda one: sum(one[1]))
+        ahead = [_standard_errors(losses, lowest) for _, losses in others]
+        near = [other for other, errors in zip(others, ahead, strict=True) if errors < CLEARLY]
+        if not near:
             break
-    second = sorted(means)[1]
-    told = f"loss {means[best]:.3f}, and {second:.3f} for the next best form, {min(ahead):.0f} standard errors apart"
-    if min(ahead) < CLEARLY:
-        raise UserError(f"the text does not tell which form of the model is right ({told}): give more text")
-    return Chosen(forms[best], told)
+        compared = [(best, lowest), *near]
+    mean, second = sum(lowest) / n, sum(others[0][1]) / n
+    told = f"loss {mean:.3f}, and {second:.3f} for the next best form, {min(ahead):.0f} standard errors apart"
+    entropy, other = _entropy(ids), ""
+    if mean > WELL_BELOW * entropy:
+        other = f"guessing by the frequency of each token alone has {entropy:.3f}"
+    elif stated is not None and mean > stated + NEAR:
+        other = f"the checkpoint states a loss of {stated:.3f}"
+    if other:
+        raise UserError(
+            f"the best of {len(forms)} forms has a loss of {mean:.3f} on the text, and {other}: the model is of "
+            f"another form, or has not learnt this text. Give its training text, or {CODE}"
+        )
+    if near:
+        raise UserError(f"the text does not tell which form of the model is right ({told}). Give more text, or {CODE}")
+    return Chosen(best, told)
+
+
+def used_weights(config: CustomGPTConfig, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights that a form uses: a final norm may be saved and never called."""
+    return {name: one for name, one in state_dict.items() if config.final_norm or not name.startswith(FINAL_NORM)}
 
 
 def describe_form(config: CustomGPTConfig) -> str:
     """What `choose_form` decides, in words."""
     norm = "norms before attention and MLP" if config.norm_first else "norms after attention and MLP"
+    final = "" if config.final_norm else ", final norm unused"
     scale = "1/sqrt(head width)" if config.attention_scale is None else "1/sqrt(model width)"
-    return f"{norm}, attention times {scale}, {config.activation_function}"
+    activation = config.activation_function
+    alike = f" (the loss does not tell it from {ALIKE[activation]})" if activation in ALIKE else ""
+    return f"{norm}{final}, attention times {scale}, {activation}{alike}"
 
 
 def _doubled(first: int, most: int) -> Iterator[int]:
@@ -81,13 +116,18 @@ def _losses(
     form: CustomGPTConfig, state_dict: Mapping[str, torch.Tensor], stretches: Sequence[Sequence[int]]
 ) -> list[float]:
     """The mean loss of each stretch, in nats."""
-    model = with_weights(form, {name: tensor.float() for name, tensor in state_dict.items()})
+    model = with_weights(form, {name: tensor.float() for name, tensor in used_weights(form, state_dict).items()})
     losses = []
     for stretch in stretches:
         ids = torch.tensor([stretch])  # (1, T + 1)
         logits = model(ids[:, :-1], use_cache=False).logits[0].float()  # (T, V)
         losses.append(cross_entropy(logits, ids[0, 1:]).item())
     return losses
+
+
+def _entropy(ids: Sequence[int]) -> float:
+    """The entropy of a text's tokens by their frequencies alone, in nats."""
+    return -sum(n / len(ids) * math.log(n / len(ids)) for n in Counter(ids).values())
 
 
 def _standard_errors(losses: Sequence[float], best: Sequence[float]) -> float:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 from transformers.activations import ACT2FN
 from typing_extensions import Unpack
 
-from hf_model.choosing import TEXT_BYTES, Chosen, choose_form, describe_form
+from hf_model.choosing import CODE, TEXT_BYTES, Chosen, choose_form, describe_form, used_weights
 from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError, memory_for, one_line
 from hf_model.fast_cpu import fast_on_cpu
@@ -76,6 +76,7 @@ AUTO_MAP = {
 }
 # The activations that a user's own model may have; of two names for one function, the first is taken.
 MODULE_ACTIVATIONS = {name: ACT2FN[name] for name in READ_ACTIVATIONS}
+LOSSES = ("loss", "val_loss", "best_val_loss")  # what a checkpoint states of its training
 LOGITS_CLOSE = {torch.float32: 1e-3, torch.float64: 1e-9}  # largest difference, in standard deviations of the logits
 # Those that a user may name for a checkpoint.
 GELUS = ("gelu", "gelu_new", "gelu_pytorch_tanh")
@@ -311,9 +312,13 @@ class Source:
         if checkpoint.names is not FAMILY:
             setattr(config, CONVERTED_FROM, checkpoint.names.trainer)
         config.dtype, config.auto_map = dtype, AUTO_MAP
-        model = with_weights(config, {name: tensor.to(dtype) for name, tensor in checkpoint.state_dict.items()})
+        weights = used_weights(config, checkpoint.state_dict)
+        model = with_weights(config, {name: tensor.to(dtype) for name, tensor in weights.items()})
         model.generation_config = default_generation(tokenizer, config.vocab_size)
-        choices = [("form", f"{describe_form(config)} ({chosen.why})")] if chosen.why else []
+        choices = []
+        if chosen.why:
+            only = f"only {len(forms)} forms were compared, and the model may be of another: to be sure, give {CODE}"
+            choices = [("form", f"{describe_form(config)} ({chosen.why})"), ("warning", only)]
         choices += self._choices(checkpoint, found)
         return Loaded(model, found, checkpoint.dtype, checkpoint, choices=tuple(choices))
 
@@ -326,16 +331,17 @@ class Source:
         path = self.characters_of or self.training_data
         if path is None:
             raise UserError(
-                f"{self.path}: models of several kinds have the names of {checkpoint.names.trainer} (norms before or "
-                "after, two scales of attention): give the text that the model was trained on, with --characters_of "
+                f"{self.path}: models of several kinds have the names of {checkpoint.names.trainer} "
+                f"({checkpoint.names.left_open}): give the text that the model was trained on, with --characters_of "
                 "(the conversion also takes --training_data), or the code that makes the model, with --model "
                 "train.py:GPT"
             )
         text = read_start(Path(path), TEXT_BYTES).decode("utf-8", "ignore")
+        stated = [checkpoint.progress[name] for name in LOSSES if name in checkpoint.progress]
         try:
-            return choose_form(forms, checkpoint.state_dict, found.encode(text))
+            return choose_form(forms, checkpoint.state_dict, found.encode(text), max(stated, default=None))
         except UserError as error:
-            raise UserError(f"{path}: {error}, or the code that makes the model, with --model train.py:GPT") from None
+            raise UserError(f"{path}: {error}") from None
 
     def _load_module(self, needs_tokenizer: bool) -> Loaded:
         if self.tokenizer_path is None and self.characters_of is None and needs_tokenizer:

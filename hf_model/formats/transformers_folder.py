@@ -5,7 +5,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from hf_model.choosing import used_weights
 from hf_model.errors import UserError
+from hf_model.folder import read_config
 from hf_model.formats.cards import GENERATE, write_card
 from hf_model.formats.comparison import check_tokenizer_files, compared_with, equal_tensors, same_bits
 from hf_model.formats.target import Options, save_model, write_tokenizer
@@ -59,12 +61,12 @@ def verify(folder: Path, source: Source, options: Options) -> str:
         UserError: a weight or a token differs.
     """
     texts = check_tokenizer_files(folder, source)
-    names = list(_written(folder))
+    names, config = list(_written(folder)), read_config(folder)
     remaining = list(names)
     while remaining:
         # Each round maps both sides anew, so that memory never holds a whole file.
         written = _written(folder)
-        weights = source.weights()
+        weights = used_weights(config, source.weights())
         if unmatched := written.keys() ^ weights.keys():
             raise UserError(f"{', '.join(sorted(unmatched))} is on one side only")
         n_bytes = 0

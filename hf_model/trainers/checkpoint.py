@@ -106,14 +106,24 @@ class Checkpoint:
         if len(self.names.forms) == 1:
             return [{"activation_function": activation or self.trainer.activation}]
         activation = activation or (self.trainer.activation if self.trainer.is_known else None)
-        forms = []
+        has_one_scale, final_norms = architecture.n_head == 1, (True, False) if self._has_untrained_norm else (True,)
+        forms: list[dict[str, Any]] = []
         for named in self.names.forms:
             form = dict(named) | ({"activation_function": activation} if activation else {})
             if form["attention_scale"] == "width":
                 form["attention_scale"] = architecture.n_embd**-0.5
-            if form not in forms and not (form["attention_scale"] is not None and architecture.n_head == 1):
+            if form["final_norm"] not in final_norms or (has_one_scale and form["attention_scale"] is not None):
+                continue
+            if form not in forms:
                 forms.append(form)
         return forms
+
+    @property
+    def _has_untrained_norm(self) -> bool:
+        """Whether the final norm has the values that it began with, as one that the model never calls."""
+        weight = self.state_dict["transformer.ln_f.weight"]
+        bias = self.state_dict.get("transformer.ln_f.bias")
+        return bool((weight == weight[0]).all()) and (bias is None or not bias.any())
 
     def told_heads(self) -> tuple[int, str] | None:
         """The number of heads if the file itself does not state it, and the words that say what does.

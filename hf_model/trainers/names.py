@@ -55,6 +55,8 @@ class Names:
     """The number of heads for a width and a number of layers, if the vocabulary is GPT-2's."""
     forms: tuple[Mapping[str, Any], ...] = ({},)
     """Models that have these names: fields of `CustomGPTConfig`. If there are several, the loss on a text decides."""
+    left_open: str = ""
+    """How these models differ, in words."""
     is_transposed: bool = False
     """Whether linear weights are (in, out), as in GPT-2's `Conv1D`."""
     left_out: tuple[str, ...] = ()
@@ -87,13 +89,16 @@ LECTURE = Names(
         "lm_head": "lm_head",
     },
     # The same names and shapes are in courses with post-norm blocks, in copies from before January 2023 that scale
-    # attention by the model's width, and in copies with another activation.
+    # attention by the model's width, in copies with another activation, and in models that never call `ln_f`.
     forms=tuple(
-        {"activation_function": activation, "norm_first": norm_first, "attention_scale": scale}
-        for activation, norm_first, scale in product(("relu", EXACT), (True, False), (None, "width"))
+        {"activation_function": activation, "norm_first": norm_first, "attention_scale": scale, "final_norm": final}
+        for activation, norm_first, scale, final in product(
+            ("relu", EXACT, "silu", "tanh", "relu2"), (True, False), (None, "width"), (True, False)
+        )
     ),
     may_tie=False,
     has_biases=True,
+    left_open="norms before or after, two scales of attention, the activation",
 )
 TABLE = (
     FAMILY,

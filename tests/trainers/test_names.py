@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -403,8 +404,10 @@ class TestTheLectureSNames:
         [
             ({"norm_first": False}, {"norm_first": False, "attention_scale": None}),
             ({"scale": C**-0.5}, {"norm_first": True, "attention_scale": C**-0.5}),
+            ({"activation": nn.SiLU}, {"activation_function": "silu"}),
+            ({"final_norm": False}, {"final_norm": False}),
         ],
-        ids=["post-norm", "scaled by the width"],
+        ids=["post-norm", "scaled by the width", "SiLU", "a final norm that is not called"],
     )
     def test_the_text_tells_which(
         self, form: dict, config: dict, saved: Callable, monkeypatch: pytest.MonkeyPatch
@@ -417,6 +420,41 @@ class TestTheLectureSNames:
         assert {name: getattr(loaded.model.config, name) for name in config} == config
         assert_same_logits(model, loaded.model, len(CHARACTERS))
         assert any(kind == "form" and "standard errors" in what for kind, what in loaded.choices)
+        assert any(kind == "warning" and "--model train.py:GPT" in what for kind, what in loaded.choices)
+
+    def test_a_final_norm_that_is_not_called_is_not_written(
+        self, saved: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr("tests.trainers.trainer_models.V", len(CHARACTERS))
+        torch.manual_seed(0)
+        ids = torch.tensor([CHARACTERS.index(character) for character in LICENSE])
+        path = saved(trained(Lecture(final_norm=False), ids, steps=300).state_dict())
+        lines: list[str] = []
+        folder = convert(path, None, tmp_path / "hf", characters_of=ROOT / "LICENSE", report=lines.append)
+        assert "transformer.ln_f.weight" not in load_file(folder / "model.safetensors")
+        assert any(line.startswith("verified") for line in lines)
+
+    def test_a_loss_above_the_stated_one_is_refused(self, saved: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("tests.trainers.trainer_models.V", len(CHARACTERS))
+        torch.manual_seed(0)
+        ids = torch.tensor([CHARACTERS.index(character) for character in LICENSE])
+        model = trained(Lecture(norm_first=False), ids, steps=300)
+        path = saved({"model": model.state_dict(), "val_loss": 0.5})
+        with pytest.raises(UserError, match=r"has a loss of 2\.\d+ on .*the checkpoint states a loss of 0\.5"):
+            Source(path, None, characters_of=ROOT / "LICENSE").load()
+        path = saved({"model": model.state_dict(), "val_loss": 2.0})
+        assert not Source(path, None, characters_of=ROOT / "LICENSE").load().model.config.norm_first
+
+    def test_a_loss_that_token_frequencies_reach_is_refused(
+        self, saved: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr("tests.trainers.trainer_models.V", len(CHARACTERS))
+        torch.manual_seed(0)
+        ids = torch.tensor([CHARACTERS.index(character) for character in LICENSE])
+        path = saved(trained(Lecture(norm_first=False), ids, steps=300).state_dict())
+        (tmp_path / "other.txt").write_text(LICENSE[::-1])
+        with pytest.raises(UserError, match="guessing by the frequency of each token alone has 3"):
+            Source(path, None, characters_of=tmp_path / "other.txt").load()
 
     def test_without_a_text_it_is_asked_for(self, text: Path, saved: Callable, tmp_path: Path) -> None:
         path = saved(moved(Lecture()).state_dict())
@@ -428,11 +466,11 @@ class TestTheLectureSNames:
         monkeypatch.setattr("tests.trainers.trainer_models.V", len(CHARACTERS))
         torch.manual_seed(0)
         model = Lecture().eval()
-        with pytest.raises(UserError, match="does not tell"):
+        with pytest.raises(UserError, match="has not learnt this text"):
             Source(saved(model.state_dict()), None, characters_of=ROOT / "LICENSE").load()
 
     def test_a_text_that_is_too_short_is_said(self, text: Path, saved: Callable) -> None:
-        with pytest.raises(UserError, match="too few"):
+        with pytest.raises(UserError, match=r"has \d+ tokens, and 385 are needed to choose\. Give more text"):
             Source(saved(moved(Lecture()).state_dict()), None, characters_of=text).load()
 
 

@@ -152,15 +152,23 @@ class LectureBlock(nn.Module):
 class Lecture(nn.Module):
     """The lecture's names. Courses use the same ones for post-norm blocks, and older copies for another scale."""
 
-    def __init__(self, norm_first: bool = True, scale: float = D**-0.5, activation: type[nn.Module] = nn.ReLU) -> None:
+    def __init__(
+        self,
+        norm_first: bool = True,
+        scale: float = D**-0.5,
+        activation: type[nn.Module] = nn.ReLU,
+        final_norm: bool = True,
+    ) -> None:
         super().__init__()
+        self.final_norm = final_norm
         self.token_embedding_table, self.position_embedding_table = nn.Embedding(V, C), nn.Embedding(T, C)
         self.blocks = nn.Sequential(*(LectureBlock(norm_first, scale, activation()) for _ in range(L)))
         self.ln_f, self.lm_head = nn.LayerNorm(C), nn.Linear(C, V)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.token_embedding_table(ids) + self.position_embedding_table(torch.arange(ids.shape[1]))
-        return self.lm_head(self.ln_f(self.blocks(x)))
+        x = self.blocks(x)
+        return self.lm_head(self.ln_f(x) if self.final_norm else x)
 
 
 class TrainLLMFeedForward(nn.Module):
