@@ -162,19 +162,24 @@ class Conversation:
         return f"saved: {path} ({count(len(self.records), 'answer')})"
 
     def question(self, prompt: str) -> Question:
-        """The question after the turns before it. The oldest turns are dropped if they leave too little of the context.
+        """The question after the turns before it. The oldest turns are left out if the others fill the context.
+
+        Generation goes on past the context, so only a short answer needs to fit.
 
         Raises:
             UserError: as `Answers.question`.
         """
         context = self.answers.model.config.block_size
-        room = min(self.sampling.max_new_tokens, context // 2)  # for the answer
-        n_dropped = 0
+        room = min(self.sampling.max_new_tokens, max(16, context // 8))  # for the answer
+        n_turns = len(self.turns)
         while self.turns and self.answers.length(prompt, self.input_text, self.messages()) + room > context:
             del self.turns[0]
-            n_dropped += 1
-        if n_dropped:
-            self.answers.warn(f"the context is full: {count(n_dropped, 'turn')} of the beginning dropped")
+        if n_left_out := n_turns - len(self.turns):
+            oldest = "the oldest turn is" if n_left_out == 1 else f"the {n_left_out} oldest turns are"
+            self.answers.warn(
+                f"{count(n_turns, 'turn')}, the question and an answer of {count(room, 'token')} do not fit the "
+                f"context of {context}: {oldest} left out"
+            )
         return self.answers.question(prompt, self.input_text, self.messages())
 
     def messages(self) -> list[Message]:
