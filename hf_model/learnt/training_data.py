@@ -130,8 +130,12 @@ class Measurement:
 
     @property
     def better(self) -> list[Alternative]:
-        """For each option, the alternative that fits best, if it fits better than the chosen value; best one first."""
-        ahead = [other for other in self.alternatives if other.ahead > CLEARLY and not self.ties(other)]
+        """For each option, the alternative that fits best, if it fits better than the chosen value; best one first.
+
+        A value whose loss is above that of an even choice does not fit, however far ahead it is.
+        """
+        fitting = [other for other in self.alternatives if other.loss < self.even_choice]
+        ahead = [other for other in fitting if other.ahead > CLEARLY and not self.ties(other)]
         ahead.sort(key=lambda other: other.loss)
         return [other for i, other in enumerate(ahead) if other.option not in [before.option for before in ahead[:i]]]
 
@@ -175,14 +179,17 @@ class Measurement:
         name = flag.strip("-")
         if not others:
             return Finding(name, f"{chosen}: there is no other")
-        losses = f"loss {self.chosen_loss:.4g}, and {others[0].loss:.4g} with {others[0].value}"
+        own, best = _told_apart(self.chosen_loss, others[0].loss)
+        losses = f"loss {own}, and {best} with {others[0].value}"
         for other in self.better:
             if other.option == option:
                 return Finding(
                     "warning",
-                    f"{flag} {other.value} fits better than {chosen}: loss {other.loss:.4g} against "
-                    f"{self.chosen_loss:.4g}. Convert again with {flag} {other.value}",
+                    f"{flag} {other.value} fits better than {chosen}: loss {best} against {own}. "
+                    f"Convert again with {flag} {other.value}",
                 )
+        if self.fits_badly and others[0].loss >= self.even_choice:
+            return Finding(name, f"no value fits this data: {chosen} has {losses}")
         if self.ties(others[0]):
             return Finding(name, f"{chosen} and {others[0].value} tie: {losses}; the data does not tell them apart")
         return Finding(name, f"{chosen} fits best: {losses}")
@@ -195,6 +202,15 @@ class Measurement:
             "better": [asdict(other) for other in self.better],
             "seed": SEED,
         }
+
+
+def _told_apart(one: float, other: float) -> tuple[str, str]:
+    """Two losses, with four digits or as many as tell them apart."""
+    for digits in range(4, 9):
+        texts = f"{one:.{digits}g}", f"{other:.{digits}g}"
+        if texts[0] != texts[1]:
+            break
+    return texts
 
 
 def measure(model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Path) -> Measurement:

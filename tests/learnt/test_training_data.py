@@ -159,6 +159,26 @@ def test_a_difference_that_is_certain_but_next_to_nothing_is_a_tie(few: Path) ->
         assert any("gelu and gelu_new tie: " in line for line in lines(close))
 
 
+def test_an_option_is_not_advised_where_its_loss_is_above_that_of_an_even_choice(few: Path) -> None:
+    model, tokenizer = load_plain(CHECKPOINT, TOKENIZER)
+    measured = replace(measure(model, tokenizer, few), loss=10.956, chosen_loss=10.956)
+    for loss in (10.951, 7.0):  # an even choice among 1024 tokens has 6.93
+        bad = replace(measured, alternatives=(Alternative("n_head", 1, loss, 9.0),))
+        assert bad.better == []
+        assert any(line.startswith("n_head        no value fits this data: 3 has loss 10.9") for line in lines(bad))
+    good = replace(measured, alternatives=(Alternative("n_head", 1, 0.5, 9.0),))
+    assert any("--n_head 1 fits better than 3: loss 0.5 against 10.96" in line for line in lines(good))
+
+
+@pytest.mark.parametrize("gain", [0.0002, -0.0002])
+def test_losses_that_differ_are_shown_with_digits_that_tell_them_apart(gain: float, few: Path) -> None:
+    model, tokenizer = load_plain(CHECKPOINT, TOKENIZER)
+    other = Alternative("n_head", 1, 5.1232 - gain, math.copysign(9, gain))
+    measured = replace(measure(model, tokenizer, few), loss=5.1232, chosen_loss=5.1232, alternatives=(other,))
+    (line,) = [line for line in lines(measured) if "n_head" in line]
+    assert ("5.123 against 5.1232" in line) if gain > 0 else ("loss 5.1232, and 5.1234 with 1" in line)
+
+
 def test_a_loss_above_an_even_choice_is_named(few: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     model = GPT(GPTConfig(**SMALL))
     model.lm_head.weight.data.normal_(std=2)
