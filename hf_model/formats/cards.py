@@ -17,6 +17,8 @@ from hf_model.errors import one_line
 from hf_model.learnt.inspection import Inspection
 from hf_model.loading import Loaded, Source, describe_architecture
 from hf_model.tokenizer import (
+    OURS,
+    chat_template,
     end_of_answer,
     example_prompt,
     example_texts,
@@ -120,6 +122,7 @@ WITH_INPUT = """\
 message may have a field `"input"`)"""
 WITHOUT_INPUT = ". The tokenizer's chat template writes it"
 TURNS = "The chat template has several turns: what was said before stays in the prompt."
+ONE_TURN = "One question at a time: earlier turns{and_system} are left out."
 
 RAW = "A prompt is raw text, which the model continues. There is no prompt format and no chat template."
 CHARACTERS = """\
@@ -360,7 +363,8 @@ def _instructions(tokenizer: PreTrainedTokenizerBase) -> str:
         example=code(example) if is_line else f"\n{fenced(example)}",
         dot="." if is_line else "",
     )
-    return f"{text}\n\n{TURNS}" if form.has_turns else text
+    and_system = " and a system message" if chat_template(tokenizer) in OURS else ""  # another template may keep it
+    return f"{text}\n\n{TURNS if form.has_turns else ONE_TURN.format(and_system=and_system)}"
 
 
 # Texts from files and users are quoted before they go into a card: none can add a heading, HTML or a line of code.

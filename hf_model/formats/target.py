@@ -49,6 +49,16 @@ class Options:
             raise UserError(f"max_shard_size={self.max_shard_size!r} is not a size such as 500MB or 5GB")
 
 
+def beyond_gpt2(config: CustomGPTConfig) -> list[str]:
+    """What a model has that no GPT-2 has, in words. Sizes, activation and attention scale are not among it."""
+    differs = {
+        "has post-norm blocks": not config.norm_first,
+        "has no final LayerNorm": not config.final_norm,
+        "has a bias at its head": config.head_bias,
+    }
+    return [name for name, is_so in differs.items() if is_so]
+
+
 def check_plain_gpt2(config: CustomGPTConfig, what: str) -> None:
     """Check that a model is a GPT-2 but for sizes, activation and attention scale.
 
@@ -58,12 +68,7 @@ def check_plain_gpt2(config: CustomGPTConfig, what: str) -> None:
     Raises:
         UserError: it is not.
     """
-    differs = {
-        "has post-norm blocks": not config.norm_first,
-        "has no final LayerNorm": not config.final_norm,
-        "has a bias at its head": config.head_bias,
-    }
-    if found := [name for name, is_so in differs.items() if is_so]:
+    if found := beyond_gpt2(config):
         raise UserError(f"{what} cannot hold this model, which {' and '.join(found)}: use --format transformers")
 
 

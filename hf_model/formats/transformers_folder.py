@@ -10,7 +10,7 @@ from hf_model.errors import UserError
 from hf_model.folder import read_config
 from hf_model.formats.cards import GENERATE, write_card
 from hf_model.formats.comparison import check_tokenizer_files, compared_with, equal_tensors, same_bits
-from hf_model.formats.target import Options, save_model, write_tokenizer
+from hf_model.formats.target import Options, beyond_gpt2, save_model, write_tokenizer
 from hf_model.loading import FROM_PRETRAINED, Loaded, Source, describe_rounding
 from hf_model.trainers import widest
 
@@ -30,8 +30,9 @@ tokenizer = AutoTokenizer.from_pretrained({{{{ name }}}}, trust_remote_code=True
 
 {GENERATE}
 ```"""
+VERSION = "The model's code needs transformers 5.4 or later."
+OLDER = "A folder of `--format gpt2` loads in older versions too."
 NOTES = (
-    "The model's code needs transformers 5.4 or later. A folder of `--format gpt2` loads in older versions too.",
     "`generate` samples with temperature 0.8 and top_k 50 unless it is told otherwise (`generation_config.json`).",
     "`generate` goes on past the context of {block_size} with the last {block_size} tokens.",
 )
@@ -45,7 +46,9 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
     """
     save_model(loaded.model, folder, options.max_shard_size)
     write_tokenizer(loaded.tokenizer, folder)
-    notes = [note.format(block_size=loaded.model.config.block_size) for note in NOTES]
+    config = loaded.model.config
+    version = VERSION if beyond_gpt2(config) else f"{VERSION} {OLDER}"
+    notes = [version, *(note.format(block_size=config.block_size) for note in NOTES)]
     what = "for Hugging Face transformers"
     write_card(folder, loaded, options.card, what=what, library="transformers", use=USE, notes=notes)
     return []

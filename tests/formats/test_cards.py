@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,13 @@ import yaml
 from huggingface_hub import ModelCard
 
 import convert_checkpoint
+from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.conversion import convert
 from hf_model.formats.cards import About, place_of, title_of
+from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model_cli.convert import parse_arguments
 from tests import relatives
+from tests import templates as chat
 from tests.tiny import CHECKPOINT, TOKENIZER, gpt, save_files, save_tokenizer
 
 
@@ -33,6 +37,24 @@ def test_shows_the_prompt(card: str) -> None:
     assert "\n[BOS]Instruction: {instruction} Response:\n" in card
     assert "\n[BOS]Instruction: {instruction} Input: {input} Response:\n" in card
     assert "Response: Paris[EOS]" in card
+
+
+def test_says_that_a_format_of_single_turns_leaves_the_others_out(card: str, tmp_path: Path) -> None:
+    assert "\nOne question at a time: earlier turns and a system message are left out.\n" in card
+    tokenizer = chat.save_tokenizer(tmp_path / "tokenizer.json", *chat.CHATML_LIKE)
+    checkpoint = chat.save_speaker(tmp_path, tokenizer, "\nParis<|im_end|>")
+    assert "One question" not in card_of(convert(checkpoint, tokenizer, tmp_path / "hf", chat_template="chatml")).text
+
+
+@pytest.mark.parametrize("options", [{"norm_first": False}, {"final_norm": False}, {"head_bias": True}, {}], ids=str)
+def test_names_the_gpt2_folder_only_where_one_can_be_made(options: dict, capitals: Path, tmp_path: Path) -> None:
+    model = CustomGPTForCausalLM(CustomGPTConfig.from_pretrained(capitals, **options))
+    model.save_pretrained(tmp_path / "own")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(capitals / name, tmp_path / "own")
+    text = card_of(convert(tmp_path / "own", None, tmp_path / "hf")).text
+    assert "The model's code needs transformers 5.4 or later." in text
+    assert ("--format gpt2" in text) == (options == {})
 
 
 def test_is_read_by_the_hub_as_a_text_generation_model(card: str) -> None:
