@@ -133,7 +133,7 @@ def encode(
     parses = parse_special_tokens or not takes_instructions(tokenizer)
     how = {"split_special_tokens": not parses, "add_special_tokens": add_special_tokens}
     try:
-        return tokenizer(content, return_tensors="pt", **how).input_ids
+        return tokenizer(content, return_tensors="pt", verbose=False, **how).input_ids
     except Exception as error:  # `tokenizers` raises nothing narrower
         raise UserError(f"the tokenizer cannot encode the text ({one_line(error, 200)})") from None
 

@@ -1,6 +1,7 @@
 """What a conversion makes of the weights and of its options, and what it says."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,22 @@ class TestDiagnosis:
         lines: list[str] = []
         convert(checkpoint_path, tokenizer_path, tmp_path / "hf", report=lines.append)
         assert "note: the tokenizer has no [PAD]; [EOS] serves as the padding token" in lines
+
+
+@pytest.mark.parametrize("format", ["transformers", "gpt2"])
+def test_the_library_does_not_warn_of_texts_longer_than_the_context(
+    format: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "data.txt").write_text("Paris is the capital of France. " * 99)
+    checkpoint, tokenizer = save_files(tmp_path, gpt(block_size=8))
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        for data in (None, tmp_path / "data.txt"):
+            how = {"format": format, "raw": True, "training_data": data, "overwrite": True}
+            convert(checkpoint, tokenizer, tmp_path / "hf", **how)
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert "longer than" not in caplog.text
 
 
 def test_says_what_a_person_wants_to_know(tmp_path: Path) -> None:

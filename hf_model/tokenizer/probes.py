@@ -51,6 +51,6 @@ def _example(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
 def _is_known(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     """Whether a text can be encoded: without an unknown token, some tokenizers refuse what they do not know."""
     try:
-        return bool(tokenizer(text, add_special_tokens=False).input_ids)
+        return bool(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
     except Exception:  # tokenizers raises nothing narrower
         return False
