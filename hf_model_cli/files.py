@@ -1,16 +1,17 @@
 """Checks of the files that arguments name, and prompts that are read from them, before the slow imports."""
 
 import argparse
+import difflib
 import stat
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from hf_model_cli.options import CHAT_TEMPLATES, DEFAULT_CHECKPOINT, HUB_NAME, Parser
+from hf_model_cli.options import CHAT_TEMPLATES, CHECKPOINT_ENDINGS, DEFAULT_CHECKPOINT, HUB_NAME, Parser
 
 FILE_ENDINGS = (".json", ".pkl", ".pickle", ".txt", ".bpe", ".pt", ".model", ".safetensors")  # no Hub name has these
-CHECKPOINTS = ("out*/**/*.pt", "log*/**/*.pt", "*.pt")  # where the trainers of the family put theirs
+PLACES = ("out*/**/*", "log*/**/*", "*")  # where the trainers of the family put their checkpoints
 MOST_NAMED = 5
 MOST_PROMPT_BYTES = 2**26  # a device or a pipe without an end would fill the memory
 FROM_FILE = "FILE:"  # nanoGPT's prefix of a path that holds the prompt
@@ -59,20 +60,23 @@ def _instead(path: str) -> str:
         return f"; download a model of the Hub first: hf download {path} --local-dir {Path(path).name}"
     found: set[Path] = set()
     with suppress(OSError):  # the path may be too long, or closed to us
-        found.update(Path(path).parent.glob("*.pt"))
-    found.update(file for pattern in CHECKPOINTS for file in Path().glob(pattern))
-    if found := {file for file in found if file.is_file()}:
-        return f"; there is {_names(found)}: give one with --checkpoint_path"
+        found.update(Path(path).parent.iterdir())
+    found.update(file for pattern in PLACES for file in Path().glob(pattern))
+    if found := {file for file in found if file.suffix in CHECKPOINT_ENDINGS and file.is_file()}:
+        typed = "" if path == DEFAULT_CHECKPOINT else Path(path).name
+        return f"; there is {_names(found, typed)}: give one with --checkpoint_path"
     if path == DEFAULT_CHECKPOINT:
         return ", nor another checkpoint in out/ or log/: give one with --checkpoint_path"
     return ""
 
 
-def _names(files: Iterable[Path]) -> str:
-    """The names of files, the newest first."""
+def _names(files: Iterable[Path], name: str) -> str:
+    """The paths of files: those whose name is near this one, the nearest first; then the others, the newest first."""
     newest = sorted(files, key=lambda file: file.stat().st_mtime, reverse=True)
-    more = f" and {len(newest) - MOST_NAMED} more" if len(newest) > MOST_NAMED else ""
-    return ", ".join(map(str, newest[:MOST_NAMED])) + more
+    near = difflib.get_close_matches(name, dict.fromkeys(file.name for file in newest), n=MOST_NAMED)
+    nearest = sorted(newest, key=lambda file: near.index(file.name) if file.name in near else MOST_NAMED)
+    more = f" and {len(nearest) - MOST_NAMED} more" if len(nearest) > MOST_NAMED else ""
+    return ", ".join(map(str, nearest[:MOST_NAMED])) + more
 
 
 def _tokenizer(parser: Parser, path: str | None, characters_of: str | None) -> str | None:

@@ -17,6 +17,7 @@ from hf_model_cli.run import one_line
 
 DISTRIBUTION = "custom-gpt-hf"
 DEFAULT_CHECKPOINT = "out/finetune/ckpt.pt"
+CHECKPOINT_ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 DEFAULT_TOKENIZER = "data/tokenizer/custom_gpt_tokenizer.json"
 
 # The package's names.
@@ -221,13 +222,15 @@ class Parser(argparse.ArgumentParser):
         known, unknown = self.parse_known_args(args, namespace)
         if len(unknown) == 1 and known.checkpoint_path == DEFAULT_CHECKPOINT and is_model(unknown[0]):
             known.checkpoint_path = unknown[0]
+        elif option := next((word for word in unknown if word.startswith("-")), None):
+            self.error(f"there is no option {option.partition('=')[0]}{self._advice(option)}")
         elif unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._advice(unknown[0])}")
+            advice = "a text of more than one word needs quotes, and each value needs its option in front"
+            self.error(f"unrecognized arguments: {' '.join(unknown)} ({advice})")
         return known
 
     def _advice(self, word: str) -> str:
-        if not word.startswith("-"):
-            return " (a text of more than one word needs quotes, and each value needs its option in front)"
+        """The option that was probably meant by an unknown one; "" if none is near."""
         name = re.sub("-(?=.)", "_", word.lstrip("-").partition("=")[0]).lower()
         names = [option.removeprefix("--") for option in self._option_string_actions]
         likely = [
@@ -235,12 +238,12 @@ class Parser(argparse.ArgumentParser):
             *(longer for longer in names if name and longer.startswith(name)),
             *difflib.get_close_matches(name, names, n=1),
         ]
-        return f" (did you mean --{likely[0]}?)" if likely else ""
+        return f"; did you mean --{likely[0]}?" if likely else ""
 
 
 def is_model(word: str) -> bool:
     """Whether a word without an option looks like a path, or like the name of a model on the Hub."""
-    is_path = word.endswith((".pt", os.sep)) or os.path.exists(word)  # noqa: PTH110 (a Path's raises for long names)
+    is_path = word.endswith((*CHECKPOINT_ENDINGS, os.sep)) or os.path.exists(word)  # noqa: PTH110 (a Path's raises for long names)
     return not word.startswith("-") and (is_path or ("/" in word and HUB_NAME.fullmatch(word) is not None))
 
 

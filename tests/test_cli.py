@@ -89,7 +89,7 @@ class TestArguments:
             (("--activation", "rely"), "--activation: invalid choice: 'rely'"),
             (("--checkpoint_path", "no/ckpt.pt"), "--checkpoint_path: there is no no/ckpt.pt"),
             (("--tokenizer_path", "no.json"), "--tokenizer_path: there is no file no.json"),
-            (("--colour", "red"), "unrecognized arguments: --colour red"),
+            (("--colour", "red"), "there is no option --colour\n"),
         ],
         ids=" ".join,
     )
@@ -118,7 +118,7 @@ class TestArguments:
             (("--gguf_type", "f16"), "--gguf_type: goes with --format gguf"),
             (("--format", "gguf", "--quantization", "int8"), "--quantization: goes with --format ctranslate2"),
             (("--format", "gpt2", "--like", "nanogpt"), "--like: goes with --format checkpoint"),
-            (("--colour", "red"), "unrecognized arguments: --colour red"),
+            (("--colour", "red"), "there is no option --colour\n"),
         ],
         ids=" ".join,
     )
@@ -173,13 +173,17 @@ class TestArguments:
     @pytest.mark.parametrize(
         "arguments, message",
         [
-            (("--promt", "hi"), "unrecognized arguments: --promt hi (did you mean --prompt?)"),
-            (("--promt=hi",), "unrecognized arguments: --promt=hi (did you mean --prompt?)"),
-            (("--max-new-tokens", "5"), "unrecognized arguments: --max-new-tokens 5 (did you mean --max_new_tokens?)"),
-            (("--Temprature", "0"), "unrecognized arguments: --Temprature 0 (did you mean --temperature?)"),
+            (("--promt", "hi"), "there is no option --promt; did you mean --prompt?\n"),
+            (("--promt=hi",), "there is no option --promt; did you mean --prompt?\n"),
+            (("--max-new-tokens", "5"), "there is no option --max-new-tokens; did you mean --max_new_tokens?\n"),
+            (("--Temprature", "0"), "there is no option --Temprature; did you mean --temperature?\n"),
             (("What", "is", "it?"), "unrecognized arguments: What is it? (a text of more than one word needs quotes"),
             (("--prompt", "What", "is", "it?"), "unrecognized arguments: is it? (a text of more than one word needs"),
-            (("-5",), "unrecognized arguments: -5"),
+            (("-5",), "there is no option -5\n"),
+            (
+                ("model.pth", "--max-new-token", "5"),
+                "there is no option --max-new-token; did you mean --max_new_tokens?",
+            ),
         ],
         ids=" ".join,
     )
@@ -207,11 +211,26 @@ class TestArguments:
         self, script: ModuleType, typed: str, meant: str, call: Callable[..., Result]
     ) -> None:
         result = call(script, typed, "x")
-        assert result.status == 2 and f"(did you mean {meant}?)" in result.err
+        assert result.status == 2 and f"; did you mean {meant}?\n" in result.err
 
     def test_a_path_alone_is_the_checkpoint(self, capitals: Path) -> None:
         for folder in (str(capitals), f"{capitals}{os.sep}"):
             assert Path(convert_command.parse_arguments([folder]).checkpoint_path) == capitals
+
+    @pytest.mark.parametrize("script", [generate, convert_checkpoint], ids=lambda script: script.__name__)
+    @pytest.mark.parametrize("ending", [".pt", ".pth", ".ckpt", ".bin", ".safetensors"])
+    def test_a_mistyped_path_is_answered_with_the_nearest_name_first(
+        self, ending: str, script: ModuleType, tmp_path: Path, call: Callable[..., Result]
+    ) -> None:
+        meant, newer, note = (tmp_path / name for name in (f"model{ending}", "optimizer.pt", f"modle{ending}.txt"))
+        for path in (meant, newer, note):
+            path.touch()
+        os.utime(meant, (0, 0))
+        typed = tmp_path / f"modle{ending}"
+        for name in ((str(typed),), ("--checkpoint_path", str(typed))):
+            result = call(script, *name, *(FRANCE if script is generate else ()))
+            assert (result.status, result.err.count("\n")) == (2, 1)
+            assert f"there is no {typed}; there is {meant}, {newer}" in result.err and str(note) not in result.err
 
     def test_a_folder_with_one_checkpoint_is_that_checkpoint(self, tmp_path: Path, call: Callable[..., Result]) -> None:
         checkpoint, _ = save_files(tmp_path, gpt())
