@@ -368,6 +368,9 @@ class Source:
             yield "names", f"those of {checkpoint.names.trainer}"
         if self.n_head is None and (told := checkpoint.told_heads()):
             yield "heads", f"{told[0]} ({told[1]})"
+        stated = checkpoint.model_args.get("n_head") or checkpoint.n_head
+        if self.n_head is not None and stated not in (None, self.n_head):
+            yield "warning", f"the model has {self.n_head} heads, as --n_head says, but the file says {stated}"
         if checkpoint.config_unused:
             yield "note", f"{checkpoint.config_unused}: it was not used"
         if checkpoint.no_biases:
@@ -388,6 +391,8 @@ class Source:
                 f"DeepSpeed saved {half} weights here; its program zero_to_fp32 makes a file of the float32 ones",
             )
         trainer = checkpoint.trainer
+        if self.activation not in ("auto", trainer.activation):
+            yield "activation", f"{self.activation} (your choice; without it, {trainer.activation})"
         if self.activation == "auto" and len(checkpoint.names.forms) > 1:
             pass  # the loss has decided
         elif self.activation == "auto" and not trainer.is_known:

@@ -58,10 +58,9 @@ def build_module(model: str, checkpoint_path: Path) -> nn.Module:
         matched = _without_prefix({name: value for name, value in weights.items() if isinstance(name, str)}, own)
         extra = [name for name in matched if name not in own and not is_no_weight(file, matched[name])]
         _check_names(set(matched), extra, module)
-        tensors = weights_of(
-            file, {name: matched[name] for name in matched if name in own and own[name].is_floating_point()}
-        )
-        _copy(tensors, own)
+        floating = {name: matched[name] for name in matched if name in own and own[name].is_floating_point()}
+        # One by one: the model has memory of its own already, so its weights may share their values in the file.
+        _copy({name: weights_of(file, {name: value})[name] for name, value in floating.items()}, own)
     return module.eval()
 
 

@@ -222,6 +222,13 @@ def test_hyper_parameters_inside_others_are_found(saved: Callable) -> None:
     assert read_checkpoint(saved(content)).architecture().n_head == 2
 
 
+def test_heads_that_contradict_the_file_are_taken_with_a_warning(text: Path, saved: Callable) -> None:
+    content = {"model": gpt(vocab_size=V).state_dict(), "model_args": {"n_head": 4}}
+    loaded = Source(saved(content), None, characters_of=text, n_head=8).load()
+    assert loaded.model.config.n_head == 8
+    assert any(kind == "warning" and "the file says 4" in what for kind, what in loaded.choices)
+
+
 def test_two_models_in_one_state_dict_are_refused(saved: Callable) -> None:
     weights = gpt().state_dict()
     both = {f"model.{name}": w for name, w in weights.items()} | {f"ema.{name}": w + 1 for name, w in weights.items()}

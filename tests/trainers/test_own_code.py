@@ -107,3 +107,14 @@ def test_llm_c_s_file_needs_no_code(code: Path) -> None:
     code.with_name("model.bin").write_bytes((20240326).to_bytes(4, "little") + bytes(1020))
     with pytest.raises(UserError, match=r"is a model of llm\.c.*leave out --model"):
         load(code.with_name("model.bin"), None, characters_of=code.with_name("input.txt"), model=f"{code}:build")
+
+
+def test_a_head_that_is_tied_in_the_code_may_be_tied_in_the_file(code: Path) -> None:
+    code.write_text(code.read_text() + "\ndef tied():\n    return Own(SeparateHeads, context=24, head='tied')\n")
+    model = moved(Own(SeparateHeads, context=24, head="tied"))
+    torch.save(model.state_dict(), code.with_name("ckpt.pt"))
+    loaded, _ = load(
+        code.with_name("ckpt.pt"), None, characters_of=code.with_name("input.txt"), model=f"{code}:tied", device="cpu"
+    )
+    assert loaded.config.tie_word_embeddings
+    assert torch.equal(loaded.lm_head.weight, model.tok.weight)
