@@ -220,7 +220,7 @@ def _read(path: Path, check_bytes: bool) -> Checkpoint:
         beside.keys(),
         sizes,
         has_config_object=isinstance(config, StandIn),
-        has_masks=any(weights[name].shape[-2:-1] == weights[name].shape[-1:] for name in placed.others),
+        has_masks=any(len(shape := weights[name].shape) > 1 and shape[-1] == shape[-2] for name in placed.others),
         has_biases=any(name.endswith(".bias") for name in state_dict),
         is_tied="transformer.wte.weight" in state_dict and is_tied(state_dict),
     )
