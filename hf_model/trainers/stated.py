@@ -127,7 +127,7 @@ OTHER_TYPES = re.compile(
     r"bert|roberta|gpt_?neox?|gptj|codegen|openai-gpt|opt|bloom|mpt|t5|(code_?)?llama|mi[sx]tral|qwen|gemma|phi|falcon",
     re.I,
 )
-MAX_CONFIG_BYTES, MAX_TEXT, MAX_NAME = 2**21, 1000, 60
+MAX_CONFIG_BYTES, MAX_TEXT, MAX_NAME, MAX_OPTION = 2**21, 1000, 60, 200
 OFF = (None, False, 0, "", "none", "None")
 NUMPY_FORMATS = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "u8": "Q", "u4": "I", "b1": "?"}
 
@@ -250,7 +250,7 @@ def is_harmless(name: str) -> bool:
 
 
 def _snake(name: str) -> str:
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower().strip("_")
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name[:MAX_OPTION]).lower().strip("_")
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,11 @@ def _config_beside(config: Path) -> tuple[dict[str, Any] | None, str]:
 
 def _of_type(config: dict[str, Any], kind: Any) -> dict[str, Any]:
     """A configuration with the sizes that the name of minGPT's type stands for, where it states none."""
-    if kind not in MINGPT_TYPES or (kind == "gpt2" and any(config.get(name) is not None for name in HEADS)):
+    if (
+        not isinstance(kind, str)
+        or kind not in MINGPT_TYPES
+        or (kind == "gpt2" and any(config.get(name) is not None for name in HEADS))
+    ):
         return config  # transformers' type `gpt2` stands for no sizes
     told = zip(("n_layer", "n_head", "n_embd"), MINGPT_TYPES[kind], strict=True)
     return dict(told) | {name: value for name, value in config.items() if value is not None}

@@ -147,6 +147,7 @@ class TestConfigBeside:
             ({"model_type": "gpt_neo", "n_head": 8, "activation_function": "relu"}, "type gpt_neo"),
             ({"n_head": 8, "activation_function": "relu"}, "states no size of the weights"),
             ({"n_head": 8, "d_model": 64}, "64 wide"),
+            ({"n_head": 8, "model_type": ["gpt2"]}, "states no size"),
             ({"n_head": 8, "n_layer": 2, "vocab_size": 99}, "vocab_size=99"),
         ],
     )
@@ -194,3 +195,9 @@ def test_numpy_s_arrays_are_called_so(saved: Callable) -> None:
 def test_a_name_that_no_file_has_is_one_plain_line(name: str) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         Source.of(name, "auto").load()
+
+
+def test_an_activation_that_a_folder_cannot_have_is_one_plain_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "custom_gpt", "activation_function": "sWiGlU"}))
+    with pytest.raises(UserError, match=r"config\.json: `activation_function` 'sWiGlU' is not one of gelu"):
+        Source.of(tmp_path).load(needs_tokenizer=False)
