@@ -70,9 +70,9 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
         UserError: CTranslate2 is not installed, or does not take the model.
         OSError: the disk is full.
     """
-    require(["ctranslate2"], "ctranslate2")
     config = loaded.model.config
     check_supported(loaded.model)
+    require(["ctranslate2"], "ctranslate2")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         stock, made = Path(scratch) / "stock", Path(scratch) / "made"
         stock.mkdir()

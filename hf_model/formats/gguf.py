@@ -115,9 +115,9 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
         UserError: the package `gguf` is not installed, or llama.cpp cannot express the model or its tokenizer.
         OSError: the disk is full.
     """
-    require(["gguf"], "gguf")
     model, file = loaded.model, file_name(options)
     check_supported(model, options.gguf_type)
+    require(["gguf"], "gguf")
     tokenizer = to_gguf(loaded.tokenizer, model.config.vocab_size)
     with engine_errors("the package gguf cannot write the model", folder):
         write_file(folder / file, model, options.gguf_type, tokenizer, one_line(options.card.title))

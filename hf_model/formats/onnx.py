@@ -83,12 +83,12 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
         UserError: the packages are not installed, or the exporter does not take the model.
         OSError: the disk is full.
     """
-    require(["onnx", "onnxscript"], "onnx")
     config = loaded.model.config
     if loaded.model.dtype not in (torch.float32, torch.float16):
         raise UserError("onnxruntime computes in float32 and float16 on a CPU: add --dtype float32 or --dtype float16")
     if config.block_size < SAMPLE_CACHED + SAMPLE_NEW:
         raise UserError(f"the exporter needs a context of {SAMPLE_CACHED + SAMPLE_NEW} tokens to trace the model")
+    require(["onnx", "onnxscript"], "onnx")
     with quietly(), engine_errors("the library's ONNX exporter does not take the model", folder):
         export(loaded.model, folder)
     stock_config(config).save_pretrained(folder)  # plain GPT-2's, so that nobody is asked to trust code

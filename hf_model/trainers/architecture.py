@@ -36,6 +36,7 @@ BIASES = {
     "transformer.h.{i}.mlp.c_proj.bias": ("C",),
     "transformer.ln_f.bias": ("C",),
 }
+FEWEST_HEADS = 4  # that are proposed: a smaller number is rare, and often wrong
 SIZES = ("n_layer", "n_embd", "block_size", "vocab_size")
 
 
@@ -153,7 +154,8 @@ def _matrix(state_dict: Mapping[str, "torch.Tensor"], name: str) -> "torch.Tenso
 
 def _heads(n_head: Any, n_embd: int) -> int:
     if n_head is None:
-        usual = f" (most models have heads of 64, which makes {n_embd // 64} here)" if n_embd % 64 == 0 else ""
+        likely = n_embd // 64 if n_embd % 64 == 0 else 0
+        usual = f" (most models have heads of 64, which makes {likely} here)" if likely >= FEWEST_HEADS else ""
         raise UserError(f"its weights do not tell the number of attention heads: give it with --n_head{usual}")
     if not isinstance(n_head, int) or isinstance(n_head, bool):
         raise UserError(

@@ -34,6 +34,7 @@ OTHER_FORMATS = {
 PLAIN_PICKLE = b"\x80"  # of protocol 2 or later
 ADVICE = "Save only the weights and plain values: torch.save({'model': model.state_dict(), 'model_args': {...}}, path)"
 TOO_MUCH = f"holds more than {MAX_PICKLE_BYTES // 2**20} MiB of values beside its tensors. {ADVICE}"
+MAX_COMMENT_BYTES = 2**16  # behind the end of an archive
 MAX_DIRECTORY_BYTES = 16 * 2**20  # of a zip file; a storage takes about a hundred
 DESCRIPTOR_BYTES = 24  # behind an entry at most: its CRC32 and sizes once more
 ALIGNMENT = 64  # bytes, of the storages of a plain pickle
@@ -216,6 +217,8 @@ def _check_end(content: mmap.mmap) -> None:
     if end >= 76 and content[end - 20 : end].startswith(b"PK\x06\x07"):  # a large archive has a second, wider end
         wide_magic, size = struct.unpack_from("<4s36xQ", content, end - 76)
         magic = magic if wide_magic == b"PK\x06\x06" else b""
+    if magic != b"PK\x05\x06" and content.rfind(b"PK\x05\x06", max(end - MAX_COMMENT_BYTES, 0)) < 0:
+        raise UserError("is incomplete: the end of the file is missing")
     if magic != b"PK\x05\x06" or comment:
         raise ValueError("no end of an archive at its end")
     if size > MAX_DIRECTORY_BYTES:

@@ -28,7 +28,6 @@ def own(name: str, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     [("post-norm", "post-norm"), ("no final norm", "no final LayerNorm"), ("biased head", "bias at its head")],
 )
 def test_a_plain_gpt2_refuses_what_it_cannot_hold(name: str, says: str, format: str, tmp_path: Path) -> None:
-    pytest.importorskip(ENGINES.get(format, "torch"))
     model, options = own(name, tmp_path)
     with pytest.raises(UserError, match=says):
         convert(model, None, tmp_path / "made", format=format, **options)

@@ -143,11 +143,23 @@ class TestCheckpoints:
             (b'{"model": {}}', "is a JSON file, not a checkpoint"),
             (b"\x1f\x8b\x08\x00rest", "is gzip-compressed: unpack it first"),
             (b"\x00" * 1000, "is not a torch.save checkpoint"),
-            (b"PK\x03\x04" + b"\x00" * 100, "is damaged or was not written to its end"),
+            (b"PK\x03\x04" + b"\x00" * 100, "is incomplete: the end of the file is missing"),
+            (CHECKPOINT.read_bytes() + b"more", "is damaged or was not written to its end"),
             (b"PK\x05\x06" + b"\x00" * 18, "is not a torch.save checkpoint"),
             (b"\x93NUMPY\x01\x00", "is not a torch.save checkpoint"),
         ],
-        ids=["empty", "web page", "git-lfs", "JSON", "gzip", "zeros", "zip head", "empty zip", "npy"],
+        ids=[
+            "empty",
+            "web page",
+            "git-lfs",
+            "JSON",
+            "gzip",
+            "zeros",
+            "zip head",
+            "zip with a tail",
+            "empty zip",
+            "npy",
+        ],
     )
     def test_another_kind_of_file_is_named(self, content: bytes, message: str, tmp_path: Path) -> None:
         path = tmp_path / "ckpt.pt"
@@ -349,6 +361,6 @@ def test_the_command_line_says_it_in_one_line_and_exits_with_2(script: str, tmp_
     arguments += ["--prompt", "Hello"] if script == "generate.py" else ["--output_dir", tmp_path / "hf"]
     process = run(script, *arguments)
     assert process.returncode == 2
-    assert process.stderr.startswith(f"{script}: error: {path}: is damaged or was not written to its end")
+    assert process.stderr.startswith(f"{script}: error: {path}: is incomplete: the end of the file is missing")
     assert process.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == [path]

@@ -79,6 +79,13 @@ class TestInferArchitecture:
         with pytest.raises(UserError, match=message):
             infer_architecture(weights(), MODEL_ARGS | model_args)
 
+    @pytest.mark.parametrize("n_embd, says", [(64, ""), (192, ""), (256, "which makes 4 here"), (250, "")])
+    def test_a_number_of_heads_is_proposed_only_where_it_is_likely(self, n_embd: int, says: str) -> None:
+        sizes = {"n_embd": n_embd, "n_head": 2}
+        with pytest.raises(UserError, match=f"give it with --n_head.*{says}") as raised:
+            infer_architecture(weights(**sizes), {})
+        assert ("heads of 64" in str(raised.value)) == bool(says)
+
     @pytest.mark.parametrize(
         "change, message",
         [
