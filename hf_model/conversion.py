@@ -22,6 +22,8 @@ from hf_model.loading import (
     Loaded,
     Source,
     SourceOptions,
+    check_option_names,
+    check_origin,
     describe_architecture,
     describe_parameters,
     describe_rounding,
@@ -83,6 +85,8 @@ def convert(
         UserError: as in `load`; or the format cannot hold the model, its packages are not installed, the folder cannot
             be written, or the folder differs from its source.
     """
+    check_option_names("convert", options, ConvertOptions)
+    check_origin(checkpoint_path)
     named = cast(dict[str, Any], options)
     how = {name: named.pop(name) for name in SourceOptions.__annotations__ if name in named}
     target, choices = find_format(format), Options(**named)

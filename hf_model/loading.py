@@ -3,8 +3,9 @@
 import copy
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -181,7 +182,12 @@ class Source:
         training_data: str | Path | None = None,
         **options: Unpack[SourceOptions],
     ) -> "Source":
-        """The source of the public functions' arguments."""
+        """The source of the public functions' arguments.
+
+        Raises:
+            UserError: `origin` is a state dict.
+        """
+        check_origin(origin)
         model = options.pop("model", None)
         if isinstance(origin, nn.Module):
             return cls(Path(type(unwrap(origin)).__name__), tokenizer_path, module=origin, **options)
@@ -467,6 +473,25 @@ def untied(loaded: Loaded) -> Loaded:
     return replace(loaded, model=model, choices=(said, *choices))
 
 
+def check_origin(origin: object) -> None:
+    """Raises UserError for a state dict, which holds no code that the weights could be compared with."""
+    if isinstance(origin, Mapping):
+        raise UserError(f"the model is a {type(origin).__name__}: give the model, not its state dict")
+
+
+def check_option_names(function: str, options: Mapping[str, Any], known: type) -> None:
+    """Raises TypeError, as Python does, for a keyword argument that a function does not have.
+
+    Args:
+        known: the TypedDict of the options.
+    """
+    for name in options:
+        if name not in known.__annotations__:
+            near = get_close_matches(name, known.__annotations__, n=1)
+            advice = f". Did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{advice}")
+
+
 @memory_for("to load the model")
 def load(
     checkpoint_path: str | Path | nn.Module,
@@ -499,6 +524,7 @@ def load(
     Raises:
         UserError: a file is missing, damaged or not of this model family, or the files do not belong together.
     """
+    check_option_names("load", options, SourceOptions)
     loaded = Source.of(checkpoint_path, tokenizer_path, **options).load(may_be_quantized=True)
     assert loaded.found is not None
     report("tokenizer", loaded.found.taken + (f" ({loaded.found.why})" if loaded.found.why else ""))

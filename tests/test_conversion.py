@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from examples.plain_gpt import GPT
-from hf_model import conversion
+from hf_model import conversion, inspect, load
 from hf_model.conversion import convert, full_repo_name, push
 from hf_model.errors import UserError
 from hf_model.output_dir import MANIFEST
@@ -177,6 +177,17 @@ class TestDiagnosis:
         loaded.generation_config.suppress_tokens = None
         assert loaded.generate(prompts, **how).max() >= 300
 
+    @pytest.mark.parametrize("n_more, is_other", [(127, False), (128, True)])
+    def test_a_tokenizer_that_is_too_small_to_be_the_training_s_is_warned_of(
+        self, n_more: int, is_other: bool, tmp_path: Path
+    ) -> None:
+        _, lines = converted(tmp_path, gpt(vocab_size=300 + n_more))
+        assert any("note: the weights' vocabulary is padded" in line for line in lines) != is_other
+        said = (
+            "warning: the tokenizer has 300 tokens and the model embeddings for 428: it is probably not the tokenizer"
+        )
+        assert any(line.startswith(said) for line in lines) == is_other
+
     def test_a_vocabulary_smaller_than_the_tokenizer_s_is_an_error_that_names_both(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"tokenizer\.json: has 300 tokens, but .*ckpt\.pt has embeddings for 299"):
             converted(tmp_path, gpt(vocab_size=299))
@@ -189,6 +200,25 @@ class TestDiagnosis:
         lines: list[str] = []
         convert(checkpoint_path, tokenizer_path, tmp_path / "hf", report=lines.append)
         assert "note: the tokenizer has no [PAD]; [EOS] serves as the padding token" in lines
+
+
+class TestArguments:
+    def test_a_state_dict_is_answered_with_what_to_give(self, tmp_path: Path) -> None:
+        state = gpt().state_dict()
+        for call in (lambda: convert(state, None, tmp_path / "hf"), lambda: load(state), lambda: inspect(state)):
+            with pytest.raises(UserError, match="OrderedDict: give the model, not its state dict"):
+                call()
+
+    def test_an_unknown_name_is_python_s_own_error(self, tmp_path: Path) -> None:
+        for name, call in {
+            "convert": lambda **how: convert(CHECKPOINT, TOKENIZER, tmp_path / "hf", **how),
+            "load": lambda **how: load(CHECKPOINT, TOKENIZER, **how),
+            "inspect": lambda **how: inspect(CHECKPOINT, TOKENIZER, **how),
+        }.items():
+            with pytest.raises(
+                TypeError, match=rf"^{name}\(\) got an unexpected keyword argument 'n_heads'. Did you mean"
+            ):
+                call(n_heads=3)
 
 
 @pytest.mark.parametrize("format", ["transformers", "gpt2"])

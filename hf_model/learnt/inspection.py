@@ -17,6 +17,7 @@ from hf_model.loading import (
     Loaded,
     Source,
     SourceOptions,
+    check_option_names,
     describe_architecture,
     describe_parameters,
     describe_source,
@@ -27,6 +28,7 @@ from hf_model.tokenizer import CHAT_TEMPLATE, PAD, chat_template, is_of_characte
 from hf_model.trainers.tensors import dtype_name
 
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "tie_word_embeddings", "dropout")
+PADDED_TO = 128  # trainers pad a vocabulary to a multiple of 64 or 128
 READ_KEYS = ("iter_num", "step", "loss", "best_val_loss", "val_loss", "model_args")
 
 
@@ -60,6 +62,7 @@ class Inspection:
     choices: tuple[tuple[str, str], ...]
     """For each thing that the user did not specify: its name, and what was chosen and why."""
     notes: tuple[str, ...]
+    warnings: tuple[str, ...]
     non_finite: tuple[str, ...]
     """The names of weights that hold NaN or infinities."""
     diagnosis: Diagnosis | None
@@ -91,6 +94,8 @@ class Inspection:
         """What a user should know before using the weights."""
         for note in self.notes:
             yield Finding("note", note)
+        for warning in self.warnings:
+            yield Finding("warning", warning)
         if bad := self.non_finite:
             yield Finding("warning", f"there are NaN or infinite values in {some_of(bad, 3)}: the model cannot work")
         if self.diagnosis is not None and self.diagnosis.is_harm:
@@ -137,6 +142,7 @@ class Inspection:
                 "dtype": self.dtype,
                 "tokenizer": {"path": self.tokenizer_path, "tokens": self.tokens},
                 "notes": self.notes,
+                "warnings": self.warnings,
                 "non_finite": self.non_finite,
                 "diagnosis": diagnosis,
                 "training_data": None if self.measurement is None else self.measurement.as_dict(),
@@ -175,6 +181,7 @@ def inspect(
     Raises:
         UserError: a file or the folder is invalid.
     """
+    check_option_names("inspect", options, SourceOptions)
     source = Source.of(checkpoint_path, tokenizer_path, training_data=training_data, **options)
     loaded = source.load()
     return examine(source, loaded, training_data), loaded.model, loaded.tokenizer
@@ -205,6 +212,7 @@ def examine(source: Source, loaded: Loaded, training_data: str | Path | None = N
         tokens=len(tokenizer),
         choices=loaded.choices,
         notes=tuple(_notes(loaded)),
+        warnings=tuple(_warnings(loaded)),
         non_finite=bad,
         diagnosis=None if bad else diagnose(model, tokenizer),
         measurement=None if training_data is None or bad else measure(model, tokenizer, Path(training_data)),
@@ -235,7 +243,17 @@ def _notes(loaded: Loaded) -> Iterator[str]:
         yield "this is a pre-training file, and its model knows no instructions; --raw makes it a model of raw text"
     if is_instruction and PAD not in tokenizer.get_vocab():
         yield f"the tokenizer has no {PAD}; {tokenizer.eos_token} serves as the padding token"
-    if unused := loaded.model.config.vocab_size - len(tokenizer):
+    unused = loaded.model.config.vocab_size - len(tokenizer)
+    if 0 < unused < PADDED_TO:
         yield f"the weights' vocabulary is padded: {unused} ids have no token and are kept from being sampled"
         if is_of_characters(tokenizer):
             yield "few trainers pad a vocabulary of characters, so these may be the characters of another text"
+
+
+def _warnings(loaded: Loaded) -> Iterator[str]:
+    n_tokens, vocab_size = len(loaded.tokenizer), loaded.model.config.vocab_size
+    if vocab_size - n_tokens >= PADDED_TO:
+        yield (
+            f"the tokenizer has {n_tokens:,} tokens and the model embeddings for {vocab_size:,}: it is probably not "
+            "the tokenizer of the training. The ids without a token are kept from being sampled"
+        )

@@ -21,8 +21,8 @@ def read_template(choice: str | Path) -> str:
     if str(choice) in TEMPLATES:
         return TEMPLATES[str(choice)]
     if not Path(choice).exists():
-        names = " or ".join(TEMPLATES)
-        raise UserError(f"--chat_template {choice}: is neither {names} nor a file of Jinja that is there")
+        names = ", ".join(TEMPLATES)
+        raise UserError(f"--chat_template {choice}: must be {names} or an existing Jinja file")
     return read_text(Path(choice), MAX_TEMPLATE_BYTES)
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_model.errors import UserError
 from hf_model.tokenizer.files import read_tokenizer
-from hf_model.tokenizer.prompt import BOS, CHAT_TEMPLATE, EOS, IM_START, PAD, UNK, end_tokens, set_chat_template
+from hf_model.tokenizer.prompt import BOS, CHAT_TEMPLATE, EOS, IM_END, IM_START, PAD, UNK, end_tokens, set_chat_template
 from hf_model.tokenizer.trial import remember_ours
 
 # The usual names of special tokens that begin a text, end it, or fill up a row.
@@ -168,6 +168,8 @@ def role_notes(
         yield f"{roles['bos_token']} begins a text: the tokenizer puts it in front"
     elif (begin := _first(BEGIN_TOKENS, special)) and not chosen.get("bos_token"):
         yield f"the tokenizer does not put {begin} in front of a text; --bos_token {begin!r} would"
+    if chat_template is None and all(backend.token_to_id(token) is not None for token in (IM_START, IM_END)):
+        yield f"there are {IM_START} and {IM_END}; for a model that was fine-tuned on ChatML: --chat_template chatml"
     if not chosen.get("eos_token"):
         used = (roles["eos_token"], *(token for token in END_TOKENS if token in (chat_template or "")))
         others = [token for token in END_TOKENS if token in special and token not in used]

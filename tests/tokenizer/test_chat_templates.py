@@ -239,8 +239,15 @@ class TestAFile:
         assert tokenizer.convert_tokens_to_ids("€") not in ids
         assert ids.count(tokenizer.convert_tokens_to_ids("<|end|>")) == 1
 
+    def test_a_tokenizer_with_chatml_s_tokens_is_told_how_to_choose_it(self, tmp_path: Path) -> None:
+        path, said = save(tmp_path / "t.json", *CHATML_LIKE), "fine-tuned on ChatML: --chat_template chatml"
+        for template in (None, "chatml"):
+            notes = find_tokenizer(path, MODEL, chat_template=template).notes
+            assert any(said in note for note in notes) == (template is None)
+        assert not any(said in note for note in find_tokenizer(save(tmp_path / "o.json"), MODEL).notes)
+
     def test_a_name_that_is_not_known_gives_those_that_are(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match="alpaka: is neither alpaca or chatml nor a file"):
+        with pytest.raises(UserError, match="alpaka: must be alpaca, chatml or an existing Jinja file"):
             find_tokenizer(save(tmp_path / "t.json"), MODEL, chat_template="alpaka")
 
     def test_a_private_character_in_a_question_stays(self, tmp_path: Path) -> None:
