@@ -107,6 +107,9 @@ def _call(make: Any, stated: Stated) -> Any:
         kind = missing[0].annotation
         is_class = isinstance(kind, type) and kind not in (dict, object, inspect.Parameter.empty)
         named[missing[0].name] = _call(kind, stated) if is_class else stated
+    elif missing:
+        lacking = " and ".join(one.name for one in missing)
+        raise TypeError(f"nothing gives it {lacking}: write a function without arguments that returns the model")
     return make(**named)
 
 

@@ -29,6 +29,9 @@ def build():
 def sized(block_size):
     return GPT(Config(block_size))
 
+def needy(width, depth):
+    return build()
+
 def broken():
     raise ValueError("no such model")
 """
@@ -76,6 +79,13 @@ def test_what_is_wrong_with_the_code_is_said(model: str, says: str, code: Path, 
     with pytest.raises(UserError, match=says):
         convert("ckpt.pt", None, "hf", characters_of="input.txt", model=model)
     assert not Path("hf").exists()
+
+
+def test_arguments_that_nothing_gives_are_named_with_what_to_do(code: Path) -> None:
+    torch.save(weights(24), code.parent / "model.pt")
+    said = "nothing gives it width and depth: write a function without arguments that returns the model"
+    with pytest.raises(UserError, match=said):
+        load(code.parent / "model.pt", characters_of=code.parent / "input.txt", model=f"{code}:needy")
 
 
 def test_missing_and_unknown_weights_are_named(code: Path) -> None:
