@@ -73,13 +73,14 @@ def measure(folder: Path, size: str, rounds: int) -> str:
     convert = [sys.executable, "convert_checkpoint.py", "--checkpoint_path", str(checkpoint), "--overwrite"]
     convert += ["--tokenizer_path", str(TOKENIZER), "--output_dir", str(out)]
     run(convert)  # the first warms up
+    copy.mkdir()
     copies, conversions = [], []
     for _ in range(rounds):
-        copies.append(run(["cp", str(out / "model.safetensors"), str(copy)])[0])
+        copies.append(run(["cp", *map(str, out.glob("*.safetensors")), str(copy)])[0])
         conversions.append(run(convert))
     seconds, copied = statistics.median(took for took, _ in conversions), statistics.median(copies)
     private = max(most for _, most in conversions)
-    file, weights = checkpoint.stat().st_size, (out / "model.safetensors").stat().st_size
+    file, weights = checkpoint.stat().st_size, sum(path.stat().st_size for path in out.glob("*.safetensors"))
     figures = (f"{file / 1e9:.1f} GB", f"{weights / 1e9:.1f} GB", f"{copied:.1f} s", f"{seconds:.1f} s")
     return f"| {size} | {' | '.join(figures)} | {seconds / copied:.1f} | {private / 1e9:.1f} GB |"
 
