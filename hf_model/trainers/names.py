@@ -1,11 +1,11 @@
 """The table of trainers' names: what each trainer calls its tensors, and what turns these names into this project's.
 
-To add a trainer, add an entry to `TABLE`. Nothing else knows a trainer's names.
+To add a trainer, add an entry to `TABLE`. Nothing else knows what a trainer calls its tensors.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from typing import Any
@@ -72,19 +72,17 @@ class Names:
 FAMILY = Names("nanoGPT and its relatives", OURS, left_out=("attn.masked_bias",))
 WITHOUT_HEAD = {role: name.removeprefix("transformer.") for role, name in OURS.items()}
 GPT2_HEADS = {(768, 6): 12, (768, 12): 12, (1024, 24): 16, (1280, 36): 20, (1600, 48): 25}
-BOOK_PARAMETERS = PARAMETERS | {"scale": "weight", "shift": "bias"}
-BLOCKS, BOOK = "blocks.{i}.", "trf_blocks.{i}."
 LECTURE = Names(
     "Karpathy's lecture",
     {
         "wte": "token_embedding_table",
         "wpe": "position_embedding_table",
-        "ln_1": BLOCKS + "ln1",
-        "attn.c_attn": tuple(BLOCKS + f"sa.heads.{{head}}.{part}" for part in ("query", "key", "value")),
-        "attn.c_proj": BLOCKS + "sa.proj",
-        "ln_2": BLOCKS + "ln2",
-        "mlp.c_fc": BLOCKS + "ffwd.net.0",
-        "mlp.c_proj": BLOCKS + "ffwd.net.2",
+        "ln_1": "blocks.{i}.ln1",
+        "attn.c_attn": tuple(f"blocks.{{i}}.sa.heads.{{head}}.{part}" for part in ("query", "key", "value")),
+        "attn.c_proj": "blocks.{i}.sa.proj",
+        "ln_2": "blocks.{i}.ln2",
+        "mlp.c_fc": "blocks.{i}.ffwd.net.0",
+        "mlp.c_proj": "blocks.{i}.ffwd.net.2",
         "ln_f": "ln_f",
         "lm_head": "lm_head",
     },
@@ -100,64 +98,46 @@ LECTURE = Names(
     has_biases=True,
     left_open="norms before or after, two scales of attention, the activation",
 )
+GPT2 = Names(
+    "transformers' GPT-2",
+    OURS,
+    activation=WRITTEN_OUT_TANH,
+    n_head=GPT2_HEADS,
+    is_transposed=True,
+    left_out=("attn.masked_bias",),
+)
+BOOK = Names(
+    "LLMs-from-scratch",
+    {
+        "wte": "tok_emb",
+        "wpe": "pos_emb",
+        "ln_1": "trf_blocks.{i}.norm1",
+        "attn.c_attn": tuple(f"trf_blocks.{{i}}.att.W_{part}" for part in ("query", "key", "value")),
+        "attn.c_proj": "trf_blocks.{i}.att.out_proj",
+        "ln_2": "trf_blocks.{i}.norm2",
+        "mlp.c_fc": "trf_blocks.{i}.ff.layers.0",
+        "mlp.c_proj": "trf_blocks.{i}.ff.layers.2",
+        "ln_f": "final_norm",
+        "lm_head": "out_head",
+    },
+    activation=WRITTEN_OUT_TANH,
+    n_head=GPT2_HEADS,
+    parameters=PARAMETERS | {"scale": "weight", "shift": "bias"},
+    may_tie=False,
+    has_biases=True,
+)
+FASTER = {"attn.c_attn": "trf_blocks.{i}.att.qkv", "attn.c_proj": "trf_blocks.{i}.att.proj"}
 TABLE = (
     FAMILY,
-    Names(
-        "transformers' GPT-2",
-        OURS,
-        activation=WRITTEN_OUT_TANH,
-        n_head=GPT2_HEADS,
-        is_transposed=True,
-        left_out=("attn.masked_bias",),
-    ),
+    GPT2,
     Names("nanoGPT and its relatives, without the head", WITHOUT_HEAD),
-    Names(
-        "transformers' GPT-2, without the head",
-        WITHOUT_HEAD,
-        activation=WRITTEN_OUT_TANH,
-        n_head=GPT2_HEADS,
-        is_transposed=True,
-        left_out=("attn.masked_bias",),
-    ),
-    Names(
-        "LLMs-from-scratch",
-        {
-            "wte": "tok_emb",
-            "wpe": "pos_emb",
-            "ln_1": BOOK + "norm1",
-            "attn.c_attn": (BOOK + "att.W_query", BOOK + "att.W_key", BOOK + "att.W_value"),
-            "attn.c_proj": BOOK + "att.out_proj",
-            "ln_2": BOOK + "norm2",
-            "mlp.c_fc": BOOK + "ff.layers.0",
-            "mlp.c_proj": BOOK + "ff.layers.2",
-            "ln_f": "final_norm",
-            "lm_head": "out_head",
-        },
-        activation=WRITTEN_OUT_TANH,
-        n_head=GPT2_HEADS,
-        parameters=BOOK_PARAMETERS,
-        may_tie=False,
-        has_biases=True,
-    ),
-    Names(
-        "LLMs-from-scratch's faster variant",
-        {
-            "wte": "tok_emb",
-            "wpe": "pos_emb",
-            "ln_1": BOOK + "norm1",
-            "attn.c_attn": BOOK + "att.qkv",
-            "attn.c_proj": BOOK + "att.proj",
-            "ln_2": BOOK + "norm2",
-            "mlp.c_fc": BOOK + "ff.layers.0",
-            "mlp.c_proj": BOOK + "ff.layers.2",
-            "ln_f": "final_norm",
-            "lm_head": "out_head",
-        },
+    replace(GPT2, trainer="transformers' GPT-2, without the head", modules=WITHOUT_HEAD),
+    BOOK,
+    replace(
+        BOOK,
+        trainer="LLMs-from-scratch's faster variant",
+        modules={**BOOK.modules, **FASTER},
         activation=TORCH_TANH,
-        n_head=GPT2_HEADS,
-        parameters=BOOK_PARAMETERS,
-        may_tie=False,
-        has_biases=True,
     ),
     Names(
         "train-llm-from-scratch",

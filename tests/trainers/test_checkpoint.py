@@ -39,15 +39,6 @@ def weights() -> State:
     return dict(gpt().state_dict())
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> Callable[..., Path]:
-    def save(content: object, **how) -> Path:
-        torch.save(content, tmp_path / "ckpt.pt", **how)
-        return tmp_path / "ckpt.pt"
-
-    return save
-
-
 def assert_same(state_dict: State, expected: State) -> None:
     assert list(state_dict) == list(expected)
     for name, weight in expected.items():

@@ -1,9 +1,11 @@
 """Files with a trainer's own names give the trainer's own logits; what a file leaves open is not guessed."""
 
+import functools
 import pickle
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,15 +43,6 @@ def text(tmp_path: Path) -> Path:
     path = tmp_path / "input.txt"
     path.write_text("".join(map(chr, range(0x4E00, 0x4E00 + V))), encoding="utf-8")
     return path
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Callable[[object], Path]:
-    def save(content: object) -> Path:
-        torch.save(content, tmp_path / "model.pth")
-        return tmp_path / "model.pth"
-
-    return save
 
 
 @torch.no_grad()
@@ -403,6 +396,14 @@ class TestWholeModules:
             read_checkpoint(path)
 
 
+@functools.cache
+def learnt(**form: Any) -> nn.Module:
+    """A model with the lecture's names that has learnt the licence."""
+    torch.manual_seed(0)
+    ids = torch.tensor([CHARACTERS.index(character) for character in LICENSE])
+    return trained(Lecture(**form, vocab_size=len(CHARACTERS)), ids, steps=300)
+
+
 class TestTheLectureSNames:
     """Models of several kinds have them: the loss on the text decides, or nothing is converted."""
 
@@ -416,49 +417,31 @@ class TestTheLectureSNames:
         ],
         ids=["post-norm", "scaled by the width", "SiLU", "a final norm that is not called"],
     )
-    def test_the_text_tells_which(
-        self, form: dict, config: dict, saved: Callable, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr("tests.trainers.trainer_models.V", len(CHARACTERS))
-        torch.manual_seed(0)
-        ids = torch.tensor([CHARACTERS.index(character) for character in LICENSE])
-        model = trained(Lecture(**form), ids, steps=300)
+    def test_the_text_tells_which(self, form: dict, config: dict, saved: Callable) -> None:
+        model = learnt(**form)
         loaded = Source(saved(model.state_dict()), None, characters_of=ROOT / "LICENSE").load()
         assert {name: getattr(loaded.model.config, name) for name in config} == config
         assert_same_logits(model, loaded.model, len(CHARACTERS))
         assert any(kind == "form" and "standard errors" in what for kind, what in loaded.choices)
         assert any(kind == "warning" and "--model train.py:GPT" in what for kind, what in loaded.choices)
 
-    def test_a_final_norm_that_is_not_called_is_not_written(
-        self, saved: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
-        monkeypatch.setattr("tests.trainers.trainer_models.V", len(CHARACTERS))
-        torch.manual_seed(0)
-        ids = torch.tensor([CHARACTERS.index(character) for character in LICENSE])
-        path = saved(trained(Lecture(final_norm=False), ids, steps=300).state_dict())
+    def test_a_final_norm_that_is_not_called_is_not_written(self, saved: Callable, tmp_path: Path) -> None:
+        path = saved(learnt(final_norm=False).state_dict())
         lines: list[str] = []
         folder = convert(path, None, tmp_path / "hf", characters_of=ROOT / "LICENSE", report=lines.append)
         assert "transformer.ln_f.weight" not in load_file(folder / "model.safetensors")
         assert any(line.startswith("verified") for line in lines)
 
-    def test_a_loss_above_the_stated_one_is_refused(self, saved: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("tests.trainers.trainer_models.V", len(CHARACTERS))
-        torch.manual_seed(0)
-        ids = torch.tensor([CHARACTERS.index(character) for character in LICENSE])
-        model = trained(Lecture(norm_first=False), ids, steps=300)
+    def test_a_loss_above_the_stated_one_is_refused(self, saved: Callable) -> None:
+        model = learnt(norm_first=False)
         path = saved({"model": model.state_dict(), "val_loss": 0.5})
         with pytest.raises(UserError, match=r"has a loss of 2\.\d+ on .*the checkpoint states a loss of 0\.5"):
             Source(path, None, characters_of=ROOT / "LICENSE").load()
         path = saved({"model": model.state_dict(), "val_loss": 2.0})
         assert not Source(path, None, characters_of=ROOT / "LICENSE").load().model.config.norm_first
 
-    def test_a_loss_that_token_frequencies_reach_is_refused(
-        self, saved: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
-        monkeypatch.setattr("tests.trainers.trainer_models.V", len(CHARACTERS))
-        torch.manual_seed(0)
-        ids = torch.tensor([CHARACTERS.index(character) for character in LICENSE])
-        path = saved(trained(Lecture(norm_first=False), ids, steps=300).state_dict())
+    def test_a_loss_that_token_frequencies_reach_is_refused(self, saved: Callable, tmp_path: Path) -> None:
+        path = saved(learnt(norm_first=False).state_dict())
         (tmp_path / "other.txt").write_text(LICENSE[::-1])
         with pytest.raises(UserError, match="guessing by the frequency of each token alone has 3"):
             Source(path, None, characters_of=tmp_path / "other.txt").load()
@@ -469,10 +452,9 @@ class TestTheLectureSNames:
         with pytest.raises(UserError, match=r"--characters_of.*--training_data.*--model"):
             Source(path, tmp_path / "meta.pkl").load()
 
-    def test_a_model_that_learnt_nothing_is_not_guessed(self, saved: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("tests.trainers.trainer_models.V", len(CHARACTERS))
+    def test_a_model_that_learnt_nothing_is_not_guessed(self, saved: Callable) -> None:
         torch.manual_seed(0)
-        model = Lecture().eval()
+        model = Lecture(vocab_size=len(CHARACTERS)).eval()
         with pytest.raises(UserError, match="has not learnt this text"):
             Source(saved(model.state_dict()), None, characters_of=ROOT / "LICENSE").load()
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import save_file
 
 from hf_model.errors import UserError
@@ -16,15 +15,6 @@ from tests.tiny import SIZES, gpt
 from tests.trainers.trainer_models import TrainLLM, moved
 
 STATE = dict(gpt().state_dict())
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Callable[[object], Path]:
-    def save(content: object) -> Path:
-        torch.save(content, tmp_path / "ckpt.pt")
-        return tmp_path / "ckpt.pt"
-
-    return save
 
 
 class TestOptionsOfTheModel:

@@ -158,12 +158,13 @@ class Lecture(nn.Module):
         scale: float = D**-0.5,
         activation: type[nn.Module] = nn.ReLU,
         final_norm: bool = True,
+        vocab_size: int = V,
     ) -> None:
         super().__init__()
         self.final_norm = final_norm
-        self.token_embedding_table, self.position_embedding_table = nn.Embedding(V, C), nn.Embedding(T, C)
+        self.token_embedding_table, self.position_embedding_table = nn.Embedding(vocab_size, C), nn.Embedding(T, C)
         self.blocks = nn.Sequential(*(LectureBlock(norm_first, scale, activation()) for _ in range(L)))
-        self.ln_f, self.lm_head = nn.LayerNorm(C), nn.Linear(C, V)
+        self.ln_f, self.lm_head = nn.LayerNorm(C), nn.Linear(C, vocab_size)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.token_embedding_table(ids) + self.position_embedding_table(torch.arange(ids.shape[1]))
