@@ -1,11 +1,14 @@
 """How long a conversion takes, beside copying the weights: `python -m benchmarks.conversion [--sizes 124M 774M]`.
 
 For each size a checkpoint of nanoGPT's form is written, with AdamW's state. Then `cp` of the converted weights and
-`convert_checkpoint.py` run in turn. Private memory is the most that the process has beside the mapped files, sampled
-from /proc ten times a second (Linux). Writes results/conversion.md beside this file.
+`convert_checkpoint.py` run in turn, each to a new place and with nothing left to write to the disk from before. Private
+memory is the most that the process has beside the mapped files, sampled from /proc ten times a second (Linux). Writes
+results/conversion.md beside this file.
 """
 
 import argparse
+import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -48,6 +51,7 @@ def write_checkpoint(path: Path, size: str) -> None:
 
 def run(command: list[str]) -> tuple[float, int]:
     """The seconds that a command takes, and the most private memory that it had, in bytes."""
+    os.sync()  # so that it does not wait for what others wrote
     start, most = time.perf_counter(), 0
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None:
@@ -70,13 +74,15 @@ def _private(pid: int) -> int:
 def measure(folder: Path, size: str, rounds: int) -> str:
     checkpoint, out, copy = folder / "ckpt.pt", folder / "hf", folder / "copy"
     write_checkpoint(checkpoint, size)
-    convert = [sys.executable, "convert_checkpoint.py", "--checkpoint_path", str(checkpoint), "--overwrite"]
+    convert = [sys.executable, "convert_checkpoint.py", "--checkpoint_path", str(checkpoint)]
     convert += ["--tokenizer_path", str(TOKENIZER), "--output_dir", str(out)]
     run(convert)  # the first warms up
-    copy.mkdir()
     copies, conversions = [], []
     for _ in range(rounds):
+        copy.mkdir()
         copies.append(run(["cp", *map(str, out.glob("*.safetensors")), str(copy)])[0])
+        for written in (copy, out):
+            shutil.rmtree(written)
         conversions.append(run(convert))
     seconds, copied = statistics.median(took for took, _ in conversions), statistics.median(copies)
     private = max(most for _, most in conversions)
