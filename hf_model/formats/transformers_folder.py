@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import torch
 from transformers import AutoModelForCausalLM
 
 from hf_model.choosing import used_weights
@@ -14,7 +13,6 @@ from hf_model.formats.target import Options, beyond_gpt2, save_model, write_toke
 from hf_model.loading import FROM_PRETRAINED, Loaded, Source, describe_rounding
 from hf_model.trainers import widest
 
-VERIFY_BYTES = 2**30  # compared before the memory is freed
 TRY_IT = """\
 {generate} --checkpoint_path {folder} --prompt {prompt}
 pip install "transformers[serving]" && transformers serve {folder} --trust-remote-code"""
@@ -64,25 +62,13 @@ def verify(folder: Path, source: Source, options: Options) -> str:
         UserError: a weight or a token differs.
     """
     texts = check_tokenizer_files(folder, source)
-    names, config = list(_written(folder)), read_config(folder)
-    remaining = list(names)
-    while remaining:
-        # Each round maps both sides anew, so that memory never holds a whole file.
-        written = _written(folder)
-        weights = used_weights(config, source.weights())
-        if unmatched := written.keys() ^ weights.keys():
-            raise UserError(f"{', '.join(sorted(unmatched))} is on one side only")
-        n_bytes = 0
-        while remaining and n_bytes < VERIFY_BYTES:
-            name = remaining.pop()
-            tensor = written[name]
-            if not same_bits(tensor, weights[name].to(tensor.dtype)):
-                raise UserError(f"{name} differs from {source.path}: the disk or the memory is faulty")
-            n_bytes += tensor.nbytes
-    rounded = describe_rounding(widest(weight.dtype for weight in weights.values()), tensor.dtype)
-    return f"{compared_with(source)}{equal_tensors(len(names), rounded)}, {texts}"
-
-
-def _written(folder: Path) -> dict[str, torch.Tensor]:
     with FROM_PRETRAINED:
-        return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        written = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    weights = used_weights(read_config(folder), source.weights())
+    if unmatched := written.keys() ^ weights.keys():
+        raise UserError(f"{', '.join(sorted(unmatched))} is on one side only")
+    for name, tensor in written.items():
+        if not same_bits(tensor, weights[name].to(tensor.dtype)):
+            raise UserError(f"{name} differs from {source.path}: the disk or the memory is faulty")
+    rounded = describe_rounding(widest(weight.dtype for weight in weights.values()), tensor.dtype)
+    return f"{compared_with(source)}{equal_tensors(len(written), rounded)}, {texts}"
