@@ -241,6 +241,16 @@ class TestEvidence:
         assert (diagnosis.copy_mass, diagnosis.flatness) == pytest.approx((copy_mass, flatness), abs=1e-5)
         assert diagnosis.verdict == "untrained"
 
+    def test_of_a_large_model_comes_from_its_shortest_prompts(
+        self, monkeypatch: pytest.MonkeyPatch, base: GPT, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        asked = {probe.prompt for probe in diagnose(twin(base), tokenizer).probes}
+        monkeypatch.setattr("hf_model.learnt.diagnosis.LARGE", 1000)
+        diagnosis = diagnose(twin(base), tokenizer)
+        assert [probe.prompt for probe in diagnosis.probes] == sorted(asked, key=len)[:2]
+        assert diagnosis.verdict == "healthy"
+        assert diagnose(twin(copier(SMALL)), tokenizer).verdict == "stutters"
+
     def test_costs_no_random_number(self, tokenizer: PreTrainedTokenizerFast) -> None:
         model = twin(copier(SMALL))
         before = torch.get_rng_state()
