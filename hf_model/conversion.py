@@ -12,23 +12,19 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 from typing_extensions import Unpack
 
+from hf_model.descriptions import (
+    describe_architecture,
+    describe_parameters,
+    describe_rounding,
+    describe_source,
+)
 from hf_model.errors import UserError, memory_for, one_line
 from hf_model.formats import Format, Options, find_format
 from hf_model.formats.cards import About, card_facts, state_not_compared
 from hf_model.formats.target import MissingEngineError
 from hf_model.learnt.inspection import examine
 from hf_model.learnt.page import check_page, write_page
-from hf_model.loading import (
-    Loaded,
-    Source,
-    SourceOptions,
-    check_option_names,
-    check_origin,
-    describe_architecture,
-    describe_parameters,
-    describe_rounding,
-    describe_source,
-)
+from hf_model.loading import Loaded, Source, SourceOptions, check_option_names, check_origin
 from hf_model.output_dir import Hashes, check_target, resolved, whole_folder
 
 
@@ -181,7 +177,7 @@ def _check_apart(folder: Path, sources: Iterable[str | Path | None], page: Path 
 def _head(source: Source, loaded: Loaded) -> list[str]:
     """The first lines of the report for a folder without a tokenizer, whose model cannot be asked anything."""
     return [
-        f"source        {describe_source(source, loaded.checkpoint)}",
+        f"source        {describe_source(source.path, loaded.checkpoint, source.module is not None)}",
         f"architecture  {describe_architecture(loaded.model.config)}",
         f"parameters    {describe_parameters(loaded.model)}",
         "tokenizer     none, and none is needed",

@@ -3,7 +3,7 @@
 import copy
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,6 +18,8 @@ from typing_extensions import Unpack
 
 from hf_model.choosing import CODE, TEXT_BYTES, Chosen, choose_form, describe_form, used_weights
 from hf_model.configuration_custom_gpt import CustomGPTConfig
+from hf_model.descriptions import checkpoint_choices, describe_rounding, shown, tokenizer_choices
+from hf_model.devices import pick_device, pick_dtype
 from hf_model.errors import UserError, memory_for, one_line
 from hf_model.fast_cpu import fast_on_cpu
 from hf_model.folder import (
@@ -35,7 +37,6 @@ from hf_model.reading import read_start
 from hf_model.tokenizer import (
     AUTO,
     CHAT_TEMPLATE,
-    TEMPLATES,
     FoundTokenizer,
     ModelInfo,
     chat_template,
@@ -43,28 +44,23 @@ from hf_model.tokenizer import (
     check_template,
     check_tokens,
     end_ids,
-    end_of_answer,
-    end_text,
-    end_tokens,
     find_tokenizer,
-    prompt_format,
     read_template,
     set_chat_template,
     switch_off,
     unused_ids,
 )
 from hf_model.trainers import Checkpoint, read_checkpoint
-from hf_model.trainers.architecture import Architecture, is_copied
+from hf_model.trainers.architecture import Architecture
 from hf_model.trainers.folders import saved_file
 from hf_model.trainers.module import Reading, read_module
 from hf_model.trainers.module_calls import exact
 from hf_model.trainers.module_parts import unwrap
 from hf_model.trainers.names import FAMILY
 from hf_model.trainers.own_code import build_module
-from hf_model.trainers.pickle_reader import kind_of
 from hf_model.trainers.stated import ACTIVATIONS as READ_ACTIVATIONS
 from hf_model.trainers.stated import is_activation
-from hf_model.trainers.tensors import WEIGHT_DTYPES, dtype_name
+from hf_model.trainers.tensors import dtype_name
 
 AUTO_MAP = {
     "AutoConfig": "configuration_custom_gpt.CustomGPTConfig",
@@ -293,7 +289,7 @@ class Source:
         if self.activation != "auto":  # the user has answered it
             checkpoint.unknown_args = {n: v for n, v in checkpoint.unknown_args.items() if not is_activation(n)}
         if unknown := [name for name in checkpoint.unknown_args if name not in self.ignore_model_args]:
-            told = ", ".join(f"{name}={_shown(checkpoint.unknown_args[name])}" for name in unknown)
+            told = ", ".join(f"{name}={shown(checkpoint.unknown_args[name])}" for name in unknown)
             raise UserError(
                 f"{self.path}: {checkpoint.stated_in} says {told}, which may change what the model computes, "
                 f"in a way not known here: add --ignore_model_args {' '.join(unknown)} to convert anyway"
@@ -325,7 +321,7 @@ class Source:
         if chosen.why:
             only = f"only {len(forms)} forms were compared, and the model may be of another: to be sure, give {CODE}"
             choices = [("form", f"{describe_form(config)} ({chosen.why})"), ("warning", only)]
-        choices += self._choices(checkpoint, found)
+        choices += [*checkpoint_choices(checkpoint, self.n_head, self.activation), *tokenizer_choices(found)]
         return Loaded(model, found, checkpoint.dtype, checkpoint, choices=tuple(choices))
 
     def _choose_form(self, forms: list[CustomGPTConfig], checkpoint: Checkpoint, found: FoundTokenizer) -> Chosen:
@@ -368,51 +364,6 @@ class Source:
         choices = [("activation", f"{config.activation_function} (your model's)"), *tokenizer_choices(found)]
         choices += [("note", note) for note in reading.notes]
         return Loaded(model, found, own, evidence=evidence, choices=tuple(choices))
-
-    def _choices(self, checkpoint: Checkpoint, found: FoundTokenizer) -> Iterator[tuple[str, str]]:
-        if checkpoint.names is not FAMILY:
-            yield "names", f"those of {checkpoint.names.trainer}"
-        if self.n_head is None and (told := checkpoint.told_heads()):
-            yield "heads", f"{told[0]} ({told[1]})"
-        stated = checkpoint.model_args.get("n_head") or checkpoint.n_head
-        if self.n_head is not None and stated not in (None, self.n_head):
-            yield "warning", f"the model has {self.n_head} heads, as --n_head says, but the file says {stated}"
-        if checkpoint.config_unused:
-            yield "note", f"{checkpoint.config_unused}: it was not used"
-        if checkpoint.no_biases:
-            yield "biases", f"zeros for {', '.join(checkpoint.no_biases)}: the file has none in any layer"
-        for name, value in checkpoint.unknown_args.items():
-            ignored = f"{name}={_shown(value)} in {checkpoint.stated_in} was ignored"
-            yield "warning", f"{ignored}: the model may not compute what its trainer computes"
-        head, embedding = (checkpoint.state_dict.get(f"{name}.weight") for name in ("lm_head", "transformer.wte"))
-        are_apart = head is not None and embedding is not None and head.data_ptr() != embedding.data_ptr()
-        if are_apart and is_copied(head, embedding):
-            yield "head", "tied: the file has an equal copy of the embedding"
-        if checkpoint.has_head_alone:
-            yield "head", "tied: the file has lm_head.weight alone, which is taken for the embedding too"
-        if checkpoint.weights_key == "module" and checkpoint.dtype != torch.float32:
-            half = dtype_name(checkpoint.dtype)
-            yield (
-                "note",
-                f"DeepSpeed saved {half} weights here; its program zero_to_fp32 makes a file of the float32 ones",
-            )
-        trainer = checkpoint.trainer
-        if self.activation not in ("auto", trainer.activation):
-            yield "activation", f"{self.activation} (your choice; without it, {trainer.activation})"
-        if self.activation == "auto" and len(checkpoint.names.forms) > 1:
-            pass  # the loss has decided
-        elif self.activation == "auto" and not trainer.is_known:
-            likely = f"the likeliest, since {trainer.why}" if trainer.why else "the most common"
-            yield "activation", f"{trainer.activation} ({likely})"
-            yield (
-                "warning",
-                "nothing in the file tells the activation. Names and shapes alone do not prove which model this is, "
-                "and with a wrong activation the answers are worse. Choose it with --activation, check it with "
-                "--inspect --training_data FILE, or give the code that makes the model, with --model train.py:GPT",
-            )
-        elif self.activation == "auto" and trainer.why:
-            yield "activation", f"{trainer.activation} ({trainer.why})"
-        yield from tokenizer_choices(found)
 
     def _load_folder(self, needs_tokenizer: bool) -> Loaded:
         folder = self.path
@@ -611,26 +562,6 @@ def _ends_of_folder(model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerF
     return [*sorted(new), *ids]
 
 
-def tokenizer_choices(found: FoundTokenizer) -> Iterator[tuple[str, str]]:
-    """What to report about a tokenizer: its notes, and the prompt format unless it is the default, instructions."""
-    template = chat_template(found.tokenizer)
-    ends = [*end_tokens(found.tokenizer), *filter(None, [end_text(found.tokenizer)])]
-    end = " or ".join(ends) or "max_new_tokens only"
-    if template is None:
-        yield "prompt", f"raw text; a text ends at {end}"
-    elif template != CHAT_TEMPLATE:
-        name = next((name for name, ours in TEMPLATES.items() if ours == template), "a chat template of its own")
-        turns = "several turns" if prompt_format(found.tokenizer).has_turns else "a single turn"
-        no_end = "" if end_of_answer(found.tokenizer) else "the template writes no end of an answer, which "
-        yield "prompt", f"{name}, of {turns}; {no_end or 'an answer '}ends at {end}"
-    for note in found.notes:
-        yield "note", note
-
-
-def _shown(value: Any) -> str:
-    return repr(value) if isinstance(value, (bool, int, float, str)) else f"a {kind_of(value)}"
-
-
 def is_quantized(config: CustomGPTConfig) -> bool:
     return getattr(config, "quantization_config", None) is not None
 
@@ -658,84 +589,3 @@ def _folder_model(
         model = with_weights(config, weights)
     model.generation_config = read_generation_config(folder, config)
     return model, own
-
-
-# Dtypes and devices.
-
-
-DTYPES = {dtype_name(dtype): dtype for dtype in WEIGHT_DTYPES}
-
-
-def pick_dtype(dtype: torch.dtype | str, own: torch.dtype) -> torch.dtype:
-    """The dtype with this name; `"auto"` gives `own`, the dtype of the weights.
-
-    Raises:
-        UserError: weights of that dtype are not supported.
-    """
-    name = str(dtype).removeprefix("torch.")
-    if name != "auto" and name not in DTYPES:
-        raise UserError(f"dtype={name!r} is none of auto, {', '.join(DTYPES)}")
-    return own if name == "auto" else DTYPES[name]
-
-
-def pick_device(name: torch.device | str | None = None) -> torch.device:
-    """The device with this name. Without a name, the best device: cuda, then mps, then the CPU.
-
-    Raises:
-        UserError: there is no such device.
-    """
-    accelerators = [
-        *(f"cuda:{index}" for index in range(torch.cuda.device_count())),
-        *(["mps"] if torch.backends.mps.is_available() else []),
-    ]
-    if name is None:
-        return torch.device(accelerators[0] if accelerators else "cpu")
-    try:
-        device = torch.device(name)
-        if device.type == "meta":
-            raise RuntimeError("the meta device holds no values")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):  # each backend raises its own error if it is missing
-        raise UserError(
-            f"--device {name}: there is no such device here; there is {', '.join([*accelerators, 'cpu'])}"
-        ) from None
-    return device
-
-
-# What the command lines print about a source and its model.
-
-
-def describe_architecture(config: CustomGPTConfig) -> str:
-    return (
-        f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, context {config.block_size}, "
-        f"vocabulary {config.vocab_size}, {'with' if config.bias else 'no'} biases, "
-        f"head {'tied' if config.tie_word_embeddings else 'untied'}, {config.activation_function}"
-    )
-
-
-def describe_parameters(model: CustomGPTForCausalLM) -> str:
-    return f"{model.num_parameters():,} in {dtype_name(model.dtype)}"
-
-
-def describe_source(source: Source, checkpoint: Checkpoint | None) -> str:
-    if source.module is not None:
-        return f"{source.path} (a model of your own class)"
-    if checkpoint is None:
-        return f"{source.path} (a folder)"
-    place = f"weights under {checkpoint.weights_key!r}" if checkpoint.weights_key else "a bare state dict"
-    if checkpoint.module_class:
-        place = f"a whole {checkpoint.module_class}"
-    progress = "".join(f", {name} {number:.6g}" for name, number in checkpoint.progress.items())
-    return f"{checkpoint.path} ({place}{progress})"
-
-
-def describe_tokenizer(found: FoundTokenizer) -> str:
-    why = f", {found.why}" if found.why else ""
-    return f"{found.taken} ({len(found.tokenizer)} {found.unit}{why})"
-
-
-def describe_rounding(source: torch.dtype, dtype: torch.dtype) -> str:
-    """What the conversion to `dtype` did to weights of dtype `source`; "" if it lost nothing."""
-    if torch.promote_types(source, dtype) == dtype:
-        return ""
-    return f"rounded from {dtype_name(source)} to {dtype_name(dtype)}"

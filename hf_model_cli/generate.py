@@ -271,8 +271,10 @@ def run(args: argparse.Namespace) -> None:
         import torch
         from transformers.utils import logging
 
+        from hf_model.descriptions import describe_architecture, describe_parameters
+        from hf_model.devices import pick_device
         from hf_model.errors import UserError
-        from hf_model.loading import describe_architecture, describe_parameters, load, pick_device
+        from hf_model.loading import load
         from hf_model.processes import Processes, join
         from hf_model.records import is_complete, read_records
         from hf_model_cli.answers import Answers

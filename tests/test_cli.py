@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 import convert_checkpoint
 import generate
 import hf_model
-from hf_model import Sampling, loading
+from hf_model import Sampling, devices
 from hf_model_cli import convert as convert_command
 from hf_model_cli import generate as generate_command
 from tests.tiny import CAPITALS, CHECKPOINT, EOS, ROOT, TOKENIZER, gpt, save_files
@@ -141,7 +141,7 @@ class TestArguments:
         assert tuple(trainer_checkpoint.USE) == target.TRAINERS == options.TRAINERS
         assert target.SHARD_SIZE == options.SHARD_SIZE
         assert loading.ACTIVATIONS == ("auto", *options.ACTIVATIONS)
-        assert set(options.DTYPES) <= {"auto", *loading.DTYPES}
+        assert set(options.DTYPES) <= {"auto", *devices.DTYPES}
         defaults = {field.name: field.default for field in fields(Sampling)}
         assert {name: defaults[name] for name in options.SAMPLING} == {
             name: option.default for name, option in options.SAMPLING.items()
@@ -666,7 +666,7 @@ class TestGenerate:
         def pick_device(name: str | None) -> None:
             raise error
 
-        monkeypatch.setattr(loading, "pick_device", pick_device)
+        monkeypatch.setattr(devices, "pick_device", pick_device)
         assert call(generate, *EXAMPLE, *FRANCE) == Result(2, "", f"generate.py: error: {error}\n")
 
     @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")

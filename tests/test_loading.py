@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from hf_model import CustomGPTForCausalLM
 from hf_model.conversion import convert
+from hf_model.devices import pick_device
 from hf_model.errors import UserError
-from hf_model.loading import load, pick_device
+from hf_model.loading import load
 from tests.tiny import CHECKPOINT, TOKENIZER, gpt, save_files, save_tokenizer
 
 CPU = torch.device("cpu")

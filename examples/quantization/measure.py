@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, HqqConfig, To
 from transformers.utils import logging
 
 from hf_model import CustomGPTConfig, CustomGPTForCausalLM
+from hf_model.devices import pick_device
 from hf_model.errors import one_line
-from hf_model.loading import pick_device
 
 NEW_TOKENS = 32
 

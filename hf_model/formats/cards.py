@@ -13,9 +13,10 @@ from huggingface_hub import ModelCardData
 from jinja2 import Template
 from transformers import PreTrainedTokenizerBase
 
+from hf_model.descriptions import describe_architecture
 from hf_model.errors import one_line
 from hf_model.learnt.inspection import Inspection
-from hf_model.loading import Loaded, Source, describe_architecture
+from hf_model.loading import Loaded, Source
 from hf_model.tokenizer import (
     OURS,
     chat_template,

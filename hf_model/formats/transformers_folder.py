@@ -5,12 +5,13 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 
 from hf_model.choosing import used_weights
+from hf_model.descriptions import describe_rounding
 from hf_model.errors import UserError
 from hf_model.folder import read_config
 from hf_model.formats.cards import GENERATE, write_card
 from hf_model.formats.comparison import check_tokenizer_files, compared_with, equal_tensors, same_bits
 from hf_model.formats.target import Options, beyond_gpt2, save_model, write_tokenizer
-from hf_model.loading import FROM_PRETRAINED, Loaded, Source, describe_rounding
+from hf_model.loading import FROM_PRETRAINED, Loaded, Source
 from hf_model.trainers import widest
 
 TRY_IT = """\

@@ -10,19 +10,16 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 from typing_extensions import Unpack
 
-from hf_model.errors import memory_for, some_of
-from hf_model.learnt.diagnosis import Diagnosis, Finding, diagnose, non_finite
-from hf_model.learnt.training_data import Measurement, measure
-from hf_model.loading import (
-    Loaded,
-    Source,
-    SourceOptions,
-    check_option_names,
+from hf_model.descriptions import (
     describe_architecture,
     describe_parameters,
     describe_source,
     describe_tokenizer,
 )
+from hf_model.errors import memory_for, some_of
+from hf_model.learnt.diagnosis import Diagnosis, Finding, diagnose, non_finite
+from hf_model.learnt.training_data import Measurement, measure
+from hf_model.loading import Loaded, Source, SourceOptions, check_option_names
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.tokenizer import CHAT_TEMPLATE, PAD, chat_template, is_of_characters
 from hf_model.trainers.tensors import dtype_name
@@ -198,7 +195,7 @@ def examine(source: Source, loaded: Loaded, training_data: str | Path | None = N
     bad = tuple(non_finite(dict(model.named_parameters())))
     return Inspection(
         path=str(source.path),
-        source=describe_source(source, checkpoint),
+        source=describe_source(source.path, checkpoint, source.module is not None),
         weights_key=None if checkpoint is None else checkpoint.weights_key,
         progress={} if checkpoint is None else checkpoint.progress,
         other_keys=() if checkpoint is None else tuple(key for key in checkpoint.other_keys if key not in READ_KEYS),

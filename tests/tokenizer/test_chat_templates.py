@@ -8,9 +8,9 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from hf_model.descriptions import tokenizer_choices
 from hf_model.errors import UserError
 from hf_model.generation import encode_prompt
-from hf_model.loading import tokenizer_choices
 from hf_model.tokenizer import (
     FoundTokenizer,
     ModelInfo,
