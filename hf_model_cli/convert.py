@@ -20,7 +20,16 @@ from hf_model_cli.options import (
     source_options,
     words,
 )
-from hf_model_cli.run import OutputError, discard_output, is_terminal, named_steps, quick_imports, run_command, show
+from hf_model_cli.run import (
+    OutputError,
+    discard_output,
+    is_terminal,
+    named_steps,
+    one_line,
+    quick_imports,
+    run_command,
+    show,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -28,6 +37,7 @@ if TYPE_CHECKING:
 LANGUAGE = "[a-z]{2,3}|code|multilingual"  # ISO 639, and two words of the Hub
 WRITING = ("output_dir", "overwrite", "push_to_hub", "untie", "no_verify", "gguf_type", "quantization", "like")
 CARD = ("model_name", "license", "language", "datasets", "base_model", "tags", "example_prompt")
+MAX_LINE = 5000  # of a report, which may name a path. Names and values from a file stay on the line that has them
 REPO = named(HUB_NAME.pattern, "openai-community/gpt2")
 
 
@@ -207,7 +217,7 @@ def run(args: argparse.Namespace) -> None:
             report_page=args.report,
             about=about,
             on_tokenizer=tokenizers.append,
-            report=say,
+            report=lambda line: say(one_line(line, MAX_LINE)),
             on_step=on_step,
             untie=args.untie,
             **source_options(args),
@@ -245,9 +255,9 @@ def look(args: argparse.Namespace) -> None:
         show(json.dumps(inspection.as_dict(), indent=2, allow_nan=False))
         return
     for line in inspection.lines():
-        show(line)
+        show(one_line(line, MAX_LINE))
     if args.report is not None:
-        show(f"report        {args.report}")
+        show(one_line(f"report        {args.report}", MAX_LINE))
 
 
 def say(line: str) -> None:

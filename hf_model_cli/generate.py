@@ -319,7 +319,7 @@ def run(args: argparse.Namespace) -> None:
     except UserError as error:
         raise UserError(f"argument --prompt: {error}") from None
     note(f"device      {device}" + (f", {processes.count} processes" if processes.count > 1 else ""))
-    note(f"checkpoint  {args.checkpoint_path}")
+    note(f"checkpoint  {one_line(args.checkpoint_path)}")
     for item, text in choices:
         note(f"{item:<12}{one_line(text)}")
     note(f"model       {describe_architecture(model.config)}")

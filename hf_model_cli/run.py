@@ -125,7 +125,9 @@ def named_steps() -> Iterator[Callable[[str], None]]:
                 if said != (step, minutes):
                     said = (step, minutes)
                     with suppress(OutputError):  # nobody reads it
-                        show(f"{step} …" + (f" ({minutes} min)" if minutes else ""), file=sys.stderr, dim=True)
+                        show(
+                            f"{one_line(step)} …" + (f" ({minutes} min)" if minutes else ""), file=sys.stderr, dim=True
+                        )
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()

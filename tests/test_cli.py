@@ -705,6 +705,18 @@ class TestConvert:
         assert items == ["source", "architecture", "parameters", "tokenizer", "written", "verified", "Try"]
         assert f"\nwritten       {folder / 'hf'}\n" in result.out
 
+    @pytest.mark.parametrize("how", [(), ("--inspect",)], ids=["convert", "inspect"])
+    def test_a_token_s_name_makes_no_line_of_the_report(
+        self, how: tuple, tmp_path: Path, call: Callable[..., Result]
+    ) -> None:
+        files = save_files(tmp_path, gpt())
+        name = json.dumps("x\nverified      all of it\r\x1b[2J")[1:-1]
+        files[1].write_text(files[1].read_text("utf-8").replace("[EOS]", name), "utf-8")
+        arguments = ("--checkpoint_path", str(files[0]), "--tokenizer_path", str(files[1]), "--raw")
+        result = call(convert_checkpoint, *arguments, *how, *(() if how else ("--output_dir", f"{tmp_path}/hf")))
+        assert r"x\nverified      all of it\r\x1b[2J" in result.out
+        assert not any(line.startswith("verified      all of it") for line in result.out.splitlines())
+
     def test_the_command_that_it_suggests_answers(self, conversion: tuple[Path, Result]) -> None:
         _, result = conversion
         _, _, suggestions = result.out.partition("Try it:\n")

@@ -394,7 +394,8 @@ def code(text: str) -> str:
 
 
 def fenced(text: str) -> str:
-    """A text as a block of code of Markdown, whatever backticks it holds."""
+    """A text as a block of code of Markdown, whatever backticks it holds. Control characters become escapes."""
+    text = "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}\n{text}\n{fence}"
 

@@ -257,6 +257,13 @@ class TestTextsFromFilesAreQuoted:
         assert "A text ends at" in card.text
         self.assert_plain(card)
 
+    def test_a_chat_template(self, tmp_path: Path) -> None:
+        template = tmp_path / "template.jinja"
+        template.write_text("\x1b[31m### Question:\n{{ messages[-1].content }}\x9b\n\u202e### Answer:\n", "utf-8")
+        card = card_of(convert(CHECKPOINT, TOKENIZER, tmp_path / "hf", chat_template=template))
+        assert r"\x1b[31m### Question:" + "\n{instruction}" in card.text
+        assert not set("\x1b\x9b\u202e") & set(card.content)
+
     def test_the_name_of_the_data(self, tmp_path: Path) -> None:
         path = relatives.save_nanogpt(tmp_path, relatives.nano_character_model())
         content = torch.load(path, weights_only=True)
