@@ -5,6 +5,7 @@ Only this module reads the file, so what is checked is what is used.
 
 import io
 import mmap
+import os
 import pickle
 import struct
 import sys
@@ -47,6 +48,7 @@ STORAGE_DTYPES = {
     **{"ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool},
     **{"ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128, "UntypedStorage": torch.uint8},
     **{"QInt8Storage": torch.qint8, "QUInt8Storage": torch.quint8, "QInt32Storage": torch.qint32},
+    **{"QUInt4x2Storage": torch.quint4x2, "QUInt2x4Storage": torch.quint2x4},
 }
 
 
@@ -144,6 +146,9 @@ def map_file(file: IO[bytes]) -> mmap.mmap:
     """Map the file for reading. Changes of the memory stay private and never reach the file.
 
     The system must not reserve memory for such private copies: a file can be larger than memory.
+
+    Raises:
+        UserError: the file is larger than the address space that the process may use.
     """
     if sys.platform != "linux":
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -151,7 +156,14 @@ def map_file(file: IO[bytes]) -> mmap.mmap:
         flags, prot = mmap.MAP_PRIVATE | NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
         return mmap.mmap(file.fileno(), 0, flags=flags, prot=prot)
     except OSError:  # vm.overcommit_memory=2 reserves memory anyway; the weights will be copied
+        pass
+    try:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise UserError(
+            f"cannot be mapped into memory ({error.strerror}): its {os.fstat(file.fileno()).st_size:,} bytes need as "
+            "much address space. Raise the limit that `ulimit -v` shows"
+        ) from None
 
 
 # The zip format: an entry for the pickle, one for each storage, and some small ones.
@@ -260,14 +272,14 @@ def _load_legacy(file: IO[bytes]) -> Archive:
     content = map_file(file)
     with mmap.mmap(file.fileno(), min(len(content), MAX_PICKLE_BYTES), access=mmap.ACCESS_READ) as head:
         try:
-            return _legacy(content, head)
+            return _legacy(content, head, Budget(len(head)))
         except ValueError:
             if head.tell() == MAX_PICKLE_BYTES:
                 raise UserError(TOO_MUCH) from None
             raise
 
 
-def _legacy(content: mmap.mmap | bytearray, head: IO[bytes] | mmap.mmap, budget: Budget | None = None) -> Archive:
+def _legacy(content: mmap.mmap | bytearray, head: IO[bytes] | mmap.mmap, budget: Budget) -> Archive:
     """Read the pickles from `head`, the beginning of the content."""
     _, _, _, (value, stored), (keys, _) = (_value(head, budget=budget) for _ in range(5))
     place = head.tell()
@@ -306,7 +318,7 @@ def _load_plain(file: IO[bytes]) -> Archive:
     content = bytearray()
     storages: dict[str, Entry] = {}
 
-    budget = Budget()
+    budget = Budget(len(raw))
 
     def embedded(inner: bytes) -> StoredBytes:
         if len(content) + len(inner) > 2 * MAX_PICKLE_BYTES:  # the pickle can give the same bytes many times

@@ -16,10 +16,11 @@ from typing import IO, Any
 from hf_model.errors import UserError, one_line
 
 MAX_PICKLE_BYTES = 64 * 2**20
-MAX_STEPS = 5_000_000  # some seconds, and for the worst file 600 MB of memory
+# Steps take some seconds and, in the worst file, 120 bytes of memory each. Long lists and logs take 3 to 9 bytes a step.
+STEPS_OF_ANY_FILE, BYTES_PER_MORE_STEP = 5_000_000, 4
 MAX_NAME = 1000
 MAX_DEPTH = 100
-MAX_DIMENSIONS = 8
+MAX_DIMENSIONS = 64
 # A dict compares long equal keys in full, and chosen large integers can make it search all its keys for each one.
 MAX_KEY_LENGTH = 1000
 MAX_KEY_NUMBER = 2**18
@@ -118,13 +119,15 @@ def read_pickle(
 
     Args:
         embedded: reads a storage that stands in the pickle itself; None if there must be none.
-        budget: counts the steps of several pickles together.
+        budget: counts the steps of several pickles together; None for one in proportion to the file.
 
     Raises:
         UserError: the pickle refers to code, or holds too much.
         Exception: of any kind, if it is damaged.
     """
-    machine = _Machine(embedded, budget=budget or Budget())
+    if budget is None:
+        budget = Budget(len(file) if isinstance(file, (bytes, mmap)) else 0)
+    machine = _Machine(embedded, budget=budget)
     for opcode, argument, _ in pickletools.genops(file):  # type: ignore[arg-type]  # which an mmap serves too
         machine.budget.count(1)
         if opcode.name == "STOP":
@@ -201,15 +204,15 @@ def _key(value: Any) -> Any:
 
 
 class Budget:
-    """Counts the steps of pickles that are read together."""
+    """Counts the steps of pickles that are read together. Longer pickles may take more steps."""
 
-    def __init__(self) -> None:
-        self.steps = 0
+    def __init__(self, n_bytes: int = 0) -> None:
+        self.steps, self.most = 0, STEPS_OF_ANY_FILE + n_bytes // BYTES_PER_MORE_STEP
 
     def count(self, steps: int) -> None:
         self.steps += steps
-        if self.steps > MAX_STEPS:
-            raise UserError(f"holds more than about {MAX_STEPS:,} values")
+        if self.steps > self.most:
+            raise UserError(f"holds more than about {self.most:,} values")
 
 
 @dataclass

@@ -446,13 +446,26 @@ def test_a_bomb_goes_off_in_neither_time_nor_memory(bomb: bytes, is_zip: bool, t
 
 @pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "older format"])
 def test_what_is_too_much_is_said_with_the_way_to_go_on(is_zip: bool, tmp_path: Path, monkeypatch: Any) -> None:
-    path = save(tmp_path / "ckpt.pt", {"log": [0.5] * 1000}, _use_new_zipfile_serialization=is_zip)
-    monkeypatch.setattr("hf_model.trainers.pickle_reader.MAX_STEPS", 1000)
-    with pytest.raises(UserError, match=r"holds more than about 1,000 values\. Save only the weights and plain values"):
+    path = save(tmp_path / "ckpt.pt", {"log": [None] * 10_000}, _use_new_zipfile_serialization=is_zip)
+    monkeypatch.setattr("hf_model.trainers.pickle_reader.STEPS_OF_ANY_FILE", 1000)
+    with pytest.raises(UserError, match=r"holds more than about 3,\d+ values\. Save only the weights and plain values"):
         read_checkpoint(path)
     monkeypatch.setattr("hf_model.trainers.archive.MAX_PICKLE_BYTES", 5000)
-    with pytest.raises(UserError, match=r"MiB of values beside its tensors\. Save only|more than about 1,000 values"):
+    with pytest.raises(UserError, match=r"MiB of values beside its tensors\. Save only|more than about 2,\d+ values"):
         read_checkpoint(path)
+
+
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "older format"])
+@pytest.mark.parametrize(
+    "log",
+    [[float(i) for i in range(10_000)], [{"step": i, "loss": 1.5, "lr": 1e-3} for i in range(2000)], [*range(10_000)]],
+    ids=["losses", "entries", "tokens"],
+)
+def test_a_longer_log_may_take_more_steps(log: list, is_zip: bool, tmp_path: Path, monkeypatch: Any) -> None:
+    content = {"model": weights(), "model_args": {"n_head": 2}, "log": log}
+    path = save(tmp_path / "ckpt.pt", content, _use_new_zipfile_serialization=is_zip)
+    monkeypatch.setattr("hf_model.trainers.pickle_reader.STEPS_OF_ANY_FILE", 5000)
+    read_checkpoint(path).architecture()
 
 
 def test_a_very_long_name_makes_a_short_message(tmp_path: Path) -> None:
