@@ -43,8 +43,7 @@ def modelfile(gguf: str, model: CustomGPTForCausalLM, tokenizer: PreTrainedToken
         before, after = _around_content(tokenizer)
         if adds_bos:
             before = before.removeprefix(tokenizer.bos_token or "")
-        # As Go's string literals, which JSON's are too: no brace or quote in the prompt can end the template.
-        template = LAST_QUESTION % (json.dumps(before), json.dumps(after))
+        template = LAST_QUESTION % (_go_literal(before), _go_literal(after))
     parameters = [f"PARAMETER {name} {value}" for name, value in _parameters(model, tokenizer)]
     return "\n".join([f"FROM ./{gguf}", f'{comment}TEMPLATE """{template}"""', *parameters, ""])
 
@@ -53,6 +52,15 @@ def _around_content(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """What the chat template writes before and after the content of a single user message."""
     before, _, after = render(tokenizer, [user_message(CONTENT)]).partition(CONTENT)
     return before, after
+
+
+def _go_literal(text: str) -> str:
+    """A string literal of Go, so that no brace or quote of a prompt can end the template.
+
+    JSON's is one too, except that Go reads no pairs of surrogates.
+    """
+    literal = json.dumps(text, ensure_ascii=False)
+    return "".join(char if char.isprintable() else f"\\U{ord(char):08x}" for char in literal)
 
 
 def _parameters(model: CustomGPTForCausalLM, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, object]]:

@@ -16,7 +16,7 @@ from typing import IO, Any
 from hf_model.errors import UserError, one_line
 
 MAX_PICKLE_BYTES = 64 * 2**20
-# Steps take some seconds and, in the worst file, 120 bytes of memory each. Long lists and logs take 3 to 9 bytes a step.
+# A step takes at most 120 bytes of memory, and a million take a second. Long lists and logs take 3 to 9 bytes a step.
 STEPS_OF_ANY_FILE, BYTES_PER_MORE_STEP = 5_000_000, 4
 MAX_NAME = 1000
 MAX_DEPTH = 100

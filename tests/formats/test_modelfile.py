@@ -1,5 +1,6 @@
 """The Modelfile beside a GGUF: Ollama gets the model's prompt, context and sampling from it."""
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -29,7 +30,8 @@ def text_for(capitals: Path, tokenizer: PreTrainedTokenizerFast, **settings: obj
 def prompt_of(text: str) -> str:
     """What the template makes of the question: its two strings around the content."""
     before, after = re.search(r"\{\{ (\".*\") \}\}\{\{ \.Content \}\}\{\{ (\".*\") \}\}", text).groups()  # type: ignore
-    return f"{json.loads(before)}{QUESTION}{json.loads(after)}"
+    assert not re.search(r"\\ud[89a-f]", before + after)  # Go has no escapes of surrogates
+    return f"{ast.literal_eval(before)}{QUESTION}{ast.literal_eval(after)}"  # the other escapes are Python's too
 
 
 def test_names_the_file_and_the_model_s_settings(capitals: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -58,6 +60,14 @@ def test_no_template_can_break_out_of_it(quotes: str, capitals: Path) -> None:
     text = text_for(capitals, tokenizer)
     assert prompt_of(text) == f"{quotes}{QUESTION}!"
     assert text.count('"""') == 2
+
+
+def test_characters_that_control_a_terminal_are_escapes_and_emoji_are_not(capitals: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(capitals)
+    tokenizer.chat_template = "🙂 \x1b[2J\x9b\u202e{{ messages[0].content }}!"
+    text = text_for(capitals, tokenizer)
+    assert prompt_of(text) == f"🙂 \x1b[2J\x9b\u202e{QUESTION}!"
+    assert "🙂" in text and not set("\x1b\x9b\u202e") & set(text)
 
 
 def test_raw_text_is_the_prompt_itself(capitals: Path) -> None:
