@@ -4,10 +4,11 @@ import copy
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError
+from hf_model.folder import read_weights
 from hf_model.formats.cards import GENERATE, write_card
 from hf_model.formats.comparison import (
     check_tokenizer_files,
@@ -26,7 +27,7 @@ from hf_model.formats.target import (
     with_usual_scale,
     write_tokenizer,
 )
-from hf_model.loading import FROM_PRETRAINED, Loaded, Source
+from hf_model.loading import Loaded, Source
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.tokenizer import unused_ids
 
@@ -107,11 +108,21 @@ def stock_weights(model: CustomGPTForCausalLM) -> dict[str, torch.Tensor]:
 
 def stock_model(model: CustomGPTForCausalLM) -> GPT2LMHeadModel:
     """The library's GPT-2 with the model's weights."""
+    return _with_weights(stock_config(model.config), stock_weights(model))
+
+
+def _with_weights(config: GPT2Config, weights: dict[str, torch.Tensor]) -> GPT2LMHeadModel:
+    """A GPT-2 in evaluation mode that uses these tensors.
+
+    Not made by `from_pretrained`, which sets torch's default dtype for the other threads too.
+    """
     with torch.device("meta"):
-        stock = GPT2LMHeadModel(stock_config(model.config))
-    stock.load_state_dict(stock_weights(model), assign=True)
+        stock = GPT2LMHeadModel(config)
+    if config.tie_word_embeddings:
+        weights = weights | {"lm_head.weight": weights["transformer.wte.weight"]}
+    stock.load_state_dict(weights, assign=True)
     stock.tie_weights()
-    return stock
+    return stock.eval()
 
 
 def stock_generation(loaded: Loaded) -> GenerationConfig:
@@ -125,16 +136,17 @@ def stock_generation(loaded: Loaded) -> GenerationConfig:
 
 
 def verify(folder: Path, source: Source, options: Options) -> str:
-    """Load the folder by the Auto classes without custom code, and compare weights, logits and token ids.
+    """Load the folder as the library's GPT-2, and compare weights, logits and token ids.
 
     Raises:
         UserError: something differs.
     """
     model = source.load().model
-    with FROM_PRETRAINED, engine_errors("cannot be read back"):
-        stock = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
-    if not isinstance(stock, GPT2LMHeadModel) or stock.dtype != model.dtype:
-        raise UserError(f"was read back as {type(stock).__name__} in {stock.dtype}")
+    with engine_errors("cannot be read back"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        stock = _with_weights(config, read_weights(folder))
+    if (config.model_type, config.dtype, stock.dtype) != ("gpt2", model.dtype, model.dtype):
+        raise UserError(f"was read back as {config.model_type} in {stock.dtype}")
     texts = check_tokenizer_files(folder, source)
     written, expected = stock.state_dict(), stock_weights(model)
     for name, tensor in expected.items():

@@ -2,16 +2,14 @@
 
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM
-
 from hf_model.choosing import used_weights
 from hf_model.descriptions import describe_rounding
 from hf_model.errors import UserError
-from hf_model.folder import read_config
+from hf_model.folder import check_weights, read_config, read_weights, with_weights
 from hf_model.formats.cards import GENERATE, write_card
 from hf_model.formats.comparison import check_tokenizer_files, compared_with, equal_tensors, same_bits
 from hf_model.formats.target import Options, beyond_gpt2, save_model, write_tokenizer
-from hf_model.loading import FROM_PRETRAINED, Loaded, Source
+from hf_model.loading import Loaded, Source
 from hf_model.trainers import widest
 
 TRY_IT = """\
@@ -54,7 +52,7 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
 
 
 def verify(folder: Path, source: Source, options: Options) -> str:
-    """Load a folder by the Auto classes and compare its weights and its tokenizer with the source.
+    """Load a folder and compare its weights and its tokenizer with the source.
 
     Returns:
         What was compared, in words.
@@ -63,9 +61,11 @@ def verify(folder: Path, source: Source, options: Options) -> str:
         UserError: a weight or a token differs.
     """
     texts = check_tokenizer_files(folder, source)
-    with FROM_PRETRAINED:
-        written = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-    weights = used_weights(read_config(folder), source.weights())
+    config = read_config(folder)
+    check_weights(folder, config)
+    # Not by `from_pretrained`, which sets torch's default dtype for the other threads too.
+    written = with_weights(config, read_weights(folder)).state_dict()
+    weights = used_weights(config, source.weights())
     if unmatched := written.keys() ^ weights.keys():
         raise UserError(f"{', '.join(sorted(unmatched))} is on one side only")
     for name, tensor in written.items():

@@ -106,6 +106,22 @@ class TestSideBySide:
         )
 
 
+@pytest.mark.parametrize("format", ["transformers", "gpt2"])
+def test_a_conversion_and_a_load_leave_the_default_dtype_to_the_other_threads(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they do is the same whatever the default is, too."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "set_default_dtype", lambda dtype: pytest.fail(f"sets {dtype} for all threads"))
+            folder = convert(CHECKPOINT, TOKENIZER, tmp_path / "hf", format=format, dtype="bfloat16")
+            if format == "transformers":
+                assert loading.load(folder, device="cpu")[0].dtype == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_checkpoints_with_classes_of_their_own_are_read_in_threads(tmp_path: Path) -> None:
     contents = [{"model": weights(n_embd=8), "config": stated} for stated in (argparse.Namespace(n_head=2), Path("x"))]
     paths = [save(tmp_path / f"{i}.pt", content) for i, content in enumerate(contents)]
