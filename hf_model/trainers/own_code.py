@@ -6,7 +6,8 @@ The code runs because the user named it. What the checkpoint holds is still only
 import importlib.util
 import inspect
 import sys
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,14 @@ def build_module(model: str, checkpoint_path: Path) -> nn.Module:
     Raises:
         UserError: the code or the file is not there, the code fails, or the weights are those of another model.
     """
-    make = _import(model)
+    code, name = _named(model)
     with naming(checkpoint_path):
         if llm_c.is_model(archive.read_head(checkpoint_path)):
             raise UserError("is a model of llm.c, whose code is known here: leave out --model")
         file, content = load_content(checkpoint_path)
         _, weights = find_weights(content)
-    try:
-        module = _call(make, _stated(content))
-    except Exception as error:  # the user's code may fail in any way
-        raise UserError(f"--model {model}: failed: {type(error).__name__}: {one_line(error, 200)}") from error
+    with _running(model, code):
+        module = _call(_import(code, name), _stated(content))
     if not isinstance(module, nn.Module):
         raise UserError(f"--model {model}: gives a {type(module).__name__}, not a torch.nn.Module")
     with naming(checkpoint_path):
@@ -64,31 +63,48 @@ def build_module(model: str, checkpoint_path: Path) -> nn.Module:
     return module.eval()
 
 
-def _import(model: str) -> Any:
+def _named(model: str) -> tuple[Path, str]:
+    """The user's file, and the name in it."""
     path, _, name = model.rpartition(":")
     if not path.endswith(".py") or not name.isidentifier():
         raise UserError(
             f"--model {model}: must be a file and a name, such as train.py:build. A checkpoint is --checkpoint_path"
         )
-    file = Path(path).resolve()
-    if not file.is_file():
+    code = Path(path).resolve()
+    if not code.is_file():
         raise UserError(f"--model {model}: there is no file {path}")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None
-    code = importlib.util.module_from_spec(spec)
-    before = sys.modules.get(file.stem)
-    sys.path.insert(0, str(file.parent))  # the file may import its neighbours
-    sys.modules[file.stem] = code  # dataclasses look up their module
+    return code, name
+
+
+@contextmanager
+def _running(model: str, code: Path) -> Iterator[None]:
+    """Let the user's code import what is beside it and in the current folder, where a trainer is started."""
+    folders = [str(code.parent), str(Path.cwd())]
+    sys.path[:0] = folders
     try:
-        spec.loader.exec_module(code)
+        yield
+    except UserError as error:
+        raise UserError(f"--model {model}: {error}") from None
     except Exception as error:  # the user's code may fail in any way
         raise UserError(f"--model {model}: failed: {type(error).__name__}: {one_line(error, 200)}") from error
     finally:
-        sys.path.remove(str(file.parent))
+        for folder in folders:
+            sys.path.remove(folder)
+
+
+def _import(code: Path, name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(code.stem, code)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    before = sys.modules.get(code.stem)
+    sys.modules[code.stem] = module  # dataclasses look up their module
+    try:
+        spec.loader.exec_module(module)
+    finally:
         if before is not None:
-            sys.modules[file.stem] = before
-    if not callable(make := getattr(code, name, None)):
-        raise UserError(f"--model {model}: {path} has no class or function {name!r}")
+            sys.modules[code.stem] = before
+    if not callable(make := getattr(module, name, None)):
+        raise UserError(f"{code.name} has no class or function {name!r}")
     return make
 
 

@@ -1,5 +1,6 @@
 """`model="FILE.py:NAME"`: the user's own code makes the model, and a checkpoint gives its weights."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,24 @@ def test_what_is_wrong_with_the_code_is_said(model: str, says: str, code: Path, 
     with pytest.raises(UserError, match=says):
         convert("ckpt.pt", None, "hf", characters_of="input.txt", model=model)
     assert not Path("hf").exists()
+
+
+@pytest.mark.parametrize("code", ["lib/models/net.py:Net", "build.py:build"])
+def test_the_code_imports_from_the_folder_where_the_trainer_is_started(code: str, tmp_path: Path, monkeypatch) -> None:
+    """A package is imported by its name from there; a function may import only when it is called."""
+    models = tmp_path / "lib" / "models"
+    models.mkdir(parents=True)
+    (models / "parts.py").write_text("from tests.trainers.own_models import Own, SeparateHeads as Heads")
+    (models / "net.py").write_text(
+        "from lib.models.parts import Heads, Own\ndef Net():\n    return Own(Heads, context=24)"
+    )
+    (tmp_path / "build.py").write_text("def build():\n    from lib.models.net import Net\n    return Net()")
+    (tmp_path / "input.txt").write_text("".join(chr(33 + i) for i in range(V)))
+    torch.save(weights(24), tmp_path / "ckpt.pt")
+    monkeypatch.chdir(tmp_path)
+    path = list(sys.path)
+    assert load("ckpt.pt", None, characters_of="input.txt", model=code, device="cpu")[0].config.block_size == 24
+    assert sys.path == path
 
 
 def test_arguments_that_nothing_gives_are_named_with_what_to_do(code: Path) -> None:
