@@ -21,6 +21,8 @@ from hf_model.trainers.pickle_reader import fields_of
 from hf_model.trainers.stated import MIXED_KEYS, MODEL_KEYS
 from hf_model.trainers.tensors import find_weights, is_no_weight, weights_of
 
+PLAIN = (int, float, str, bool)  # annotations of an argument that is one value
+
 
 class Stated(dict[str, Any]):
     """What a checkpoint states of its model, as items and as attributes."""
@@ -108,25 +110,66 @@ def _import(code: Path, name: str) -> Any:
     return make
 
 
-def _stated(content: Mapping[Any, Any]) -> Stated:
-    stated = next(filter(None, (fields_of(content.get(key)) for key in (*MODEL_KEYS, *MIXED_KEYS))), {})
-    return Stated({name: value for name, value in stated.items() if isinstance(name, str)})
+def _stated(content: Mapping[Any, Any]) -> list[Stated]:
+    """What a checkpoint states of its model: the values under each key that may have them, and the dicts in these."""
+    outer = [fields for key in (*MODEL_KEYS, *MIXED_KEYS) if (fields := fields_of(content.get(key)))]
+    inner = [fields for one in outer for value in one.values() if (fields := fields_of(value))]
+    return [Stated({name: value for name, value in one.items() if isinstance(name, str)}) for one in (*outer, *inner)]
 
 
-def _call(make: Any, stated: Stated) -> Any:
-    """Call with the stated values that have an argument's name. A single argument of another name gets them all."""
+def _call(make: Any, stated: Sequence[Stated]) -> Any:
+    """Call with what a checkpoint states: with the values that give the most arguments."""
+    return _call_with(make, max(stated, key=lambda one: _n_given(make, one), default=Stated()))
+
+
+def _call_with(make: Any, stated: Stated) -> Any:
+    """Call with the values that have an argument's name. A single argument of another name gets them all."""
+    named, other = _arguments(make, stated)
+    if other is not None:
+        named[other.name] = _call_with(other.annotation, stated) if _is_class(other) else stated
+    return make(**named)
+
+
+def _n_given(make: Any, stated: Stated) -> int:
+    """How many arguments the values give by their names; -1 if a required one is left."""
+    try:
+        named, other = _arguments(make, stated)
+    except TypeError:
+        return -1
+    inner = _n_given(other.annotation, stated) if other is not None and _is_class(other) else 0
+    return -1 if inner < 0 else len(named) + inner
+
+
+def _arguments(make: Any, stated: Stated) -> tuple[dict[str, Any], inspect.Parameter | None]:
+    """The values by the arguments' names, in any case, and the one required argument of another name.
+
+    Raises:
+        TypeError: several required arguments are left, or one that is a number or a text.
+    """
     usual = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    parameters = [one for one in inspect.signature(make).parameters.values() if one.kind in usual]
-    named = {one.name: stated[one.name] for one in parameters if one.name in stated}
+    parameters = [one for one in _signature(make).parameters.values() if one.kind in usual]
+    values = {name.lower(): value for name, value in stated.items()} | stated
+    names = {one.name: one.name if one.name in values else one.name.lower() for one in parameters}
+    named = {argument: values[name] for argument, name in names.items() if name in values}
     missing = [one for one in parameters if one.default is one.empty and one.name not in named]
-    if len(missing) == 1 and stated:
-        kind = missing[0].annotation
-        is_class = isinstance(kind, type) and kind not in (dict, object, inspect.Parameter.empty)
-        named[missing[0].name] = _call(kind, stated) if is_class else stated
-    elif missing:
+    if len(missing) == 1 and stated and missing[0].annotation not in PLAIN:
+        return named, missing[0]
+    if missing:
         lacking = " and ".join(one.name for one in missing)
         raise TypeError(f"nothing gives it {lacking}: write a function without arguments that returns the model")
-    return make(**named)
+    return named, None
+
+
+def _signature(make: Any) -> inspect.Signature:
+    try:
+        return inspect.signature(make, eval_str=True)
+    except Exception:  # an annotation may name what is not there
+        return inspect.signature(make)
+
+
+def _is_class(argument: inspect.Parameter) -> bool:
+    kind = argument.annotation
+    return isinstance(kind, type) and kind not in (dict, object, inspect.Parameter.empty)
 
 
 def _without_prefix(weights: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,15 @@ def sized(block_size):
 def needy(width, depth):
     return build()
 
+def constant(BLOCK_SIZE: int):
+    return sized(BLOCK_SIZE)
+
+def counted(count: int):
+    return build()
+
+def future(config: "Config"):
+    return GPT(config)
+
 def broken():
     raise ValueError("no such model")
 """
@@ -130,6 +139,28 @@ def test_what_is_stated_is_found_under_each_key_that_trainers_have(key: str, cod
     paths = code.with_name("ckpt.pt"), None
     model, _ = load(*paths, characters_of=code.with_name("input.txt"), model=f"{code}:sized", device="cpu")
     assert model.config.block_size == 12
+
+
+@pytest.mark.parametrize("name", ["GPT", "sized", "constant", "future"])
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"model_cfg": {"block_size": 12, "unused": 0}, "config": {"seed": 1, "model": {"block_size": None}}},
+        {"config": {"seed": 1, "data": {"path": "x"}, "model": {"block_size": 12}}},
+        {"config": {"lr": 0.1}, "hparams": {"block_size": 12}},
+    ],
+)
+def test_of_several_dicts_the_one_with_the_arguments_names_is_taken(stated: dict, name: str, code: Path) -> None:
+    torch.save({"model_state": weights(12)} | stated, code.with_name("ckpt.pt"))
+    paths = code.with_name("ckpt.pt"), None
+    model, _ = load(*paths, characters_of=code.with_name("input.txt"), model=f"{code}:{name}", device="cpu")
+    assert model.config.block_size == 12
+
+
+def test_an_argument_that_is_a_number_is_not_given_a_whole_configuration(code: Path) -> None:
+    torch.save({"state_dict": weights(24), "config": {"block_size": 24}}, code.with_name("ckpt.pt"))
+    with pytest.raises(UserError, match="nothing gives it count: write a function without arguments"):
+        load(code.with_name("ckpt.pt"), None, characters_of=code.with_name("input.txt"), model=f"{code}:counted")
 
 
 def test_llm_c_s_file_needs_no_code(code: Path) -> None:
