@@ -78,6 +78,8 @@ def checkpoint_choices(checkpoint: Checkpoint, n_head: int | None, activation: s
         yield "note", f"{checkpoint.config_unused}: it was not used"
     if checkpoint.no_biases:
         yield "biases", f"zeros for {', '.join(checkpoint.no_biases)}: the file has none in any layer"
+    if "attn.c_proj" not in checkpoint.names.modules:
+        yield "attention", "has no output projection in the file: the identity is written, with the same result"
     for name, value in checkpoint.unknown_args.items():
         ignored = f"{name}={shown(value)} in {checkpoint.stated_in} was ignored"
         yield "warning", f"{ignored}: the model may not compute what its trainer computes"

@@ -48,7 +48,10 @@ class Names:
 
     trainer: str
     modules: Mapping[str, str | tuple[str, ...]]
-    """Role to the module's name in the file. `{i}` is the layer, `{head}` the head. A tuple is query, key, value."""
+    """Role to the module's name in the file. `{i}` is the layer, `{head}` the head. A tuple is query, key, value.
+
+    Without `attn.c_proj`, the heads' results are added to the residual as they are.
+    """
     activation: str | None = None
     """The trainer's activation; None if what else the file holds must tell it."""
     n_head: Mapping[tuple[int, int], int] = field(default_factory=dict)
@@ -126,6 +129,24 @@ BOOK = Names(
     may_tie=False,
     has_biases=True,
 )
+TRAIN_LLM = Names(
+    "train-llm-from-scratch",
+    {
+        "wte": "token_embed",
+        "wpe": "position_embed",
+        "ln_1": "attn_blocks.{i}.ln1",
+        "attn.c_attn": tuple(f"attn_blocks.{{i}}.attn.heads.{{head}}.{part}" for part in ("query", "key", "value")),
+        "attn.c_proj": "attn_blocks.{i}.attn.proj",
+        "ln_2": "attn_blocks.{i}.ln2",
+        "mlp.c_fc": "attn_blocks.{i}.mlp.hidden",
+        "mlp.c_proj": "attn_blocks.{i}.mlp.proj",
+        "ln_f": "layer_norm",
+        "lm_head": "lm_head",
+    },
+    activation="relu",
+    may_tie=False,
+    has_biases=True,
+)
 FASTER = {"attn.c_attn": "trf_blocks.{i}.att.qkv", "attn.c_proj": "trf_blocks.{i}.att.proj"}
 TABLE = (
     FAMILY,
@@ -139,24 +160,18 @@ TABLE = (
         modules={**BOOK.modules, **FASTER},
         activation=TORCH_TANH,
     ),
-    Names(
-        "train-llm-from-scratch",
-        {
-            "wte": "token_embed",
-            "wpe": "position_embed",
-            "ln_1": "attn_blocks.{i}.ln1",
-            "attn.c_attn": tuple(f"attn_blocks.{{i}}.attn.heads.{{head}}.{part}" for part in ("query", "key", "value")),
-            "attn.c_proj": "attn_blocks.{i}.attn.proj",
-            "ln_2": "attn_blocks.{i}.ln2",
-            "mlp.c_fc": "attn_blocks.{i}.mlp.hidden",
-            "mlp.c_proj": "attn_blocks.{i}.mlp.proj",
-            "ln_f": "layer_norm",
-            "lm_head": "lm_head",
-        },
-        activation="relu",
-        may_tie=False,
-        has_biases=True,
+    # Before June 2026 its attention had no output projection; before 16 March 2025 the model's width scaled it.
+    replace(
+        TRAIN_LLM,
+        trainer="train-llm-from-scratch before June 2026",
+        modules={role: name for role, name in TRAIN_LLM.modules.items() if role != "attn.c_proj"},
+        forms=tuple(
+            {"activation_function": "relu", "norm_first": True, "attention_scale": scale, "final_norm": True}
+            for scale in (None, "width")
+        ),
+        left_open="two scales of attention",
     ),
+    TRAIN_LLM,  # if both entries know the same number of names, the first one is taken
     LECTURE,
 )
 
@@ -211,7 +226,20 @@ class Placed:
         groups: dict[str, list[str]] = {}
         for name, place in self.places.items():
             groups.setdefault(place.ours, []).append(name)
-        return {ours: self._join({name: tensors[name] for name in group}) for ours, group in groups.items()}
+        joined = {ours: self._join({name: tensors[name] for name in group}) for ours, group in groups.items()}
+        return joined | self._projections(joined)
+
+    def _projections(self, joined: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The identity for each layer, if the trainer's attention has no output projection: the result is the same."""
+        if "attn.c_proj" in self.names.modules:
+            return {}
+        layers = {place.layer for place in self.places.values() if place.role == "attn.c_attn"}
+        weights = {layer: joined.get(Place("attn.c_attn", "weight", 0, layer).ours) for layer in layers}
+        return {
+            Place("attn.c_proj", "weight", 0, layer).ours: torch.eye(weight.shape[1], dtype=weight.dtype)
+            for layer, weight in weights.items()
+            if weight is not None and weight.ndim == 2 and weight.shape[0] == 3 * weight.shape[1]
+        }
 
     def _join(self, group: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """One tensor from its parts. A part that has no bias, where others have one, gets zeros."""
@@ -258,7 +286,9 @@ class Placed:
             raise UserError(f"it has a head numbered {self.n_head - 1}, but too few tensors for so many heads")
         needed = [] if self.names.may_tie else [("wte", "weight"), ("lm_head", "weight")]
         if self.names.has_biases:
-            needed += [(role, "bias") for role in OURS if role not in ("wte", "wpe", "attn.c_attn", "lm_head")]
+            needed += [
+                (role, "bias") for role in self.names.modules if role not in ("wte", "wpe", "attn.c_attn", "lm_head")
+            ]
         has = {(place.role, place.parameter) for place in self.places.values()}
         if missing := [(role, parameter) for role, parameter in needed if (role, parameter) not in has]:
             told = [f"{self.prefix}{_parts(self.names.modules[role])[0].format(i=0)}.{kind}" for role, kind in missing]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_model import convert
+from hf_model import convert, load
 from hf_model.errors import UserError
 from hf_model.loading import Source
 from hf_model.trainers import Checkpoint, read_checkpoint
@@ -24,6 +24,7 @@ from tests.trainers.trainer_models import (
     HEADS,
     Book,
     C,
+    D,
     Lecture,
     T,
     TrainLLM,
@@ -120,6 +121,27 @@ class TestTrainLLMFromScratch:
         content = {"model_state_dict": moved(TrainLLM()).state_dict(), "config": {"n_head": 2}}
         with pytest.raises(UserError, match=r"n_head=2, but .* 4"):
             Source(saved(content), None, characters_of=text).load()
+
+    @pytest.mark.parametrize("scale", [D**-0.5, C**-0.5], ids=["until June 2026", "until March 2025"])
+    def test_its_older_models_have_no_output_projection(self, scale: float, saved: Callable, tmp_path: Path) -> None:
+        model = learnt(TrainLLM, scale=scale, projects=False)
+        path = saved({"model_state_dict": model.state_dict(), "losses": [], "steps": 300})
+        lines: list[str] = []
+        folder = convert(path, None, tmp_path / "hf", characters_of=ROOT / "LICENSE", report=lines.append)
+        assert_same_logits(model, load(folder)[0], len(CHARACTERS))
+        assert any(line.startswith("attention ") and "the identity is written" in line for line in lines)
+
+    def test_which_scale_an_older_model_has_is_not_guessed(self, saved: Callable, tmp_path: Path) -> None:
+        path = saved({"model_state_dict": moved(TrainLLM(projects=False)).state_dict()})
+        relatives.save_meta(tmp_path / "meta.pkl")
+        with pytest.raises(UserError, match=r"two scales of attention.*--training_data"):
+            Source(path, tmp_path / "meta.pkl").load()
+
+    def test_a_projection_that_one_layer_lacks_is_missed(self, saved: Callable) -> None:
+        weights = moved(TrainLLM()).state_dict()
+        del weights["attn_blocks.1.attn.proj.weight"]
+        with pytest.raises(UserError, match=r"lacks '.*h\.1\.attn\.c_proj\.weight'"):
+            read_checkpoint(saved({"model_state_dict": weights})).architecture()
 
 
 class TestTransformersGPT2:
@@ -397,11 +419,11 @@ class TestWholeModules:
 
 
 @functools.cache
-def learnt(**form: Any) -> nn.Module:
-    """A model with the lecture's names that has learnt the licence."""
+def learnt(kind: type[nn.Module] = Lecture, **form: Any) -> nn.Module:
+    """A model with the lecture's names, or another trainer's, that has learnt the licence."""
     torch.manual_seed(0)
     ids = torch.tensor([CHARACTERS.index(character) for character in LICENSE])
-    return trained(Lecture(**form, vocab_size=len(CHARACTERS)), ids, steps=300)
+    return trained(kind(**form, vocab_size=len(CHARACTERS)), ids, steps=300)
 
 
 class TestTheLectureSNames:

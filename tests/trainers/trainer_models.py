@@ -116,10 +116,10 @@ class Head(nn.Module):
 
 
 class MultiHead(nn.Module):
-    def __init__(self, scale: float) -> None:
+    def __init__(self, scale: float, projects: bool = True) -> None:
         super().__init__()
         self.heads = nn.ModuleList(Head(scale) for _ in range(HEADS))
-        self.proj = nn.Linear(C, C)
+        self.proj = nn.Linear(C, C) if projects else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(torch.cat([head(x) for head in self.heads], dim=-1))
@@ -182,10 +182,10 @@ class TrainLLMFeedForward(nn.Module):
 
 
 class TrainLLMBlock(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, scale: float, projects: bool) -> None:
         super().__init__()
         self.ln1, self.ln2 = nn.LayerNorm(C), nn.LayerNorm(C)
-        self.attn, self.mlp = MultiHead(D**-0.5), TrainLLMFeedForward()
+        self.attn, self.mlp = MultiHead(scale, projects), TrainLLMFeedForward()
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln1(x))
@@ -193,13 +193,13 @@ class TrainLLMBlock(nn.Module):
 
 
 class TrainLLM(nn.Module):
-    """train-llm-from-scratch's names."""
+    """train-llm-from-scratch's names. Its older models have no output projection, and the oldest another scale."""
 
-    def __init__(self) -> None:
+    def __init__(self, scale: float = D**-0.5, projects: bool = True, vocab_size: int = V) -> None:
         super().__init__()
-        self.token_embed, self.position_embed = nn.Embedding(V, C), nn.Embedding(T, C)
-        self.attn_blocks = nn.ModuleList(TrainLLMBlock() for _ in range(L))
-        self.layer_norm, self.lm_head = nn.LayerNorm(C), nn.Linear(C, V)
+        self.token_embed, self.position_embed = nn.Embedding(vocab_size, C), nn.Embedding(T, C)
+        self.attn_blocks = nn.ModuleList(TrainLLMBlock(scale, projects) for _ in range(L))
+        self.layer_norm, self.lm_head = nn.LayerNorm(C), nn.Linear(C, vocab_size)
         self.register_buffer("pos_idxs", torch.arange(T))
 
     def forward(self, ids: Tensor) -> Tensor:
