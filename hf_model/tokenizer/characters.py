@@ -1,6 +1,7 @@
-"""Vocabularies of characters: nanoGPT's meta.pkl, and the text that a model was trained on."""
+"""Vocabularies of characters: nanoGPT's meta.pkl, the JSON of a trainer's own class, and a training text."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerBase
 
 from hf_model.errors import UserError, some_of
-from hf_model.reading import read_bytes
+from hf_model.reading import parse_json, read_bytes, read_text
 from hf_model.trainers.pickle_reader import find, kind_of, read_pickle
 
 # The name of the unknown token, which is not in the vocabulary. So the library raises an error on an unknown character;
@@ -18,6 +19,8 @@ CHARACTERS = "characters"  # the value of "vocabulary" in the tokenizer_config.j
 CHUNK = 2**20
 MAX_META_BYTES = 16 * 2**20  # a hundred thousand characters take three
 MOST_CHARACTERS = 2**30  # of a training text
+SPECIAL = re.compile(r"<.+>|\[.+\]")  # a token of several characters, such as <unk> or [PAD]
+UNKNOWN_TOKENS = ("<unk>", "<UNK>", "[UNK]", "<|unk|>", "<unknown>")
 
 
 def read_meta(path: Path) -> dict[str, int]:
@@ -87,6 +90,38 @@ def _is_inverse(itos: Any, stoi: Mapping[str, int]) -> bool:
     return isinstance(itos, dict | list | tuple) and len(itos) == len(stoi) and _inverse(itos) == stoi
 
 
+def read_json_characters(path: Path) -> dict[str, int] | None:
+    """Token to id, from a JSON file that a trainer's own class wrote; None if it is no vocabulary of characters.
+
+    The file is a dict of tokens and ids, a dict of ids and tokens or a list of tokens, or a dict that has one of these
+    under any key. The tokens are characters and special tokens such as `<unk>`; the ids are 0, 1, ….
+    """
+    if path.suffix != ".json" or path.stat().st_size > MAX_META_BYTES:
+        return None
+    try:
+        content = parse_json(read_text(path, MAX_META_BYTES))
+    except ValueError:
+        return None
+    inner = content.values() if isinstance(content, dict) else ()
+    found = (ids for one in (content, *inner) for ids in _both_ways(one))
+    return next((ids for ids in found if _are_of_characters(ids)), None)
+
+
+def _both_ways(value: Any) -> Iterator[dict[Any, Any]]:
+    """A dict as it is, and the inverse of a list, or of a dict whose keys are numbers in JSON."""
+    if isinstance(value, dict):
+        yield value
+        value = {int(key): token for key, token in value.items() if key.isdecimal() and len(key) < 10}
+    if (ids := _inverse(value)) is not None:
+        yield ids
+
+
+def _are_of_characters(ids: Mapping[str, Any]) -> bool:
+    others = [token for token in ids if len(token) != 1]
+    are_numbers = all(type(number) is int for number in ids.values()) and set(ids.values()) == set(range(len(ids)))
+    return are_numbers and len(others) < len(ids) - len(others) and all(map(SPECIAL.fullmatch, others))
+
+
 def characters_in(path: Path) -> dict[str, int]:
     """Character to id of a training text. The trainers of character models number the sorted characters.
 
@@ -115,6 +150,15 @@ def character_backend(stoi: Mapping[str, int]) -> Tokenizer:
     """A tokenizer that gives each character its id, and an error for any other: BPE without merges."""
     backend = Tokenizer(models.BPE(vocab=dict(stoi), merges=[], unk_token=UNKNOWN))
     backend.decoder = decoders.Fuse()
+    return backend
+
+
+def special_character_backend(ids: Mapping[str, int]) -> Tokenizer:
+    """The same with special tokens, one of which may stand for unknown characters."""
+    unknown = next((token for token in UNKNOWN_TOKENS if token in ids), UNKNOWN)
+    backend = Tokenizer(models.BPE(vocab=dict(ids), merges=[], unk_token=unknown))
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens([token for token in ids if len(token) != 1])
     return backend
 
 

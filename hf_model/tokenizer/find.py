@@ -10,14 +10,16 @@ from huggingface_hub.utils import get_session
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from hf_model.errors import UserError, one_line
+from hf_model.errors import UserError, one_line, some_of
 from hf_model.tokenizer.characters import (
     CHARACTERS,
     UNKNOWN,
     character_backend,
     characters_in,
     is_of_characters,
+    read_json_characters,
     read_meta,
+    special_character_backend,
 )
 from hf_model.tokenizer.files import (
     beginning,
@@ -114,9 +116,9 @@ def find_tokenizer(
     """Find the tokenizer that a path or a name stands for.
 
     Args:
-        tokenizer_path: a `tokenizers` JSON, nanoGPT's meta.pkl, either of GPT-2's two files, WordPiece's vocab.txt,
-            SentencePiece's or minbpe's .model, tiktoken's ranks, a folder of any of them, `"gpt2"`, a folder or Hub
-            name that AutoTokenizer knows; or `"auto"`, to look where the trainer put it.
+        tokenizer_path: a `tokenizers` JSON, nanoGPT's meta.pkl, a JSON of characters, either of GPT-2's two files,
+            WordPiece's vocab.txt, SentencePiece's or minbpe's .model, tiktoken's ranks, a folder of any of them,
+            `"gpt2"`, a folder or Hub name that AutoTokenizer knows; or `"auto"`, to look where the trainer put it.
         characters_of: the training text of a model of characters, in place of a path.
         raw: the model's prompts are raw text, whatever special tokens there are.
         instructions: the model's prompts are instructions, whatever the special tokens are called. By default they are
@@ -186,6 +188,8 @@ def _named(source: str | Path, model: ModelInfo, choices: Choices) -> FoundToken
     start = beginning(path)
     if pair := find_pair(path):
         return _of_pair(pair, f"{pair[0]} and {pair[1].name}", model, choices)
+    if (ids := read_json_characters(path)) is not None:
+        return _of_json_characters(ids, path, model, choices)
     if other_half(path) and is_by_id(path):
         raise UserError(f"{path}: maps ids to texts, as tokenizers written by hand do: save it with `tokenizers`")
     if other := other_half(path):
@@ -317,6 +321,17 @@ def _of_training_text(path: Path, model: ModelInfo, choices: Choices) -> FoundTo
             "is not the text that the model was trained on"
         )
     return _of_characters(stoi, f"the characters of {path}", model, choices)
+
+
+def _of_json_characters(ids: dict[str, int], path: Path, model: ModelInfo, choices: Choices) -> FoundTokenizer:
+    special = [token for token in ids if len(token) != 1]
+    if not special:
+        return _of_characters(ids, str(path), model, choices)
+    backend = special_character_backend(ids)
+    unknown = backend.model.unk_token
+    becomes = f"; a character that it does not know becomes {unknown}" if unknown in ids else ""
+    note = f"a vocabulary of characters, with the special tokens {some_of(special, 5)}{becomes}"
+    return _of_backend(backend, str(path), model, choices, notes=(note,))
 
 
 def _of_characters(stoi: dict[str, int], taken: str, model: ModelInfo, choices: Choices) -> FoundTokenizer:

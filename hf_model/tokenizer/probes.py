@@ -23,7 +23,7 @@ def example_prompt(tokenizer: PreTrainedTokenizerBase) -> str:
         some = "".join(sorted(char for char in known if char.isalnum())[:3]) or min(known, key=known.__getitem__)
         return next((text for text in BEGINNINGS if known.keys() >= set(text)), some)
     words = (token for token in known if token.isalpha())
-    return next((text for text in (*BEGINNINGS, *words) if _is_known(tokenizer, text)), BEGINNINGS[0])
+    return next((text for text in (*BEGINNINGS, *words) if _is_known(tokenizer, text, whole=True)), BEGINNINGS[0])
 
 
 def probes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
@@ -48,9 +48,13 @@ def _example(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     return ()
 
 
-def _is_known(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    """Whether a text can be encoded: without an unknown token, some tokenizers refuse what they do not know."""
+def _is_known(tokenizer: PreTrainedTokenizerBase, text: str, whole: bool = False) -> bool:
+    """Whether a text can be encoded; `whole`: without the unknown token.
+
+    Tokenizers without an unknown token may refuse what they do not know.
+    """
     try:
-        return bool(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     except Exception:  # tokenizers raises nothing narrower
         return False
+    return bool(ids) and not (whole and tokenizer.unk_token_id in ids)

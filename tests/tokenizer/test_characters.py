@@ -200,6 +200,68 @@ class TestTrainingText:
             characters_in(tmp_path / "input.txt")
 
 
+SPECIAL = {"<pad>": 0, "<unk>": 1, "<sep>": 2}
+WITH_SPECIAL = SPECIAL | {character: number + 3 for character, number in STOI.items()}
+
+
+class TestJSON:
+    """What a trainer's own class of characters writes, under names of its own."""
+
+    @pytest.mark.parametrize("name", ["vocab.json", "tokenizer.json", "chars.json"])
+    @pytest.mark.parametrize(
+        "content",
+        [
+            STOI,
+            {"stoi": STOI, "itos": {str(number): character for character, number in STOI.items()}},
+            {"id2char": {number: character for character, number in STOI.items()}, "version": 1},
+            {"idx_to_char": CHARACTERS, "vocab_size": len(CHARACTERS)},
+            CHARACTERS,
+        ],
+        ids=["bare", "both ways", "by id", "a list under a key", "a list"],
+    )
+    def test_of_any_form_reads(self, content: object, name: str, tmp_path: Path) -> None:
+        (tmp_path / name).write_text(json.dumps(content))
+        tokenizer = find_tokenizer(tmp_path / name, model()).tokenizer
+        assert tokenizer(TEXT).input_ids == [STOI[character] for character in TEXT]
+        assert tokenizer.special_tokens_map == {}
+
+    @pytest.mark.parametrize("content", [{"word2id": WITH_SPECIAL, "id2word": list(WITH_SPECIAL)}, WITH_SPECIAL])
+    def test_may_have_special_tokens(self, content: dict, tmp_path: Path) -> None:
+        (tmp_path / "vocab.json").write_text(json.dumps(content))
+        found = find_tokenizer(tmp_path / "vocab.json", model(len(WITH_SPECIAL)), eos_token="<sep>")
+        save_tokenizer(found.tokenizer, tmp_path / "saved")
+        for tokenizer in (found.tokenizer, AutoTokenizer.from_pretrained(tmp_path / "saved")):
+            for text in [TEXT, "\n", *random_texts(CHARACTERS)]:
+                ids = tokenizer(text).input_ids
+                assert ids == [WITH_SPECIAL[character] for character in text]
+                assert tokenizer.decode(ids) == text
+            assert tokenizer("T☃☃T").input_ids == [WITH_SPECIAL["T"], 1, 1, WITH_SPECIAL["T"]]
+            assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token) == ("<sep>", "<pad>", "<unk>")
+        assert any("<pad>, <unk>, <sep>; a character that it does not know becomes <unk>" in n for n in found.notes)
+
+    def test_without_an_unknown_token_an_unknown_character_is_an_error(self, tmp_path: Path) -> None:
+        ids = {"<pad>": 0} | {character: number + 1 for character, number in STOI.items()}
+        (tmp_path / "vocab.json").write_text(json.dumps(ids))
+        tokenizer = find_tokenizer(tmp_path / "vocab.json", model(len(ids))).tokenizer
+        with pytest.raises(Exception, match="not trained on"):
+            tokenizer("T☃")
+
+    @pytest.mark.parametrize(
+        "content",
+        [{"the": 0, "a": 1, "b": 2}, {"a": 0, "b": 2}, {"a": 0, "b": "1"}, {"<unk>": 0, "a": 1}, {"lr": 0.1}, [1, 2]],
+        ids=["a word", "a gap", "a text for an id", "half of it special", "options", "numbers"],
+    )
+    def test_of_another_kind_is_refused(self, content: object, tmp_path: Path) -> None:
+        (tmp_path / "chars.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=r"chars\.json: .*`tokenizers`"):
+            find_tokenizer(tmp_path / "chars.json", model())
+
+    def test_the_prompt_to_try_has_no_unknown_character(self, tmp_path: Path) -> None:
+        (tmp_path / "vocab.json").write_text(json.dumps({"<unk>": 0, "漢": 1, "字": 2}))
+        tokenizer = find_tokenizer(tmp_path / "vocab.json", model(3)).tokenizer
+        assert example_prompt(tokenizer) in "漢字"
+
+
 @pytest.mark.parametrize(
     "characters, prompt", [("Once upon a time\n", "Once upon a time"), ("0123", "012"), ("\nab", "\n"), ("+-", "+")]
 )

@@ -131,6 +131,6 @@ def test_an_option_of_the_activation_is_answered_by_activation(tmp_path: Path) -
 def test_a_vocabulary_by_ids_is_not_called_half_of_one(tmp_path: Path) -> None:
     model = gpt()
     path = saved(tmp_path / "a.pt", {"model": model.state_dict(), "model_args": model.model_args()})
-    (tmp_path / "vocab.json").write_text(json.dumps({str(number): chr(33 + number) for number in range(90)}))
+    (tmp_path / "vocab.json").write_text(json.dumps({str(number): f"word{number}" for number in range(90)}))
     with pytest.raises(UserError, match=r"vocab\.json: maps ids to texts"):
         Source.of(path, tmp_path / "vocab.json").load()
