@@ -13,7 +13,8 @@ from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError
 from hf_model.folder import with_weights
 
-LENGTH = 128  # tokens of a stretch at most
+LENGTHS = (128, 64, 32, 16, 8)  # tokens of a stretch
+SHORTER = 0.1  # nats by which a model must predict the beginning of a stretch better than the whole of it
 FIRST, MOST = 16, 1024  # stretches
 CLEARLY = 5.0  # standard errors
 WELL_BELOW = 0.85  # of the text's entropy: a model that has learnt the text is below
@@ -32,6 +33,8 @@ class Chosen:
 
     config: CustomGPTConfig
     why: str
+    warning: str = ""
+    """That only the beginning of its context is trained; "" if nothing shows it."""
 
 
 def choose_form(
@@ -43,7 +46,8 @@ def choose_form(
     """The form with the lowest loss on a text, if it is clearly the lowest, and low.
 
     The losses of all forms are compared on the same stretches of the text. A form that is 5 standard errors behind the
-    best one is dropped, and the others are compared on twice as many stretches, until one is left.
+    best one is dropped, and the others are compared on twice as many stretches, until one is left. If a model predicts
+    short stretches better than long ones, it was trained on short ones: only these tell its form.
 
     Args:
         forms: configurations that the weights fit.
@@ -54,14 +58,8 @@ def choose_form(
     Raises:
         UserError: the text is too short, no form is clearly the best one, or none fits the text.
     """
-    length = min(LENGTH, forms[0].block_size)
-    stretches = [list(ids[start : start + length + 1]) for start in range(0, len(ids) - length, length)]
-    random.Random(SEED).shuffle(stretches)
-    if len(stretches) < FIRST:
-        raise UserError(
-            f"the text has {len(ids):,} tokens, and {FIRST * length + 1:,} are needed to choose. "
-            f"Give more text, or {CODE}"
-        )
+    length = _trained_length(forms, state_dict, ids)
+    stretches = _stretches(ids, length)
     compared: list[tuple[CustomGPTConfig, list[float]]] = [(form, []) for form in forms]
     for n in _doubled(FIRST, min(MOST, len(stretches))):
         for form, losses in compared:
@@ -86,7 +84,9 @@ def choose_form(
         )
     if near:
         raise UserError(f"the text does not tell which form of the model is right ({told}). Give more text, or {CODE}")
-    return Chosen(best, told)
+    is_short = length < min(LENGTHS[0], best.block_size)
+    warning = f"the model predicts badly after about {length} tokens: it was trained on shorter texts than its context"
+    return Chosen(best, told, warning if is_short else "")
 
 
 def used_weights(config: CustomGPTConfig, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -111,18 +111,52 @@ def _doubled(first: int, most: int) -> Iterator[int]:
     yield most
 
 
-@torch.inference_mode()
+def _stretches(ids: Sequence[int], length: int) -> list[list[int]]:
+    """The text in stretches of this length and the token after it, in random order."""
+    stretches = [list(ids[start : start + length + 1]) for start in range(0, len(ids) - length, length)]
+    random.Random(SEED).shuffle(stretches)
+    if len(stretches) < FIRST:
+        raise UserError(
+            f"the text has {len(ids):,} tokens, and {FIRST * length + 1:,} are needed to choose. "
+            f"Give more text, or {CODE}"
+        )
+    return stretches
+
+
+def _trained_length(
+    forms: Sequence[CustomGPTConfig], state_dict: Mapping[str, torch.Tensor], ids: Sequence[int]
+) -> int:
+    """Up to how many tokens the model predicts well. Some trainers use only the beginning of the context.
+
+    With the positions behind it, the wrong form may have the lower loss.
+    """
+    longest, *shorter = sorted({min(length, forms[0].block_size) for length in LENGTHS}, reverse=True)
+    stretches = _stretches(ids, longest)[:FIRST]
+    losses = [_losses_by_position(form, state_dict, stretches) for form in forms]
+    best = {length: min(one[:, :length].mean().item() for one in losses) for length in (longest, *shorter)}
+    length = min(best, key=best.__getitem__)
+    return length if best[length] < best[longest] - SHORTER else longest
+
+
 def _losses(
     form: CustomGPTConfig, state_dict: Mapping[str, torch.Tensor], stretches: Sequence[Sequence[int]]
 ) -> list[float]:
     """The mean loss of each stretch, in nats."""
+    return _losses_by_position(form, state_dict, stretches).mean(1).tolist() if stretches else []
+
+
+@torch.inference_mode()
+def _losses_by_position(
+    form: CustomGPTConfig, state_dict: Mapping[str, torch.Tensor], stretches: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """The loss of each token, in nats: (stretches, T)."""
     model = with_weights(form, {name: tensor.float() for name, tensor in used_weights(form, state_dict).items()})
     losses = []
     for stretch in stretches:
         ids = torch.tensor([stretch])  # (1, T + 1)
         logits = model(ids[:, :-1], use_cache=False).logits[0].float()  # (T, V)
-        losses.append(cross_entropy(logits, ids[0, 1:]).item())
-    return losses
+        losses.append(cross_entropy(logits, ids[0, 1:], reduction="none"))
+    return torch.stack(losses)
 
 
 def _entropy(ids: Sequence[int]) -> float:

@@ -321,6 +321,8 @@ class Source:
         if chosen.why:
             only = f"only {len(forms)} forms were compared, and the model may be of another: to be sure, give {CODE}"
             choices = [("form", f"{describe_form(config)} ({chosen.why})"), ("warning", only)]
+        if chosen.warning:
+            choices.append(("warning", chosen.warning))
         choices += [*checkpoint_choices(checkpoint, self.n_head, self.activation), *tokenizer_choices(found)]
         return Loaded(model, found, checkpoint.dtype, checkpoint, choices=tuple(choices))
 

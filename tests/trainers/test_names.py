@@ -419,11 +419,11 @@ class TestWholeModules:
 
 
 @functools.cache
-def learnt(kind: type[nn.Module] = Lecture, **form: Any) -> nn.Module:
+def learnt(kind: type[nn.Module] = Lecture, steps: int = 300, length: int = T, **form: Any) -> nn.Module:
     """A model with the lecture's names, or another trainer's, that has learnt the licence."""
     torch.manual_seed(0)
     ids = torch.tensor([CHARACTERS.index(character) for character in LICENSE])
-    return trained(kind(**form, vocab_size=len(CHARACTERS)), ids, steps=300)
+    return trained(kind(**form, vocab_size=len(CHARACTERS)), ids, steps, length)
 
 
 class TestTheLectureSNames:
@@ -446,6 +446,14 @@ class TestTheLectureSNames:
         assert_same_logits(model, loaded.model, len(CHARACTERS))
         assert any(kind == "form" and "standard errors" in what for kind, what in loaded.choices)
         assert any(kind == "warning" and "--model train.py:GPT" in what for kind, what in loaded.choices)
+
+    @pytest.mark.parametrize("scale", [D**-0.5, C**-0.5], ids=["by the heads' width", "by the width"])
+    def test_only_the_positions_that_were_trained_tell_which(self, scale: float, saved: Callable) -> None:
+        """Some trainers use the beginning of the context only. With the rest, a wrong form may have the lower loss."""
+        model = learnt(steps=600, length=8, scale=scale)
+        loaded = Source(saved(model.state_dict()), None, characters_of=ROOT / "LICENSE").load()
+        assert_same_logits(model, loaded.model, len(CHARACTERS))
+        assert any(kind == "warning" and "badly after about 8 tokens" in what for kind, what in loaded.choices)
 
     def test_a_final_norm_that_is_not_called_is_not_written(self, saved: Callable, tmp_path: Path) -> None:
         path = saved(learnt(final_norm=False).state_dict())

@@ -209,14 +209,14 @@ class TrainLLM(nn.Module):
         return self.lm_head(self.layer_norm(x))
 
 
-def trained(model: nn.Module, ids: Tensor, steps: int) -> nn.Module:
-    """Train a model on a text for some steps."""
+def trained(model: nn.Module, ids: Tensor, steps: int, length: int = T) -> nn.Module:
+    """Train a model on stretches of a text for some steps."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     draw = random.Random(0)
     for _ in range(steps):
-        starts = [draw.randrange(len(ids) - T - 1) for _ in range(16)]
-        batch = torch.stack([ids[start : start + T + 1] for start in starts])
+        starts = [draw.randrange(len(ids) - length - 1) for _ in range(16)]
+        batch = torch.stack([ids[start : start + length + 1] for start in starts])
         loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
