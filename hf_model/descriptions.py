@@ -42,7 +42,7 @@ def describe_source(path: Path, checkpoint: Checkpoint | None, is_module: bool) 
         return f"{path} (a model of your own class)"
     if checkpoint is None:
         return f"{path} (a folder)"
-    place = f"weights under {checkpoint.weights_key!r}" if checkpoint.weights_key else "a bare state dict"
+    place = f"weights under {checkpoint.weights_key!r}" if checkpoint.weights_key else checkpoint.kind
     if checkpoint.module_class:
         place = f"a whole {checkpoint.module_class}"
     progress = "".join(f", {name} {number:.6g}" for name, number in checkpoint.progress.items())

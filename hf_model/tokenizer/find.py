@@ -43,6 +43,7 @@ from hf_model.tokenizer.wrap import (
     unknown_notes,
     wrap,
 )
+from hf_model.trainers import llm_c
 
 AUTO = "auto"  # in place of a path: look where the trainer put it
 GPT2 = "gpt2"
@@ -214,6 +215,8 @@ def _read(path: Path, start: bytes) -> tuple[Tokenizer, Mapping[str, str | None]
     if TIKTOKEN_LINE.match(start):
         content, note = tiktoken_json(path)
         return tokenizer_of(content, path), {}, (note,)
+    if int.from_bytes(start[:4], "little") == llm_c.TOKENIZER:
+        raise UserError(f"{path}: is a tokenizer of llm.c, which is GPT-2's: give --tokenizer_path gpt2")
     if path.suffix == ".model":
         content, end, notes = sentence_pieces_json(path)
         return tokenizer_of(content, path), {"eos_token": end}, notes

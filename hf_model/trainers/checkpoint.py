@@ -46,7 +46,9 @@ class Checkpoint:
     model_args: dict[str, Any]
     """The sizes that the file states; empty if it states none."""
     weights_key: str | None
-    """The key of the weights in the file; None for a bare state dict."""
+    """The key of the weights in the file; None for a bare state dict, and for llm.c's files."""
+    kind: str = "a bare state dict"
+    """What the file is, in words, if the weights have no key."""
     progress: dict[str, Any] = field(default_factory=dict)
     """`iter_num` and the loss, if the file has them."""
     trainer: Trainer = field(default_factory=lambda: Trainer(is_known=False))
@@ -167,7 +169,7 @@ def read_checkpoint(path: str | Path, check_bytes: bool = True) -> Checkpoint:
         if llm_c.is_model(archive.read_head(path)):
             model_args, state_dict = llm_c.read(path)
             trainer = Trainer(WRITTEN_OUT_TANH, "llm.c's")
-            return Checkpoint(path, state_dict, model_args, weights_key=None, trainer=trainer)
+            return Checkpoint(path, state_dict, model_args, weights_key=None, kind="llm.c's format", trainer=trainer)
         return _read(path, check_bytes)
 
 

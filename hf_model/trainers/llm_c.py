@@ -17,8 +17,9 @@ from hf_model.trainers.architecture import Architecture
 from hf_model.trainers.archive import map_file
 
 MAGIC, HEADER_BYTES = 20240326, 1024
+TOKENIZER = 20240328
 DTYPES = {3: torch.float32, 5: torch.bfloat16}  # by the version of the format
-OTHERS = {20240520: "training data", 20240327: "debugging output", 20240328: "a tokenizer"}
+OTHERS = {20240520: "training data", 20240327: "debugging output", TOKENIZER: "a tokenizer"}
 MAX_LAYERS = 10_000
 LAYERED = (
     *("ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight", "attn.c_proj.bias"),

@@ -263,7 +263,8 @@ class _Reader:
         again = self.logits_of(padded)
         if not error_between(logits[0], again[0]) <= CLOSE:
             raise NoReadingError(
-                "it gives other logits for the same tokens the second time: dropout left on, or rows that mix?"
+                "it gives other logits for the same tokens the second time: dropout that stays on in evaluation (then "
+                "make the model with a dropout of 0), or rows that mix?"
             )
         self.length, self.recorder = length, recorder
         self.ids, self.logits = self.ids.cpu(), logits.cpu()
@@ -485,7 +486,7 @@ class _Reader:
         if rows != 3 * C:
             raise NoReadingError(
                 f"the attention of the first layer: its projections have {rows} rows in all, and queries, keys and "
-                f"values of a GPT have {3 * C}; fewer key heads, or parallel blocks?"
+                f"values of a GPT have {3 * C}; fewer key heads, an attention of another width, or parallel blocks?"
             )
         projected = by_role(projected)
         layer.projections = [linear for linear, _ in projected]

@@ -738,6 +738,30 @@ class Noisy(Own):
         return F.dropout(super().embedded(ids), 0.1, training=True)
 
 
+class NoisyAttention(Fused):
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.1)  # also in evaluation
+
+
+class Narrow(nn.Module):
+    """Half as many heads as the model has room for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w_q, self.w_k, self.w_v = (nn.Linear(C, C // 2, bias=False) for _ in range(3))
+        self.fc = nn.Linear(C // 2, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (linear(x).unflatten(2, (HEADS // 2, D)).transpose(1, 2) for linear in (self.w_q, self.w_k, self.w_v))
+        return self.fc(written_out(q, k, v).transpose(1, 2).flatten(2))
+
+
+class NeedsCache(Own):
+    def forward(self, ids: Tensor, caches: list | None = None) -> Tensor:
+        caches[0] = ids  # type: ignore[index]
+        return super().forward(ids)
+
+
 class TwoSided(Fused):
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
@@ -922,7 +946,8 @@ REFUSED: Mapping[str, tuple[Callable[[], nn.Module], str]] = {
     "soft-capped logits": (Capped, "the head"),
     "scaled logits": (ScaledLogits, "the head"),
     "cosine head": (CosineHead, "the head"),
-    "dropout left on": (Noisy, "dropout"),
+    "dropout left on": (Noisy, "stays on in evaluation .*dropout of 0"),
+    "dropout of the fused attention left on": (partial(Own, NoisyAttention), "stays on in evaluation .*dropout of 0"),
     "two-sided attention": (partial(Own, TwoSided), "attention of the first layer.*causal"),
     "sliding window": (partial(Own, Window), "attention of the first layer"),
     "the last layer is two-sided": (LastTwoSided, "layer 2 of 2"),
@@ -935,6 +960,8 @@ REFUSED: Mapping[str, tuple[Callable[[], nn.Module], str]] = {
     "gated MLP": (partial(Own, mlp=GatedMLP), "gated"),
     "Llama's shape": (partial(Own, Rotary, GatedMLP, RootMeanSquare, positions="none"), "Llama's shape"),
     "fewer key heads": (partial(Own, FewerKeys), "fewer key heads"),
+    "an attention narrower than the model": (partial(Own, Narrow), "have 48 rows in all.*another width"),
+    "a forward that needs a cache": (NeedsCache, "NoneType.*give a module whose forward takes ids alone"),
     "parallel blocks": (partial(Own, block=Parallel), "parallel"),
     "one norm for two places": (partial(Own, block=SharedNorm), "one norm is used in two places"),
     "half a residual": (partial(Own, block=HalfResidual), "sum at the end"),

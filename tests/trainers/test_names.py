@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_model import convert, load
+from hf_model.descriptions import describe_source
 from hf_model.errors import UserError
 from hf_model.loading import Source
 from hf_model.trainers import Checkpoint, read_checkpoint
@@ -169,6 +170,13 @@ class TestLlmC:
         with torch.no_grad():
             assert torch.equal(loaded.model(ids).logits, logits_of(model, ids))
         assert loaded.dtype == dtype
+        assert describe_source(path, loaded.checkpoint, is_module=False) == f"{path} (llm.c's format)"
+
+    def test_its_tokenizer_is_named(self, saved: Callable, tmp_path: Path) -> None:
+        path = tmp_path / "gpt2_tokenizer.bin"
+        path.write_bytes(struct.pack("<3i", 20240328, 2, 50257).ljust(1024, b"\0"))
+        with pytest.raises(UserError, match=r"is a tokenizer of llm\.c.*--tokenizer_path gpt2"):
+            Source(saved({"model": gpt().state_dict()}), path, n_head=4).load()
 
     def test_its_state_dict_has_its_activation_and_a_warning(self, text: Path, saved: Callable) -> None:
         model = gpt(vocab_size=V, tied=True, activation="gelu_new")
