@@ -103,6 +103,12 @@ def infer_architecture(
                 f"{stated_in} says {name}={model_args[name]!r}, but the weights say {sizes[name]}: "
                 "one of them belongs to another model"
             )
+    head = state_dict.get("lm_head.weight")
+    if head is not None and head.ndim == 2 and head.shape[0] != sizes["vocab_size"]:
+        raise UserError(
+            f"its head has {head.shape[0]} rows, and its embedding has {sizes['vocab_size']}: a head that predicts "
+            "tokens has one row for each token; a classifier's has one for each class"
+        )
     architecture = Architecture(
         **sizes,
         n_head=_heads(n_head if n_head is not None else model_args.get("n_head"), sizes["n_embd"]),
