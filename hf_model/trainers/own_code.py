@@ -5,10 +5,12 @@ The code runs because the user named it. What the checkpoint holds is still only
 
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from hf_model.trainers.pickle_reader import fields_of
 from hf_model.trainers.stated import MIXED_KEYS, MODEL_KEYS
 from hf_model.trainers.tensors import find_weights, is_no_weight, weights_of
 
+RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.", re.MULTILINE)
 PLAIN = (int, float, str, bool)  # annotations of an argument that is one value
 
 
@@ -81,7 +84,7 @@ def _named(model: str) -> tuple[Path, str]:
 @contextmanager
 def _running(model: str, code: Path) -> Iterator[None]:
     """Let the user's code import what is beside it and in the current folder, where a trainer is started."""
-    folders = [str(code.parent), str(Path.cwd())]
+    folders = [str(code.parent), str(Path.cwd()), str(_package(code)[0])]
     sys.path[:0] = folders
     try:
         yield
@@ -95,6 +98,23 @@ def _running(model: str, code: Path) -> Iterator[None]:
 
 
 def _import(code: Path, name: str) -> Any:
+    _, module_name = _package(code)
+    module = importlib.import_module(module_name) if "." in module_name else _from_file(code)
+    if not callable(make := getattr(module, name, None)):
+        raise UserError(f"{code.name} has no class or function {name!r}")
+    return make
+
+
+def _package(code: Path) -> tuple[Path, str]:
+    """The folder to import from, and the module's name. With relative imports, a file is part of a package."""
+    root, name = code.parent, code.stem
+    if RELATIVE_IMPORT.search(code.read_text(encoding="utf-8", errors="ignore")):
+        while (root / "__init__.py").is_file():
+            root, name = root.parent, f"{root.name}.{name}"
+    return root, name
+
+
+def _from_file(code: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(code.stem, code)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -105,9 +125,7 @@ def _import(code: Path, name: str) -> Any:
     finally:
         if before is not None:
             sys.modules[code.stem] = before
-    if not callable(make := getattr(module, name, None)):
-        raise UserError(f"{code.name} has no class or function {name!r}")
-    return make
+    return module
 
 
 def _stated(content: Mapping[Any, Any]) -> list[Stated]:

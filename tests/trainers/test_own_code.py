@@ -109,6 +109,22 @@ def test_the_code_imports_from_the_folder_where_the_trainer_is_started(code: str
     assert sys.path == path
 
 
+def test_a_file_of_a_package_may_have_relative_imports(tmp_path: Path, monkeypatch) -> None:
+    models = tmp_path / "mygpt" / "models"
+    models.mkdir(parents=True)
+    for folder in (models, models.parent):
+        (folder / "__init__.py").touch()
+    (models.parent / "parts.py").write_text("from tests.trainers.own_models import Own, SeparateHeads as Heads")
+    (models / "net.py").write_text("from ..parts import Heads, Own\ndef net():\n    return Own(Heads, context=24)")
+    (tmp_path / "input.txt").write_text("".join(chr(33 + i) for i in range(V)))
+    torch.save(weights(24), tmp_path / "ckpt.pt")
+    monkeypatch.chdir(models)  # not the folder that holds the package
+    paths, path = (tmp_path / "ckpt.pt", None), list(sys.path)
+    options = {"characters_of": tmp_path / "input.txt", "model": "net.py:net", "device": "cpu"}
+    assert load(*paths, **options)[0].config.block_size == 24
+    assert sys.path == path
+
+
 def test_arguments_that_nothing_gives_are_named_with_what_to_do(code: Path) -> None:
     torch.save(weights(24), code.parent / "model.pt")
     said = "nothing gives it width and depth: write a function without arguments that returns the model"
