@@ -95,6 +95,9 @@ def read_json_characters(path: Path) -> dict[str, int] | None:
 
     The file is a dict of tokens and ids, a dict of ids and tokens or a list of tokens, or a dict that has one of these
     under any key. The tokens are characters and special tokens such as `<unk>`; the ids are 0, 1, ….
+
+    Raises:
+        UserError: the file cannot be read, or holds half of a character.
     """
     if path.suffix != ".json" or path.stat().st_size > MAX_META_BYTES:
         return None
@@ -104,7 +107,10 @@ def read_json_characters(path: Path) -> dict[str, int] | None:
         return None
     inner = content.values() if isinstance(content, dict) else ()
     found = (ids for one in (content, *inner) for ids in _both_ways(one))
-    return next((ids for ids in found if _are_of_characters(ids)), None)
+    ids = next((ids for ids in found if _are_of_characters(ids)), None)
+    if ids is not None:
+        _check_ids(path, ids)
+    return ids
 
 
 def _both_ways(value: Any) -> Iterator[dict[Any, Any]]:

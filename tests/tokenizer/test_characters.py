@@ -256,6 +256,11 @@ class TestJSON:
         with pytest.raises(UserError, match=r"chars\.json: .*`tokenizers`"):
             find_tokenizer(tmp_path / "chars.json", model())
 
+    def test_half_of_a_character_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "chars.json").write_text(json.dumps({"a": 0, "\ud800": 1}))
+        with pytest.raises(UserError, match=r"chars\.json: .* is half of a character"):
+            find_tokenizer(tmp_path / "chars.json", model(2))
+
     def test_the_prompt_to_try_has_no_unknown_character(self, tmp_path: Path) -> None:
         (tmp_path / "vocab.json").write_text(json.dumps({"<unk>": 0, "漢": 1, "字": 2}))
         tokenizer = find_tokenizer(tmp_path / "vocab.json", model(3)).tokenizer
