@@ -1,6 +1,7 @@
 """Generate text from a prompt with transformers' own `model.generate`."""
 
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -499,6 +500,16 @@ def _drawing_errors() -> Iterator[None]:
 # torch has one random generator for all threads. Threads take turns, so that each draws the numbers that it
 # would draw alone.
 DRAWING = threading.RLock()
+
+
+def _draw_in_a_child() -> None:
+    """Give the child of a fork a lock of its own: a thread that holds the parent's lock does not exist there."""
+    global DRAWING
+    DRAWING = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_draw_in_a_child)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -176,3 +177,33 @@ def test_forked_workers_load_and_run_the_model(capitals: Path) -> None:
     expected = logits_of(capitals)
     with multiprocessing.get_context("fork").Pool(2) as workers:
         assert workers.map_async(logits_of, [capitals] * 4).get(timeout=120) == [expected] * 4
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_worker_that_is_forked_while_a_thread_generates_can_generate() -> None:
+    model, tokenizer = loading.load(CHECKPOINT, TOKENIZER, device="cpu")
+    ids, sampling = encode(tokenizer, PROMPT), Sampling(max_new_tokens=5, temperature=0)
+    expected = generation.generate(model, tokenizer, ids, sampling).texts
+    began, may_end = threading.Event(), threading.Event()
+
+    def wait(_: str) -> None:
+        began.set()
+        may_end.wait()
+
+    def generate() -> list[str]:
+        torch.set_num_threads(1)
+        return generation.generate(model, tokenizer, ids, sampling).texts
+
+    with ThreadPoolExecutor(1) as threads:
+        slow = threads.submit(generation.generate, model, tokenizer, ids, sampling, on_text=wait)
+        began.wait()
+        try:
+            answers: multiprocessing.SimpleQueue[list[str]] = multiprocessing.get_context("fork").SimpleQueue()
+            worker = multiprocessing.get_context("fork").Process(target=lambda: answers.put(generate()))
+            worker.start()
+            worker.join(60)
+            is_done = worker.exitcode == 0
+            worker.kill()
+        finally:
+            may_end.set()
+        assert is_done and answers.get() == slow.result().texts == expected
