@@ -165,6 +165,9 @@ def quick_imports() -> Iterator[None]:
     """Import torch and transformers faster, and let Ctrl-C or SIGTERM end the program at once meanwhile.
 
     Some of these modules catch every exception while they are imported, a KeyboardInterrupt too.
+
+    Raises:
+        ImportError: they cannot be imported, perhaps because a variable such as HF_HUB_DOWNLOAD_TIMEOUT is no number.
     """
     for name in ("torchao", "torch.utils._pytree"):  # torchao reports its kernels for other machines
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -173,7 +176,10 @@ def quick_imports() -> Iterator[None]:
         handle_signal(signal.SIGTERM, _terminate, lambda *_: os._exit(143)),
         _no_garbage_collection(),
     ):
-        yield
+        try:
+            yield
+        except ValueError as error:
+            raise ImportError(f"{error}; perhaps a variable of the environment has a wrong value") from error
 
 
 @contextmanager

@@ -183,6 +183,16 @@ def test_a_warning_is_one_line(capsys: pytest.CaptureFixture) -> None:
     assert capsys.readouterr().err == "warning: a\\nb\n"
 
 
+def test_a_variable_that_the_libraries_cannot_read_is_one_line() -> None:
+    command = [sys.executable, ROOT / "generate.py", *FILES, "--prompt", "a"]
+    done = subprocess.run(
+        command, env=os.environ | {"HF_HUB_DOWNLOAD_TIMEOUT": "rubbish"}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "error: the libraries cannot be loaded (" in done.stderr and "variable of the environment" in done.stderr
+
+
 def test_deep_json_and_huge_numbers_are_refused_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     tokenizer = tmp_path / "tokenizer.json"
     for text in ("[" * 10**5, '{"model": ' * 10**5, json.dumps({"model": {"type": "BPE", "x": 1}})[:-2] + "e999}}"):
