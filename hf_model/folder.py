@@ -202,8 +202,8 @@ def read_generation_config(folder: Path, config: CustomGPTConfig) -> GenerationC
     fields = read_json(folder, "generation_config.json")
     if fields is None:
         fields = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    if fields.get("do_sample") is False and fields.get("temperature") == 0:
-        fields["temperature"] = None  # some trainers write greedy decoding like this
+    if fields.get("do_sample") in (None, False):  # greedy, which some trainers write as a temperature or top_p of 0
+        fields |= {name: None for name in ("temperature", "top_p") if fields.get(name) == 0}
     known = {name: fields[name] for name in GENERATION_FIELDS if fields.get(name) is not None}
     for name, value in known.items():
         is_valid, what = GENERATION_FIELDS[name]

@@ -331,10 +331,6 @@ VALUES: dict[str, Callable[[], Any]] = {
     "sparse tensor": lambda: torch.eye(3).to_sparse(),
     "CSR tensor": lambda: torch.eye(3).to_sparse_csr(),
     "quantized tensor": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
-    "tensor of 20 dimensions": lambda: torch.ones([1] * 20),
-    "quantized tensor of 4 bits": lambda: torch.quantize_per_channel(
-        torch.ones(4, 4), torch.ones(4), torch.zeros(4), 0, torch.quint4x2
-    ),
     "meta tensor": lambda: torch.empty(3, device="meta"),
     "views of one tensor": lambda: (lambda t: [t[0], t[:, 1], t.t(), t.expand(2, 3, 3)])(torch.ones(3, 3)),
     "parameter and gradient": lambda: [nn.Parameter(torch.ones(2)), torch.ones(2, requires_grad=True)],

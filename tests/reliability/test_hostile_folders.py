@@ -147,6 +147,14 @@ class TestGeneration:
         model, _ = load(folder)
         assert (model.generation_config.temperature, model.generation_config.top_k) == (0.25, 7)
 
+    @pytest.mark.parametrize("said", [{"temperature": 0}, {"temperature": 0.0, "top_p": 0}, {"top_p": 0.0}], ids=str)
+    @pytest.mark.parametrize("do_sample", [False, None])
+    def test_settings_of_0_without_sampling_are_greedy(self, do_sample: bool | None, said: dict, folder: Path) -> None:
+        say(folder, "generation_config.json", do_sample=do_sample, **said)
+        model, _ = load(folder)
+        assert not model.generation_config.do_sample
+        assert all(getattr(model.generation_config, name) != 0 for name in said)
+
     def test_without_a_file_the_ids_are_those_of_the_configuration(self, folder: Path) -> None:
         (folder / "generation_config.json").unlink()
         assert load(folder)[0].generation_config.eos_token_id == 3

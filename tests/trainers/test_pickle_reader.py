@@ -148,6 +148,8 @@ HONEST: dict[str, Any] = {
         torch.eye(2).to_sparse(), torch.eye(2).to_sparse_csr(), torch.ones(2, device="meta"),
         torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), torch.ones(2).to(torch.complex64),
         torch.ones(2).to(torch.float8_e5m2), tensor_with_attributes(), torch.empty(0), torch.ones(2, 2).T,
+        torch.quantize_per_channel(torch.ones(4, 4), torch.ones(4), torch.zeros(4), 0, torch.quint4x2),
+        torch.ones([1] * 20),
     ],
     "a module": nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.LayerNorm(2)),
     "an optimizer": torch.optim.AdamW(nn.Linear(2, 2).parameters()),
