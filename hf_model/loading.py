@@ -516,6 +516,8 @@ def compare_logits(name: str, model: CustomGPTForCausalLM, reading: Reading) -> 
     largest = 0.0
     for ids, expected in reading.samples:
         difference = model(ids, use_cache=False, logits_to_keep=expected.shape[1]).logits
+        if reading.log_probabilities:
+            difference = difference.log_softmax(dim=-1)
         spread = float(expected.std())
         difference -= expected
         off = float(max(difference.max(), -difference.min())) / spread if spread > 0 else 0.0

@@ -8,6 +8,7 @@ computes. Names order the candidates; they prove nothing.
 Shapes: B rows of L tokens, C = n_embd, H the width of the MLP, V = vocab_size.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from hf_model.errors import UserError, some_of
 from hf_model.trainers.module_calls import (
     CLOSE,
+    NEEDED,
     B,
     NoFastPath,
     NoReadingError,
@@ -76,6 +78,8 @@ class Reading:
     samples: tuple[tuple[Tensor, Tensor], ...]
     """Random token ids (1, T), for T of 1, 5 and block_size, and the module's logits in float32 or float64: (1, T, V),
     or (1, 1, V) if it gives the last position only."""
+    log_probabilities: bool
+    """Whether the module gives the logits after a log-softmax."""
     notes: tuple[str, ...] = ()
     """What was folded or filled in, in words."""
 
@@ -153,7 +157,7 @@ class _Reader:
             self._find_input()
             self._find_positions()
             layers, layer = self._find_layers()
-            last, allowed = self._last(layers, layer)
+            layers, last, allowed = self._runs(layers, layer)
             final, head = self._head(layers, layer, last)
             self._check_logits(layers, layer, final, head, allowed)
         del self.moved, self.pool, self.recorder
@@ -167,22 +171,38 @@ class _Reader:
         for layers in layer_lists(self.parameters):
             self.epsilon = None
             try:
-                return layers, self._layer({template: self.moved[name] for template, name in layers[0].items()})
+                return layers, self._layer(self._in_layer(layers[0]))
             except NoReadingError as error:
                 first = first or error
         raise first or NoReadingError("no list of like layers was found in it")
 
-    def _last(self, layers: Sequence[Mapping[str, str]], layer: Layer) -> tuple[Tensor, float]:
-        """The last layer's recorded result, and the error that rounding may have made in it.
+    def _runs(self, layers: list[dict[str, str]], layer: Layer) -> tuple[list[dict[str, str]], Tensor, float]:
+        """The layers in the order in which they run, the last recorded result, and the error that rounding may make.
 
-        Every layer is computed in the form of the first one, and must have been recorded.
+        Each result is computed in the form of the first layer, and must have been recorded. After a layer runs the next
+        one. If layers are shared, as in ALBERT, the first one may run after the last one, or each one several times.
         """
-        allowed = CLOSE
-        for i, x in enumerate(self._outputs(self.x, layers, layer)):
+        order: list[int] = []
+        x, allowed = self.x, CLOSE
+        while len(order) < len(self.pool.forms[self.width]):
             allowed += CLOSE  # rounding adds up
-            if not (error := self.pool.error(x)) < allowed:
-                raise NoReadingError(f"layer {i + 1} of {len(layers)} is not like the first: it is {error:.2g} off")
-        return self.pool.nearest(x), allowed
+            candidates = list(dict.fromkeys(((order[-1] + 1) % len(layers), order[-1]))) if order else [0]
+            results = {i: self._run(layer, x, self._in_layer(layers[i])) for i in candidates}
+            errors = {i: self.pool.error(y) for i, y in results.items()}
+            if (fits := next((i for i in candidates if errors[i] < allowed), None)) is None:
+                break
+            order.append(fits)
+            x = results[fits]
+        if (place := len(set(order))) < len(layers):
+            error = errors.get(place, math.inf)
+            raise NoReadingError(f"layer {place + 1} of {len(layers)} is not like the first: it is {error:.2g} off")
+        if len(order) > len(layers):
+            n = f"its {len(layers)} layers run" if len(layers) > 1 else "its one layer runs"
+            self.notes.append(f"{n} {len(order)} times in all: each run became a layer with a copy of the weights")
+        return [layers[i] for i in order], self.pool.nearest(x), allowed
+
+    def _in_layer(self, names: Mapping[str, str]) -> dict[str, Tensor]:
+        return {template: self.moved[name] for template, name in names.items()}
 
     def _check_logits(
         self, layers: Sequence[Mapping[str, str]], layer: Layer, final: Norm | None, head: Linear, allowed: float
@@ -191,23 +211,38 @@ class _Reader:
         *_, x = self._outputs(self.x, layers, layer)
         if not (error := error_between(self._ending(x, final, head), self.logits)) < allowed:
             raise NoReadingError(f"its layers fit, but its logits are {error:.2g} off")
-        x = self.scale * self.moved[self.embedding_name][self.padded_ids] + self.positions
+        x = self.scale * self._embedding(self.moved)[self.padded_ids] + self.positions
         *_, x = self._outputs(x, layers, layer)
-        if not error_between(self._ending(x, final, head), self.padded_logits) < allowed:
-            self.notes.append("your model treats a token of these apart, as padding: 0, 1, 2, 3 or the last one")
+        ends = self._ending(x, final, head)
+        if not error_between(ends, self.padded_logits) < allowed:
+            self.notes.append(
+                f"your model treats {self._padding(ends, allowed)} apart, as padding; the converted one does so only "
+                "with an attention_mask"
+            )
+
+    def _padding(self, ends: Tensor, allowed: float) -> str:
+        """The token that is hidden, in words: the first one whose logits are not the computed ones."""
+        errors = (ends - self.padded_logits)[1].square().mean(dim=1).sqrt() / self.padded_logits.std()
+        places = (~(errors < allowed)).nonzero()
+        if len(errors) == self.length and len(places):
+            return f"token {self.padded_ids[1, places[0]].item()}"
+        return f"one of the tokens 0, 1, 2, 3 and {self.vocab_size - 1}"
 
     def _outputs(self, x: Tensor, layers: Sequence[Mapping[str, str]], layer: Layer) -> Iterator[Tensor]:
         """The result of each layer, (B, L, C)."""
         for names in layers:
-            x = self._run(layer, x, {template: self.moved[name] for template, name in names.items()})
+            x = self._run(layer, x, self._in_layer(names))
             yield x
 
     def _ending(self, x: Tensor, final: Norm | None, head: Linear) -> Tensor:
-        """The logits from the last layer's result, for as many positions as the module gives."""
+        """What the module returns, from the last layer's result, for as many positions as the module gives."""
         x = x[:, -self.logits.shape[1] :]
         if final is not None:
             x = normalized(x, final, self.moved, self._epsilon)
-        return self._linear_of(x, head, self.moved)
+        return self._as_returned(self.logit_scale * self._linear_of(x, head, self.moved))
+
+    def _as_returned(self, logits: Tensor) -> Tensor:
+        return logits.log_softmax(dim=-1) if self.log_probabilities else logits
 
     def _run(self, layer: Layer, x: Tensor, own: Mapping[str, Tensor]) -> Tensor:
         def attention(u: Tensor) -> Tensor:
@@ -236,13 +271,20 @@ class _Reader:
             self.logits_of(ids)
         if (found := recorder.embedding) is None:
             raise NoReadingError("its token embedding was not found: no matrix is looked up by the token ids")
-        like = {name: p for name, p in self.parameters.items() if p.shape == found.shape}
-        same = [name for name, p in like.items() if p.data_ptr() == found.data_ptr()]
-        equal = (name for name, p in like.items() if torch.equal(p, found))
-        self.embedding_name = next(iter(same), None) or next(equal, "")
-        if not self.embedding_name:
+        matrices = [(name, p) for name, p in self.parameters.items() if p.ndim == 2]
+        forms = [(name, transposed, p.t() if transposed else p) for transposed in (False, True) for name, p in matrices]
+        like = [form for form in forms if form[2].shape == found.shape]
+        same = [form for form in like if form[2].data_ptr() == found.data_ptr() and form[2].stride() == found.stride()]
+        equal = (form for form in like if torch.equal(form[2], found))
+        if (form := next(iter(same), None) or next(equal, None)) is None:
             raise NoReadingError("its token embedding is not one of its parameters")
+        self.embedding_name, self.embedding_transposed, _ = form
         self.vocab_size, self.width = found.shape
+
+    def _embedding(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The token embedding, (V, C)."""
+        matrix = parameters[self.embedding_name]
+        return matrix.t() if self.embedding_transposed else matrix
 
     def _record(self) -> None:
         """Run the module on the longest input of `LENGTHS` that it takes."""
@@ -256,18 +298,24 @@ class _Reader:
             except NoReadingError as error:
                 failure = error
         else:
-            raise failure
+            raise NoReadingError(f"{failure}; {NEEDED}")
         padded = self.ids.clone()
         unusual = torch.tensor([0, 1, 2, 3, self.vocab_size - 1]).clamp(max=self.vocab_size - 1)[: length - 2]
         padded[1, 1 : 1 + len(unusual)] = unusual.to(self.device)
         again = self.logits_of(padded)
         if not error_between(logits[0], again[0]) <= CLOSE:
+            if not error_between(logits, self.logits_of(self.ids)) <= CLOSE:
+                raise NoReadingError(
+                    "it gives other logits for the same tokens the second time: dropout that stays on in evaluation "
+                    "(then make the model with a dropout of 0)?"
+                )
             raise NoReadingError(
-                "it gives other logits for the same tokens the second time: dropout that stays on in evaluation (then "
-                "make the model with a dropout of 0), or rows that mix?"
+                "the rows of a batch change each other's logits: nn.Transformer's modules need batch_first=True for "
+                "ids of shape (B, T)"
             )
         self.length, self.recorder = length, recorder
         self.ids, self.logits = self.ids.cpu(), logits.cpu()
+        self.log_probabilities = _are_ones(self.logits.exp().sum(dim=-1))
         self.padded_ids, self.padded_logits = padded.cpu(), again.cpu()
         self.pool = Pool(recorder.values, length)
 
@@ -281,7 +329,7 @@ class _Reader:
 
     def _find_input(self) -> None:
         """Find the first layer's input among the recorded tensors: a multiple of the embedding, plus positions."""
-        rows = self.moved[self.embedding_name][self.ids]  # (B, L, C)
+        rows = self._embedding(self.moved)[self.ids]  # (B, L, C)
         between = rows[0] - rows[1]  # in which positions cancel
         found = None
         for place, form in enumerate(self.pool.forms.get(self.width, [])):
@@ -324,13 +372,12 @@ class _Reader:
                     self.logits_of(ids)
             except NoReadingError:
                 continue
-            self.notes.append(f"the {length} computed positions became a table")
-            rows = self.module.get_parameter(self.embedding_name)[ids[0]].cpu()  # (T, C)
-            return recorder.values[self.place][0] - self.scale * rows
-        raise NoReadingError(
-            "its positions are computed, and no attribute says how many there are: set one, such as "
-            "model.block_size = 1024"
-        )
+            own = {self.embedding_name: self.module.get_parameter(self.embedding_name)}
+            table = recorder.values[self.place][0] - self.scale * self._embedding(own)[ids[0]].cpu()
+            became = "computed positions became a table" if table.any() else "positions are zeros: your model adds none"
+            self.notes.append(f"the {length} {became}")
+            return table
+        raise NoReadingError("no attribute says how many positions it has: set one, such as model.block_size = 1024")
 
     def _own_weights(self) -> AbstractContextManager[None]:
         """The module's own weights, in float32 if they are narrower."""
@@ -471,10 +518,14 @@ class _Reader:
         for name, weight in parameters.items():
             for linear in linears_in(name, weight, x.shape[2], parameters):
                 y = self._linear_of(x, linear, parameters)
-                if (n_out is None or y.shape[2] == n_out) and self.pool.holds(y):
+                if (n_out is None or y.shape[2] == n_out) and self._holds_in_all(y):
                     found.append((linear, y))
                     break
         return found
+
+    def _holds_in_all(self, y: Tensor) -> bool:
+        """Whether a product was recorded as one, or in three parts, as by `nn.MultiheadAttention`."""
+        return self.pool.holds(y) or (y.shape[2] == 3 * self.width and all(map(self.pool.holds, y.chunk(3, dim=2))))
 
     def _attention(
         self, layer: Layer, projected: list[tuple[Linear, Tensor]], parameters: Mapping[str, Tensor]
@@ -495,8 +546,8 @@ class _Reader:
         n_parts = len(projected)
         heads = [n_parts // 3] if n_parts > 3 and n_parts % 3 == 0 else [n_parts] if n_parts > 3 else head_counts(C)
         tried: list[tuple[float, Attention, Tensor]] = []
-        for n_head in heads:
-            for attention in attentions(C, n_head):
+        for usual, n_head in itertools.product((True, False), heads):
+            for attention in attentions(C, n_head, usual):
                 z = attend(joined, attention)
                 error = self.pool.error(z)
                 nearest = min(nearest, error)
@@ -523,9 +574,11 @@ class _Reader:
         gains = [p for p in parameters.values() if p.ndim == 1 and len(p) == self.width]
         if any(self.pool.error(scaled * gain) < 100 * CLOSE for gain in (torch.ones(self.width), *gains)):
             return f"the norm of the first layer is RMSNorm. {LLAMA}"
-        nearest = self._nearest_norm(self.x, list(norms_in(parameters, self.width)), parameters)
+        nearest = self._nearest_norm(self.x, list(norms_in(self.moved, self.width)), self.moved)
         if nearest < CLOSE:
             return "the first layer: no matrix reads its first norm; a norm of the embedding?"
+        if not gains:
+            return f"no layer is as wide as the token embedding, {self.width}; a projection between them?"
         return f"the norm of the first layer: the nearest LayerNorm is {nearest:.2g} off; another kind of norm? {LLAMA}"
 
     def _output(self, layer: Layer, attended: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -572,12 +625,18 @@ class _Reader:
                 layer.up = up
                 return result
         if nearest == math.inf:
-            raise NoReadingError("the MLP of the first layer was not found: no matrix reads its input")
+            raise NoReadingError(
+                "the MLP of the first layer was not found: no matrix reads its input; a second attention, as in "
+                "nn.TransformerDecoder, or a convolution?"
+            )
         if nearest < CLOSE:
             raise NoReadingError(
                 f"the MLP of the first layer: no matrix takes its activation; gated, or three matrices? {LLAMA}"
             )
-        raise NoReadingError(f"the MLP of the first layer: the nearest activation is {nearest:.2g} off; gated? {LLAMA}")
+        raise NoReadingError(
+            f"the MLP of the first layer: the nearest activation of transformers is {nearest:.2g} off; another one, or "
+            f"gated? {LLAMA}"
+        )
 
     def _decide(self, errors: Mapping[str, float]) -> str:
         """The activation: the first name whose result is as near as the best one, if all such names agree."""
@@ -604,20 +663,44 @@ class _Reader:
             if weight.numel() == V * self.width
             for linear in linears_in(name, weight, self.width, outside)
         ]
-        nearest = math.inf
-        for form in reversed(forms):
-            for head in heads:
-                y = self._linear_of(form[:, -self.logits.shape[1] :], head, outside)
-                if y.shape[2] != V:
-                    continue
-                error = error_between(y, self.logits)
-                nearest = min(nearest, error)
-                if error < CLOSE:
+        self._check_returned(V)
+        nearest, failure = math.inf, None
+        for form, head in itertools.product(reversed(forms), heads):
+            y = self._linear_of(form[:, -self.logits.shape[1] :], head, outside)
+            if y.shape[2] != V:
+                continue
+            self.logit_scale = 1.0 if self.log_probabilities else self._scale_between(y)
+            error = error_between(self._as_returned(self.logit_scale * y), self.logits)
+            nearest = min(nearest, error)
+            if error < CLOSE:
+                try:
                     return self._final_norm(last, form, outside), head
-        raise NoReadingError(
+                except NoReadingError as reason:  # what the head reads may itself be scaled
+                    failure = failure or reason
+        raise failure or NoReadingError(
             f"the head: no matrix of {V} rows gives the logits from a recorded tensor (the nearest is {nearest:.2g} "
-            "off); a soft cap, or a scale?"
+            "off); a soft cap?"
         )
+
+    def _check_returned(self, n: int) -> None:
+        """Check that the module returns logits or log-probabilities, n for each token."""
+        if n != self.vocab_size:
+            raise NoReadingError(
+                f"it returns {n} values for each token, and its embedding has {self.vocab_size} rows: let forward "
+                "return the logits, alone or as the first tensor"
+            )
+        if self.logits.min() >= 0 and _are_ones(self.logits.sum(dim=-1)):
+            raise NoReadingError("it returns probabilities: let forward return the logits, without softmax")
+        if self.log_probabilities:
+            self.notes.append(
+                "your model returns log-probabilities, the converted one logits with the same probabilities"
+            )
+
+    def _scale_between(self, y: Tensor) -> float:
+        """The number that `y` is multiplied by to become the logits, if there is one."""
+        y, logits = y.double(), self.logits.double()
+        scale = float((y * logits).sum() / y.square().sum())
+        return next((usual for usual in (1.0, self.width**-0.5) if abs(scale / usual - 1) < 1e-5), scale)
 
     def _final_norm(self, last: Tensor, entry: Tensor, outside: Mapping[str, Tensor]) -> Norm | None:
         """The norm between the last layer's result and what the head reads; None if the two are the same."""
@@ -630,7 +713,10 @@ class _Reader:
                 if (error := error_between(y, entry)) < CLOSE:
                     found.append((error, norm, epsilon, y))
         if (settled := self._settled(found)) is None:
-            raise NoReadingError("its layers fit, but what the head reads is no norm of the last layer's result")
+            raise NoReadingError(
+                "the layers that were found fit, but what the head reads is no norm of the last one's result; layers "
+                "in another order, or without a number in their names?"
+            )
         return settled[0]
 
     # Everything under this project's names.
@@ -647,24 +733,29 @@ class _Reader:
         assert layer.attention is not None
         C, n_head, scale = self.width, layer.attention.n_head, layer.attention.scale
         own = {name: parameter.cpu() for name, parameter in self.parameters.items()}
-        embedding, matrix = own[self.embedding_name], head.matrix(own, C)
-        if matrix.shape != embedding.shape:
-            raise NoReadingError(f"its head has {len(matrix)} rows, and its embedding {len(embedding)}")
-        tied = self.scale == 1 and torch.equal(matrix, embedding)
+        embedding, matrix = self._embedding(own), head.matrix(own, C)
+        is_same = torch.equal(matrix, embedding)
+        tied = is_same and self.scale == self.logit_scale == 1
+        if self.logit_scale != 1:
+            untied = ", which is therefore no longer tied to the embedding" if is_same else ""
+            self.notes.append(f"your logits' factor {self.logit_scale:.6g} became part of the head{untied}")
         state: dict[str, Tensor | None] = {
-            "transformer.wte.weight": embedding if self.scale == 1 else embedding * self.scale,
+            "transformer.wte.weight": embedding.contiguous() if self.scale == 1 else embedding * self.scale,
             "transformer.wpe.weight": positions.to(embedding.dtype),
         }
         for i, names in enumerate(layers):
-            in_layer = {template: own[name] for template, name in names.items()}
+            again = names in layers[:i]
+            in_layer = {template: own[name].clone() if again else own[name] for template, name in names.items()}
             state |= {f"transformer.h.{i}.{name}": p for name, p in layer_tensors(layer, in_layer, C).items()}
         if final is not None:
             state |= norm_tensors("transformer.ln_f", final, own, C)
         has_bias = any(value is not None for name, value in state.items() if name.endswith(".bias"))
         if not tied:
-            state["lm_head.weight"] = matrix.contiguous()
+            state["lm_head.weight"] = self._scaled(matrix.contiguous())
         if head.bias is not None:
-            state["lm_head.bias"] = head.vector(own, len(matrix))
+            bias = head.vector(own, len(matrix))
+            assert bias is not None
+            state["lm_head.bias"] = self._scaled(bias)
         self._note_unused(layers, layer, final, head)
         H = state["transformer.h.0.mlp.c_fc.weight"]
         assert H is not None
@@ -685,15 +776,23 @@ class _Reader:
             "head_bias": head.bias is not None,
             "attention_scale": None if scale == (C // n_head) ** -0.5 else scale,
         }
-        return Reading(options, filled(state, has_bias), samples, tuple(self.notes))
+        return Reading(options, filled(state, has_bias), samples, self.log_probabilities, tuple(self.notes))
+
+    def _scaled(self, tensor: Tensor) -> Tensor:
+        return tensor if self.logit_scale == 1 else tensor * self.logit_scale
 
     def _note_unused(self, layers: Sequence[Mapping[str, str]], layer: Layer, final: Norm | None, head: Linear) -> None:
         used = {self.embedding_name, self.position_name, head.weight, head.bias}
         used |= {names[template] for names in layers for template in layer.names()}
         used |= set() if final is None else {final.weight, final.bias}
         if unused := [name for name in self.parameters if name not in used]:
-            self.notes.append(f"left out, because no logit depends on it: {some_of(unused, 3)}")
+            table = "" if self.position_name else "it became part of the table of positions, or "
+            self.notes.append(f"left out, because {table}no logit depends on it: {some_of(unused, 3)}")
 
     def _dropout(self) -> float:
         rates = {part.p for part in self.module.modules() if isinstance(part, nn.Dropout)}
         return max(rates) if rates and max(rates) < 1 else 0.0
+
+
+def _are_ones(sums: Tensor) -> bool:
+    return float((sums - 1).abs().max()) < 10 * CLOSE

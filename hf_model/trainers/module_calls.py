@@ -1,6 +1,9 @@
 """Run a module of any class, and record each tensor that its operators return."""
 
+import inspect
 import math
+import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,8 +18,18 @@ from hf_model.errors import one_line
 B = 2  # rows of tokens
 SAMPLE = 512  # values of a recorded tensor that are compared first
 BLOCK = 2**20 + 7  # random values that are drawn; a prime, so that no two rows of a larger tensor are equal
+CONTAINERS = (list, dict, set, OrderedDict)
 CLOSE = 3e-5  # relative error (root mean square) of two float32 results that differ by rounding only
-# Ways to call a module, with token ids and a mask (T, T) that is True for the future; the usual ones first.
+NEEDED = "give a module whose forward takes token ids (B, T) and returns logits (B, T, V)"
+# What an argument of `forward` gets by its name, as a function of the token ids (B, T). The first that fits counts.
+ARGUMENTS: Mapping[str, Callable[[Tensor], Any]] = {
+    "target|label": lambda ids: ids,
+    "start|offset": lambda ids: 0,
+    "pos": lambda ids: torch.arange(ids.shape[1], device=ids.device).expand_as(ids),
+    "pad": lambda ids: torch.zeros_like(ids, dtype=torch.bool),
+    "mask": torch.ones_like,
+}
+# Ways to call a module, with token ids (B, T) and a mask (T, T) that is True for the future; the usual ones first.
 Call = Callable[[nn.Module, Tensor, Tensor], Any]
 CALLS: tuple[Call, ...] = (
     lambda module, ids, future: module(ids),
@@ -28,7 +41,17 @@ CALLS: tuple[Call, ...] = (
     ),
     lambda module, ids, future: module(ids, future),
     lambda module, ids, future: module(ids, ~future),
+    lambda module, ids, future: module(ids, ~future[None]),
+    lambda module, ids, future: module(**_by_name(module, ids)),
 )
+
+
+def _by_name(module: nn.Module, ids: Tensor) -> dict[str, Any]:
+    """The arguments that a module's `forward` needs: the token ids, then what the names of the others stand for."""
+    first, *others = inspect.signature(module.forward).parameters.values()
+    needed = [one.name for one in others if one.default is one.empty]
+    values = {name: [value for part, value in ARGUMENTS.items() if re.search(part, name)] for name in needed}
+    return {first.name: ids} | {name: found[0](ids) for name, found in values.items()}
 
 
 class NoReadingError(Exception):
@@ -54,9 +77,12 @@ def exact(device: str) -> Iterator[None]:
 def untouched(module: nn.Module) -> Iterator[None]:
     """Run a block with a module in evaluation mode, and leave all as it was.
 
-    Restored are the modes, attributes and buffers of the module and its parts, and the random state.
+    Restored are the modes, attributes and buffers of the module and its parts, and the random state. An attribute that
+    is a list, a dict or a set gets its items back.
     """
-    parts = [(part, dict(vars(part)), dict(part._buffers)) for part in module.modules()]
+    parts = [(part, dict(vars(part))) for part in module.modules()]
+    held = [value for _, attributes in parts for value in attributes.values() if type(value) in CONTAINERS]
+    items = [(container, container.copy()) for container in held]
     values = [(buffer, buffer.clone()) for buffer in module.buffers()]
     cuda = {parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"}
     device = next(module.parameters()).device.type
@@ -65,11 +91,12 @@ def untouched(module: nn.Module) -> Iterator[None]:
             module.eval()
             yield
         finally:
-            for part, attributes, buffers in parts:
+            for part, attributes in parts:
                 vars(part).clear()
                 vars(part).update(attributes)
-                part._buffers.clear()
-                part._buffers.update(buffers)
+            for container, own in items:
+                container.clear()
+                container.extend(own) if isinstance(container, list) else container.update(own)
             for buffer, value in values:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
@@ -114,8 +141,9 @@ def find_calls(module: nn.Module, ids: Tensor) -> Iterator[Callable[[Tensor], Te
     """Ways to get logits from a module: functions of ids (B, T) to logits (B, T, V), the usual ones first.
 
     The module may return a tensor, a tuple or list that holds one, a dict or an object with `logits`; of shape
-    (B, T, V) or (B T, V). If it gives the last position only, it is called with targets too. If it gives no more then,
-    the function's logits have the shape (B, 1, V). It may need a causal mask, and take ids of shape (T, B).
+    (B, T, V), (B, V, T) or (B T, V). If it gives the last position only, it is called with targets too. If it gives no
+    more then, the function's logits have the shape (B, 1, V). It may need a mask or positions, and take ids of shape
+    (T, B).
 
     Args:
         ids: to try it with, (B, T).
@@ -148,8 +176,7 @@ def find_calls(module: nn.Module, ids: Tensor) -> Iterator[Callable[[Tensor], Te
                 yield only_last
             return
     if not n_found:
-        assert failure is not None
-        raise failure
+        raise NoReadingError(f"{failure}; {NEEDED}")
 
 
 def logits_by(call: Call, module: nn.Module, positions_first: bool) -> Callable[[Tensor], Tensor]:
@@ -185,6 +212,8 @@ def _logits(output: Any, rows: int, length: int) -> Tensor:
         raise NoReadingError(f"it returns {type(output).__name__}, not logits")
     if output.ndim == 2:
         output = output.view(rows, -1, output.shape[-1])
+    if output.ndim == 3 and output.shape[1] not in (1, length) and output.shape[2] == length:
+        output = output.transpose(1, 2)  # (B, V, T), as torch's cross-entropy takes them
     if output.ndim != 3 or output.shape[0] != rows or output.shape[1] not in (1, length):
         raise NoReadingError(f"it returns shape {tuple(output.shape)} for {rows} rows of {length} tokens")
     return output
@@ -215,7 +244,7 @@ class Recorder(TorchDispatchMode):
         """Of shape (B, L, D), in float32."""
         self.epsilons: list[float] = []
         self.embedding: Tensor | None = None
-        """The matrix that the token ids look up."""
+        """The matrix (V, C) that the token ids look up, or that their one-hot vectors are multiplied by."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
@@ -225,6 +254,8 @@ class Recorder(TorchDispatchMode):
             self._look_up(args[0], args[1])
         if func is torch.ops.aten.index.Tensor and self.embedding is None and args[0].ndim == 2:
             self._look_up(args[0], args[1][0])
+        if func is torch.ops.aten.mm.default and self.embedding is None and self._is_one_hot(args[0]):
+            self.embedding = args[1]
         for value in output if isinstance(output, (tuple, list)) else (output,):
             if isinstance(value, Tensor) and value.is_floating_point() and len(self.values) != self.most:
                 rows = as_rows(value.detach(), self.ids.shape[1])
@@ -235,6 +266,12 @@ class Recorder(TorchDispatchMode):
     def _look_up(self, matrix: Tensor, index: Tensor | None) -> None:
         if index is not None and any(torch.equal(index, ids) for ids in (self.ids, self.ids.t())):
             self.embedding = matrix
+
+    def _is_one_hot(self, rows: Tensor) -> bool:
+        """Whether (B L, V) rows are the token ids as one-hot vectors."""
+        if len(rows) != self.ids.numel() or int(self.ids.max()) >= rows.shape[1]:
+            return False
+        return torch.equal(rows, nn.functional.one_hot(self.ids.flatten(), rows.shape[1]).to(rows.dtype))
 
 
 class Pool:

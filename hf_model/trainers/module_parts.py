@@ -15,6 +15,11 @@ GATHER = (
     "plain = GPT(config); plain.load_state_dict(state); convert(plain, ...)"
 )
 
+MAX_NORM = (
+    "an embedding has max_norm, so each use changes its weights. Change them all at once: "
+    "emb.weight.data = emb.weight.data.renorm(2, 0, emb.max_norm); emb.max_norm = None"
+)
+
 
 def unwrap(module: nn.Module) -> nn.Module:
     """The module that `torch.compile`, `DataParallel`, `DistributedDataParallel` or FSDP wraps."""
@@ -63,10 +68,10 @@ def _size(module: nn.Module) -> int:
 
 
 def check_held(module: nn.Module) -> None:
-    """Check that a module has parameters, and holds each of them whole.
+    """Check that a module has parameters, holds each of them whole, and does not change them when it runs.
 
     Raises:
-        UserError: it does not; the message says how to gather them.
+        UserError: it does not; the message says what to do.
     """
     name, parameters = type(module).__name__, list(module.parameters())
     if isinstance(module, torch.jit.ScriptModule):
@@ -77,3 +82,5 @@ def check_held(module: nn.Module) -> None:
         raise UserError(f"{name}: {GATHER}")
     if any(parameter.device.type == "meta" for parameter in parameters):
         raise UserError(f"{name}: its weights are on the meta device, which holds no values: load them first")
+    if any(isinstance(part, nn.Embedding) and part.max_norm is not None for part in module.modules()):
+        raise UserError(f"{name}: {MAX_NORM}")

@@ -84,8 +84,19 @@ def same_attention(one: Attention, other: Attention) -> bool:
     return (one.n_head, one.scale) == (other.n_head, other.scale) and torch.equal(one.rows, other.rows)
 
 
-def attentions(width: int, n_head: int) -> Iterator[Attention]:
-    """Ways to read joined projections: the order of queries, keys and values, of heads and of their values."""
+def scales(width: int, n_head: int, usual: bool) -> list[float]:
+    """What a product of a query and a key may be multiplied by."""
+    size = width // n_head
+    values = (size**-0.5, width**-0.5, 1.0) if usual else (1 / size, 1 / width, n_head**-0.5, size**0.5, width**0.5)
+    return list(dict.fromkeys(values))
+
+
+def attentions(width: int, n_head: int, usual: bool) -> Iterator[Attention]:
+    """Ways to read joined projections: the order of queries, keys and values, of heads and of their values; the scale.
+
+    Args:
+        usual: whether the usual scales are taken, or the others.
+    """
     size = width // n_head
     index = torch.arange(3 * width)
     orders = {
@@ -105,7 +116,7 @@ def attentions(width: int, n_head: int) -> Iterator[Attention]:
             if (key := tuple(rows.tolist())) in seen:
                 continue
             seen.add(key)
-            for scale in dict.fromkeys((size**-0.5, width**-0.5, 1.0)):
+            for scale in scales(width, n_head, usual):
                 yield Attention(rows, n_head, scale)
 
 

@@ -181,6 +181,13 @@ class FusedHeads(nn.Module):
         return self.out(torch.cat([head(x) for head in self.heads], dim=-1))
 
 
+class ScaledScores(Fused):
+    """Scores that are multiplied by a number."""
+
+    def __init__(self, scale: float):
+        super().__init__(scale=scale, fused=False)
+
+
 class NoProjection(Fused):
     """The heads' results are added as they are."""
 
@@ -306,6 +313,18 @@ class PostNorm(PreNorm):
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm1(x + self.att(x))
         return self.norm2(x + self.ff(x))
+
+
+class NormForEach(PreNorm):
+    """`nn.MultiheadAttention` gets three results of the norm, equal but not the same tensor."""
+
+    def __init__(self, attention: Callable, mlp: Callable, norm: Callable):
+        super().__init__(partial(nn.MultiheadAttention, C, HEADS, dropout=0.1, batch_first=True), mlp, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.full((x.shape[1], x.shape[1]), -math.inf).triu(1)
+        x = x + self.att(self.norm1(x), self.norm1(x), self.norm1(x), attn_mask=mask, need_weights=False)[0]
+        return x + self.ff(self.norm2(x))
 
 
 class Parallel(PreNorm):
@@ -534,6 +553,95 @@ class TakesMask(Own):
         return self.head(self.final(x))
 
 
+class TakesMasks(Own):
+    """`forward` needs positions and an attention mask, 1 for tokens and 0 for padding, both (B, T)."""
+
+    def everything(self, ids: Tensor) -> Tensor:
+        return self(ids, torch.arange(ids.shape[1]).expand_as(ids), torch.ones_like(ids))
+
+    def forward(self, ids: Tensor, position_ids: Tensor, attention_mask: Tensor) -> Tensor:  # type: ignore[override]
+        x = self.tok(ids) + self.pos(position_ids)
+        hidden = (1 - attention_mask)[:, None, None] * -1e9
+        for layer in self.layers():
+            q, k, v = layer.att.parts(layer.norm1(x))
+            scores = q @ k.transpose(-2, -1) * D**-0.5 + hidden
+            scores = scores.masked_fill(torch.ones(x.shape[1], x.shape[1]).triu(1).bool(), -math.inf)
+            x = x + layer.att.out(join_heads(scores.softmax(-1) @ v))
+            x = x + layer.ff(layer.norm2(x))
+        return self.head(self.final(x))
+
+
+class NeedsPadding(Own):
+    """`forward` needs a padding mask, and takes keywords only."""
+
+    def forward(self, *, input_ids: Tensor, padding: Tensor) -> Tensor:  # type: ignore[override]
+        assert padding.shape == input_ids.shape and not padding.any()
+        return self.everything(input_ids)
+
+
+class VocabularyFirst(Own):
+    """Returns (B, V, T), as PyTorch's cross-entropy takes it."""
+
+    def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
+        return self.everything(ids).transpose(1, 2)
+
+
+class OneHot(Own):
+    """Multiplies one-hot vectors by a matrix."""
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        positions = F.one_hot(torch.arange(ids.shape[1]), T).float()
+        return F.one_hot(ids, V).float() @ self.tok.weight + positions @ self.pos.weight
+
+
+class OneHotLinear(Own):
+    """A linear layer on one-hot vectors: the embedding is (C, V)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tok = nn.Linear(V, C, bias=False)  # type: ignore[assignment]
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        return self.tok(F.one_hot(ids, V).float()) + self.pos(torch.arange(ids.shape[1]))
+
+
+class Shared(Own):
+    """Layers that run more than once, as in ALBERT: `order` says which ones."""
+
+    def __init__(self, order: list[int]):
+        super().__init__(layers=len(set(order)))
+        self.order = order
+
+    def layers(self) -> list[nn.Module]:
+        return [self.blocks[i] for i in self.order]  # type: ignore[index]
+
+
+class SharedInList(Own):
+    def __init__(self) -> None:
+        super().__init__(layers=1)
+        self.blocks = nn.ModuleList([*self.blocks] * 3)
+
+
+class ScaledLogits(Own):
+    def everything(self, ids: Tensor) -> Tensor:
+        return super().everything(ids) * 0.3
+
+
+class ScaledHidden(Own):
+    """What the head reads is scaled, as in T5."""
+
+    def everything(self, ids: Tensor) -> Tensor:
+        x = self.embedded(ids)
+        for layer in self.layers():
+            x = layer(x)
+        return self.head(self.final(x) * C**-0.5)
+
+
+class LogProbabilities(Own):
+    def everything(self, ids: Tensor) -> Tensor:
+        return super().everything(ids).log_softmax(-1)
+
+
 class TokenTypes(Own):
     """Adds a learned vector at all positions, and half of the position embedding."""
 
@@ -662,12 +770,30 @@ HONEST: Mapping[str, Callable[[], nn.Module]] = {
     "bare parameters": Functional,
     "a weight for each head": partial(Own, Einsum),
     "no projection after the heads": partial(Own, NoProjection),
+    "the norm for each input of MultiheadAttention": partial(Own, block=NormForEach),
+    "scores divided by the head's width": partial(Own, partial(ScaledScores, 1 / D)),
+    "scores divided by the root of the heads": partial(Own, partial(ScaledScores, HEADS**-0.5)),
+    "scores multiplied by the root of the width": partial(Own, partial(ScaledScores, C**0.5)),
     "queries apart": partial(Own, partial(QueriesApart, False)),
     "queries apart, keys and values by head": partial(Own, partial(QueriesApart, True)),
     "heads with one projection each": partial(Own, FusedHeads),
     "positions first": partial(Tutorial, False),
     "positions first, a mask as argument": partial(Tutorial, True),
     "a mask as argument": TakesMask,
+    "positions and an attention mask as arguments": TakesMasks,
+    "a padding mask, by keyword": NeedsPadding,
+    "logits of shape (B, V, T)": VocabularyFirst,
+    "one-hot vectors": OneHot,
+    "a linear layer on one-hot vectors": OneHotLinear,
+    "one layer that runs three times": partial(Shared, [0, 0, 0]),
+    "one layer three times in a list": SharedInList,
+    "layers that run twice": partial(Shared, [0, 1, 0, 1]),
+    "layers that run twice at once": partial(Shared, [0, 0, 1, 1]),
+    "scaled logits": ScaledLogits,
+    "scaled logits, tied": partial(ScaledLogits, head="tied"),
+    "scaled logits, biased": partial(ScaledLogits, head="biased"),
+    "scaled logits at the last position only": partial(ScaledLogits, returns=only_last),
+    "a scaled input of a tied head": partial(ScaledHidden, head="tied"),
     "token types and scaled positions": TokenTypes,
     "one Sequential": InSequence,
     "convolutions over one position": partial(Own, mlp=ConvolutionMLP),
@@ -718,11 +844,6 @@ HONEST: Mapping[str, Callable[[], nn.Module]] = {
 class Capped(Own):
     def everything(self, ids: Tensor) -> Tensor:
         return 3 * torch.tanh(super().everything(ids) / 3)
-
-
-class ScaledLogits(Own):
-    def everything(self, ids: Tensor) -> Tensor:
-        return super().everything(ids) * 0.5
 
 
 class CosineHead(Own):
@@ -910,18 +1031,155 @@ class ExtraToken(Own):
 
 class Probabilities(Own):
     def everything(self, ids: Tensor) -> Tensor:
-        return super().everything(ids).log_softmax(-1)
+        return super().everything(ids).softmax(-1)
+
+
+class HiddenFirst(Own):
+    def forward(self, ids: Tensor) -> Any:  # type: ignore[override]
+        return self.embedded(ids), self.everything(ids)
+
+
+class ScaledByPosition(Own):
+    def everything(self, ids: Tensor) -> Tensor:
+        return super().everything(ids) * (1 + 0.01 * torch.arange(ids.shape[1]))[:, None]
+
+
+class ScaledInPart(Own):
+    def everything(self, ids: Tensor) -> Tensor:
+        return super().everything(ids) * torch.where(torch.arange(V) < 20, 1.0, 0.5)
+
+
+class LogProbabilitiesOfSome(Own):
+    """The first token is never said."""
+
+    def everything(self, ids: Tensor) -> Tensor:
+        return super().everything(ids).masked_fill(torch.arange(V) == 0, -1e9).log_softmax(-1)
+
+
+class Injected(Own):
+    """One layer that runs three times, each time on its input and the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=1)
+
+    def everything(self, ids: Tensor) -> Tensor:
+        x = first = self.embedded(ids)
+        for _ in range(3):
+            x = self.blocks[0](x + first)  # type: ignore[index]
+        return self.head(self.final(x))
+
+
+class OnceMore(Own):
+    """One layer that runs once more where the input is long."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=1)
+
+    def everything(self, ids: Tensor) -> Tensor:
+        x = self.embedded(ids)
+        for _ in range(3 if ids.shape[1] > 30 else 2):
+            x = self.blocks[0](x)  # type: ignore[index]
+        return self.head(self.final(x))
+
+
+class CrossAttention(Own):
+    """PyTorch's decoder, whose memory is its own input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.TransformerDecoder(nn.TransformerDecoderLayer(C, HEADS, 48, batch_first=True), L)
+
+    def everything(self, ids: Tensor) -> Tensor:
+        x, mask = self.embedded(ids), torch.ones(ids.shape[1], ids.shape[1]).triu(1).bool()
+        return self.head(self.blocks(x, x, tgt_mask=mask))
+
+
+class PositionsFirst(Own):
+    """PyTorch's encoder layers, which take (T, B, C), on (B, T, C)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(C, HEADS, 48) for _ in range(L))
+
+
+class Factorized(Own):
+    """A narrow embedding, and a projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tok, self.wide = nn.Embedding(V, 12), nn.Linear(12, C)
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        return self.wide(self.tok(ids)) + self.pos(torch.arange(ids.shape[1]))
+
+
+class LearnedTypes(Own):
+    """`forward` needs token types."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds = nn.Embedding(2, C)
+
+    def forward(self, ids: Tensor, kinds: Tensor) -> Tensor:  # type: ignore[override]
+        x = self.embedded(ids) + self.kinds(kinds)
+        for layer in self.layers():
+            x = layer(x)
+        return self.head(self.final(x))
+
+
+class MaxNorm(Own):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tok = nn.Embedding(V, C, max_norm=1.0)
+
+
+class HeadTemperatures(Fused):
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperatures = nn.Parameter(torch.ones(HEADS, 1, 1))
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return super().mix(q * self.temperatures, k, v)
+
+
+class WeakMask(Fused):
+    """Scores of the future are low, but count."""
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.transpose(-2, -1) * D**-0.5
+        return scores.masked_fill(torch.ones(q.shape[2], q.shape[2]).triu(1).bool(), -5.0).softmax(-1) @ v
+
+
+class Decay(Fused):
+    """A bias of 0.001 for each step back."""
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        steps = torch.arange(q.shape[2])
+        bias = (steps[None] - steps[:, None]) * 1e-3
+        bias = bias.masked_fill(torch.ones(q.shape[2], q.shape[2]).triu(1).bool(), -math.inf)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+class TokenShift(PreNorm):
+    """Half of the attention's input is the token before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.norm1(x)
+        before = F.pad(u, (0, 0, 1, -1))
+        x = x + self.att(torch.cat([before[..., : C // 2], u[..., C // 2 :]], dim=-1))
+        return x + self.ff(self.norm2(x))
+
+
+class OtherScaleLast(Own):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[-1].att.scale = D**-0.5 / 2  # type: ignore[index, union-attr]
 
 
 class RowsMix(Own):
     def everything(self, ids: Tensor) -> Tensor:
         logits = super().everything(ids)
         return logits + 0.05 * logits.mean(0, keepdim=True)
-
-
-class LayersTwice(Own):
-    def layers(self) -> list[nn.Module]:
-        return 2 * super().layers()
 
 
 class FromTheEnd(Own):
@@ -944,7 +1202,6 @@ class OtherFinalEpsilon(Own):
 
 REFUSED: Mapping[str, tuple[Callable[[], nn.Module], str]] = {
     "soft-capped logits": (Capped, "the head"),
-    "scaled logits": (ScaledLogits, "the head"),
     "cosine head": (CosineHead, "the head"),
     "dropout left on": (Noisy, "stays on in evaluation .*dropout of 0"),
     "dropout of the fused attention left on": (partial(Own, NoisyAttention), "stays on in evaluation .*dropout of 0"),
@@ -987,9 +1244,26 @@ REFUSED: Mapping[str, tuple[Callable[[], nn.Module], str]] = {
     "an activation behind the MLP": (partial(Own, mlp=ActiveResult), "sum at the end"),
     "a norm of the embedding": (NormedEmbedding, "norm of the embedding"),
     "a token in front": (ExtraToken, "embedding"),
-    "log-probabilities": (Probabilities, "the head"),
-    "rows that mix": (RowsMix, "rows that mix"),
-    "layers that run twice": (LayersTwice, "layers fit"),
+    "probabilities": (Probabilities, "returns probabilities: let forward return the logits"),
+    "log-probabilities of some tokens": (LogProbabilitiesOfSome, "the head"),
+    "the hidden state first": (HiddenFirst, "returns 32 values for each token, and its embedding has 67 rows"),
+    "logits scaled by position": (ScaledByPosition, "the head"),
+    "logits of some tokens scaled": (ScaledInPart, "the head"),
+    "rows that mix": (RowsMix, "rows of a batch change each other"),
+    "PyTorch's layers on (B, T)": (PositionsFirst, "need batch_first=True"),
+    "one layer on its result and the embedding": (Injected, "the head reads is no norm|norm of the first layer"),
+    "a layer that runs once more on long inputs": (OnceMore, "40 tokens"),
+    "layers from the last one on": (partial(Shared, [2, 1, 0]), "another order"),
+    "a second attention": (CrossAttention, "a second attention, as in nn.TransformerDecoder"),
+    "a projection of the embedding": (Factorized, "as wide as the token embedding, 12"),
+    "token types as an argument": (LearnedTypes, "give a module whose forward takes token ids"),
+    "an embedding with max_norm": (MaxNorm, r"renorm\(2, 0, emb.max_norm\)"),
+    "an activation of PyTorch only": (partial(Own, mlp=partial(MLP, nn.ELU)), "nearest activation of transformers"),
+    "a temperature for each head": (partial(Own, HeadTemperatures), "attention of the first layer"),
+    "a weak mask": (partial(Own, WeakMask), "attention of the first layer.*causal"),
+    "a slow decay": (partial(Own, Decay), "attention of the first layer"),
+    "half of the token before": (partial(Own, block=TokenShift), "first norm"),
+    "another scale in the last layer": (OtherScaleLast, "layer 2 of 2"),
     "positions from the end": (FromTheEnd, "1 tokens"),
     "positions that start again": (PositionsAgain, "40 tokens"),
     "another epsilon at the end": (partial(OtherFinalEpsilon, layer_norm, 1e-6), "different epsilons"),

@@ -1,6 +1,8 @@
 """A GPT of any class is read by what it computes: the same logits and tokens, or a refusal that names the step."""
 
+import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,17 @@ from torch import Tensor, nn
 
 from hf_model import convert, load
 from hf_model.errors import UserError
-from tests.trainers.own_models import HONEST, REFUSED, Own, SeparateHeads, V, last_unless_targets, moved
+from tests.trainers.own_models import (
+    HONEST,
+    REFUSED,
+    LogProbabilities,
+    Own,
+    SeparateHeads,
+    V,
+    last_unless_targets,
+    moved,
+    only_last,
+)
 
 CHARACTERS = "".join(chr(33 + i) for i in range(V))
 
@@ -103,16 +115,37 @@ def test_the_written_folder_is_verified_and_the_report_says_how_near_it_is(text:
     assert "those of its own trainer's code: equal bit for bit" in (text.parent / "hf" / "README.md").read_text()
 
 
-def test_parameters_without_a_use_are_named(text: Path) -> None:
+def test_log_probabilities_become_logits_with_the_same_probabilities_and_tokens(text: Path) -> None:
+    lines: list[str] = []
+    model = moved(LogProbabilities()).eval()
+    own = converted(model, text, report=lines.append)
+    assert any("log-probabilities" in line and line.startswith("note") for line in lines)
+    for length in (1, 5, 40):
+        ids = torch.randint(V, (2, length), generator=torch.Generator().manual_seed(length))
+        with torch.no_grad():
+            expected = model.everything(ids)
+            assert (own(ids).logits.log_softmax(-1) - expected).abs().max() <= 1e-5 * expected.std()
+    prompt = torch.tensor([[3, 1, 4]])
+    for sample in (False, True):
+        assert generated(own, prompt, 12, sample) == continued(model.everything, prompt, 12, sample)
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("unused parameters", "no logit depends on it: token_type.weight"),
+        ("one layer that runs three times", "its one layer runs 3 times"),
+        ("layers that run twice", "its 2 layers run 4 times in all"),
+        ("scaled logits", r"factor 0\.3 became part of the head$"),
+        ("scaled logits, tied", "no longer tied to the embedding"),
+        ("token types and scaled positions", "became part of the table of positions, or .*kinds.weight"),
+    ],
+)
+def test_what_was_folded_or_left_out_is_noted(name: str, says: str, text: Path) -> None:
     said: list[tuple[str, str]] = []
-    load(
-        moved(HONEST["unused parameters"]()),
-        None,
-        characters_of=text,
-        device="cpu",
-        report=lambda *line: said.append(line),
-    )
-    assert any(item == "note" and "token_type.weight" in line for item, line in said)
+    model = moved(HONEST[name]())
+    load(model, None, characters_of=text, device="cpu", report=lambda *line: said.append(line))
+    assert any(item == "note" and re.search(says, line) for item, line in said)
 
 
 @pytest.mark.parametrize("refused", [False, True])
@@ -167,6 +200,36 @@ def test_a_module_that_fails_midway_is_left_as_it_was(text: Path) -> None:
     assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
 
 
+class KeepsAll(Own):
+    """Keeps what it saw in a list and a dict, and is interrupted at a call."""
+
+    def __init__(self, interrupted_at: int):
+        super().__init__()
+        self.interrupted_at, self.seen, self.sizes = interrupted_at, [1, 2], {"a": 1}
+
+    def everything(self, ids: Tensor) -> Tensor:
+        self.seen.append(ids)
+        self.sizes[str(ids.shape)] = len(self.seen)
+        self.head.weight.requires_grad_()
+        if len(self.seen) == self.interrupted_at:
+            raise KeyboardInterrupt
+        return super().everything(ids)
+
+
+@pytest.mark.parametrize("interrupted_at", [3, 4, 5, 6, 7, 1000])
+def test_an_interrupted_module_and_its_lists_are_left_as_they_were(interrupted_at: int, text: Path) -> None:
+    model = moved(KeepsAll(interrupted_at))
+    before = {name: (tensor, tensor.data_ptr(), tensor.clone()) for name, tensor in model.named_parameters()}
+    random = torch.get_rng_state()
+    with pytest.raises(KeyboardInterrupt) if interrupted_at < 1000 else nullcontext():
+        load(model, None, characters_of=text, device="cpu")
+    assert model.training and model.seen == [1, 2] and model.sizes == {"a": 1}
+    assert torch.equal(torch.get_rng_state(), random) and torch.is_grad_enabled()
+    for name, tensor in model.named_parameters():
+        same, place, value = before[name]
+        assert tensor is same and tensor.data_ptr() == place and torch.equal(tensor, value)
+
+
 def train(text: Path | None) -> list[float]:
     """The losses of some steps of training, with dropout; with a text, the model is converted after each step."""
     torch.manual_seed(0)
@@ -199,14 +262,29 @@ def test_a_loaded_model_shares_no_weights_with_the_own_one(text: Path) -> None:
 
 
 class HidesPadding(Own):
+    """The embedding of one token is zeros."""
+
+    def __init__(self, padding: int, **parts: Any):
+        super().__init__(**parts)
+        self.padding = padding
+
     def embedded(self, ids: Tensor) -> Tensor:
-        return super().embedded(ids) * (ids != 0)[..., None]
+        return super().embedded(ids) * (ids != self.padding)[..., None]
 
 
-def test_a_token_that_is_padding_to_the_own_model_is_noted(text: Path) -> None:
+@pytest.mark.parametrize(
+    "model, says",
+    [
+        (HidesPadding(0), "token 0 apart, as padding"),
+        (HidesPadding(3), "token 3 apart, as padding"),
+        (HidesPadding(66), "token 66 apart, as padding"),
+        (HidesPadding(2, returns=only_last), "one of the tokens 0, 1, 2, 3 and 66 apart, as padding"),
+    ],
+)
+def test_a_token_that_is_padding_to_the_own_model_is_noted(model: nn.Module, says: str, text: Path) -> None:
     said: list[str] = []
-    load(moved(HidesPadding()), None, characters_of=text, device="cpu", report=lambda _, line: said.append(line))
-    assert any("treats a token of these apart, as padding: 0, " in line for line in said)
+    load(moved(model), None, characters_of=text, device="cpu", report=lambda _, line: said.append(line))
+    assert any(says in line and "only with an attention_mask" in line for line in said)
 
 
 def test_positions_that_are_computed_without_end_ask_for_their_number(text: Path) -> None:
