@@ -509,7 +509,9 @@ def compare_logits(name: str, model: CustomGPTForCausalLM, reading: Reading) -> 
     Raises:
         UserError: they differ by more than rounding.
     """
+    rounded = ""
     if model.dtype not in LOGITS_CLOSE:
+        rounded = "; a factor that half precision rounds? Give copy.deepcopy(model).float()"
         config = copy.deepcopy(model.config)
         config.dtype = torch.float32
         model = with_weights(config, {key: tensor.float() for key, tensor in model.state_dict().items()})
@@ -524,7 +526,7 @@ def compare_logits(name: str, model: CustomGPTForCausalLM, reading: Reading) -> 
         if not off <= LOGITS_CLOSE[model.dtype]:
             raise UserError(
                 f"{name}: cannot be read as a GPT: its layers fit, but its logits for {ids.shape[1]} tokens are "
-                f"{off:.2g} of their spread off"
+                f"{off:.2g} of their spread off{rounded}"
             )
         largest = max(largest, off)
     return "equal bit for bit" if largest == 0 else f"within {largest:.1e} of their spread"

@@ -31,6 +31,7 @@ from hf_model.trainers.module_calls import (
     error_between,
     exchanged,
     find_calls,
+    mask_argument,
     random_weights,
     untouched,
 )
@@ -156,25 +157,34 @@ class _Reader:
             self._record()
             self._find_input()
             self._find_positions()
-            layers, layer = self._find_layers()
-            layers, last, allowed = self._runs(layers, layer)
-            final, head = self._head(layers, layer, last)
-            self._check_logits(layers, layer, final, head, allowed)
+            layers, layer, final, head = self._find_layers()
         del self.moved, self.pool, self.recorder
         with self._own_weights():
             positions = self._position_table()
             samples = self._samples(len(positions))
         return self._assemble(layers, layer, final, head, positions[: samples[-1][0].shape[1]], samples)
 
-    def _find_layers(self) -> tuple[list[dict[str, str]], Layer]:
-        first: NoReadingError | None = None
-        for layers in layer_lists(self.parameters):
-            self.epsilon = None
+    def _find_layers(self) -> tuple[list[dict[str, str]], Layer, Norm | None, Linear]:
+        """The layers in the order in which they run, their form, the final norm and the head."""
+        failures: list[NoReadingError] = []
+        is_read = False
+        notes = list(self.notes)
+        for found in layer_lists(self.parameters):
+            self.epsilon, self.notes = None, list(notes)
             try:
-                return layers, self._layer(self._in_layer(layers[0]))
+                layer = self._layer(self._in_layer(found[0]))
             except NoReadingError as error:
-                first = first or error
-        raise first or NoReadingError("no list of like layers was found in it")
+                failures.append(error)
+                continue
+            try:
+                layers, last, allowed = self._runs(found, layer)
+                final, head = self._head(layers, layer, last)
+                self._check_logits(layers, layer, final, head, allowed)
+                return layers, layer, final, head
+            except NoReadingError as error:
+                if not is_read:
+                    is_read, failures = True, [error]  # it says more than why other lists are none
+        raise failures[0]
 
     def _runs(self, layers: list[dict[str, str]], layer: Layer) -> tuple[list[dict[str, str]], Tensor, float]:
         """The layers in the order in which they run, the last recorded result, and the error that rounding may make.
@@ -556,9 +566,11 @@ class _Reader:
             if tried:
                 break
         if not tried:
+            mask = mask_argument(self.module)
+            makes = f" (let forward make the causal mask where {mask!r} is not given)" if mask else ""
             raise NoReadingError(
                 f"the attention of the first layer: the nearest form is {nearest:.2g} off; rotary positions, a bias on "
-                f"positions, normalized queries, or no causal mask? {LLAMA}"
+                f"positions, normalized queries, or no causal mask{makes}? {LLAMA}"
             )
         tried.sort(key=lambda one: one[0])
         best = tried[0]

@@ -29,9 +29,20 @@ ARGUMENTS: Mapping[str, Callable[[Tensor], Any]] = {
     "pad": lambda ids: torch.zeros_like(ids, dtype=torch.bool),
     "mask": torch.ones_like,
 }
-# Ways to call a module, with token ids (B, T) and a mask (T, T) that is True for the future; the usual ones first.
+# A way to call a module, with token ids (B, T) and a mask (T, T) that is True for the future.
 Call = Callable[[nn.Module, Tensor, Tensor], Any]
-CALLS: tuple[Call, ...] = (
+
+
+def mask_argument(module: nn.Module) -> str:
+    """The argument of a module's `forward` that may be a causal mask, by its name."""
+    try:
+        names = list(inspect.signature(module.forward).parameters)
+    except (TypeError, ValueError):  # no Python function
+        return ""
+    return next((name for name in names if "mask" in name and "pad" not in name), "")
+
+
+CALLS: tuple[Call, ...] = (  # the usual ones first
     lambda module, ids, future: module(ids),
     lambda module, ids, future: module(ids, targets=ids),
     lambda module, ids, future: module(ids, labels=ids),

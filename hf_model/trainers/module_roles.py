@@ -174,6 +174,14 @@ def linears_in(name: str, weight: Tensor, n_in: int, parameters: Mapping[str, Te
 
 def layer_lists(parameters: Mapping[str, Tensor]) -> Iterator[list[dict[str, str]]]:
     """Ways to see a list of like layers: for each layer, a name without its number to the parameter's name."""
+    seen: list[list[dict[str, str]]] = []
+    for layers in _layer_lists(parameters):
+        if layers not in seen:
+            seen.append(layers)
+            yield layers
+
+
+def _layer_lists(parameters: Mapping[str, Tensor]) -> Iterator[list[dict[str, str]]]:
     places = {name: list(_numbers(name)) for name in parameters}
     counts = collections.Counter(template for found in places.values() for template, _ in found)
     several = {
@@ -183,7 +191,33 @@ def layer_lists(parameters: Mapping[str, Tensor]) -> Iterator[list[dict[str, str
     first = {name: next(iter(found), None) for name, found in places.items()}
     for chosen in (several, first):  # the first number that differs from name to name, or simply the first one
         yield from _lists({name: place for name, place in chosen.items() if place is not None}, parameters)
+    for n in sorted(set(counts.values()) - {1}):
+        for inner_first in (True, False):
+            chosen = {
+                name: next(((t, i) for t, i in found[:: -1 if inner_first else 1] if counts[t] // n in (1, 2)), None)
+                for name, found in places.items()
+            }
+            yield from _joined({name: place for name, place in chosen.items() if place is not None}, n, parameters)
     yield [{name: name for name in parameters}]  # one layer that stands in no list
+
+
+def _joined(
+    places: Mapping[str, tuple[str, int]], n: int, parameters: Mapping[str, Tensor]
+) -> Iterator[list[dict[str, str]]]:
+    """n layers whose parts stand in several lists, or in one list by turns: the k-th of n, or two of 2 n, is layer k's.
+
+    Of a list of 2 n + 1, such as the norms, the last one is none of a layer's.
+    """
+    layers: list[dict[str, str]] = [{} for _ in range(n)]
+    for template, names in _by_template(places).items():
+        each = len(names) // n
+        turns = [[names[number] for number in sorted(names)[turn::each][:n]] for turn in range(each)]
+        if len(names) - n * each < each and all(len({parameters[name].shape for name in turn}) == 1 for turn in turns):
+            for turn, of_layers in enumerate(turns):
+                for layer, name in zip(layers, of_layers, strict=True):
+                    layer[template if each == 1 else f"{turn} {template}"] = name
+    if layers[0]:
+        yield layers
 
 
 def _numbers(name: str) -> Iterator[tuple[str, int]]:
@@ -197,11 +231,17 @@ def _numbers(name: str) -> Iterator[tuple[str, int]]:
             )
 
 
-def _lists(places: Mapping[str, tuple[str, int]], parameters: Mapping[str, Tensor]) -> Iterator[list[dict[str, str]]]:
-    """Lists of layers whose parameters have the same names and shapes, the largest list first."""
+def _by_template(places: Mapping[str, tuple[str, int]]) -> dict[str, dict[int, str]]:
+    """For each name without its number, the number to the name."""
     templates: dict[str, dict[int, str]] = {}
     for name, (template, number) in places.items():
         templates.setdefault(template, {})[number] = name
+    return templates
+
+
+def _lists(places: Mapping[str, tuple[str, int]], parameters: Mapping[str, Tensor]) -> Iterator[list[dict[str, str]]]:
+    """Lists of layers whose parameters have the same names and shapes, the largest list first."""
+    templates = _by_template(places)
     lists: dict[tuple[int, ...], list[str]] = {}
     for template, names in templates.items():
         if len({parameters[name].shape for name in names.values()}) == 1:

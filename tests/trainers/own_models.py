@@ -670,6 +670,60 @@ class InSequence(nn.Module):
         return self.everything(ids)
 
 
+class Stacks(nn.Module):
+    """Each kind of part in a list of its own: attentions, MLPs, and the norms in one list or two."""
+
+    def __init__(self, n_lists: int, layers: int = 3):
+        super().__init__()
+        self.tok, self.pos, self.n_lists = nn.Embedding(V, C), nn.Embedding(T, C), n_lists
+        self.attentions = nn.ModuleList(Fused() for _ in range(layers))
+        self.mlps = nn.ModuleList(MLP() for _ in range(layers))
+        if n_lists == 2:
+            self.norm1, self.norm2 = (nn.ModuleList(nn.LayerNorm(C) for _ in range(layers)) for _ in range(2))
+            self.final = nn.LayerNorm(C)
+        else:  # the last one is the final norm
+            self.norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(2 * layers + 1))
+        self.head = nn.Linear(C, V)
+
+    def everything(self, ids: Tensor) -> Tensor:
+        x = self.tok(ids) + self.pos(torch.arange(ids.shape[1]))
+        for i, (attention, mlp) in enumerate(zip(self.attentions, self.mlps, strict=True)):
+            first, second = (
+                (self.norm1[i], self.norm2[i]) if self.n_lists == 2 else (self.norms[2 * i], self.norms[2 * i + 1])
+            )
+            x = x + attention(first(x))
+            x = x + mlp(second(x))
+        return self.head((self.final if self.n_lists == 2 else self.norms[-1])(x))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.everything(ids)
+
+
+class Residual(nn.Module):
+    def __init__(self, part: nn.Module):
+        super().__init__()
+        self.norm, self.part = nn.LayerNorm(C), part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.part(self.norm(x))
+
+
+class ByTurns(Own):
+    """One list in which attentions and MLPs take turns, each with its norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(Residual(part()) for part in (Fused, MLP) * 3))
+
+
+class InPairs(Own):
+    """A list of pairs of an attention and an MLP, each with its norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(Residual(SeparateHeads()), Residual(MLP())) for _ in range(3))
+
+
 class Functional(nn.Module):
     """No modules at all: bare parameters and functions, the weights applied by `@`."""
 
@@ -796,6 +850,10 @@ HONEST: Mapping[str, Callable[[], nn.Module]] = {
     "a scaled input of a tied head": partial(ScaledHidden, head="tied"),
     "token types and scaled positions": TokenTypes,
     "one Sequential": InSequence,
+    "attentions, MLPs and norms in lists of their own": partial(Stacks, 2),
+    "all norms in one list": partial(Stacks, 1),
+    "attentions and MLPs by turns": ByTurns,
+    "pairs of an attention and an MLP": InPairs,
     "convolutions over one position": partial(Own, mlp=ConvolutionMLP),
     "positions in a parameter": partial(Own, positions="parameter"),
     "sinusoids in a buffer": partial(Own, positions="buffer", scale=math.sqrt(C), head="tied"),
@@ -1127,6 +1185,18 @@ class LearnedTypes(Own):
         return self.head(self.final(x))
 
 
+class OptionalMask(Own):
+    """Two-sided, unless a mask is given."""
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        x = self.embedded(ids)
+        for layer in self.layers():
+            q, k, v = layer.att.parts(layer.norm1(x))
+            x = x + layer.att.out(join_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
+            x = x + layer.ff(layer.norm2(x))
+        return self.head(self.final(x))
+
+
 class MaxNorm(Own):
     def __init__(self) -> None:
         super().__init__()
@@ -1257,6 +1327,7 @@ REFUSED: Mapping[str, tuple[Callable[[], nn.Module], str]] = {
     "a second attention": (CrossAttention, "a second attention, as in nn.TransformerDecoder"),
     "a projection of the embedding": (Factorized, "as wide as the token embedding, 12"),
     "token types as an argument": (LearnedTypes, "give a module whose forward takes token ids"),
+    "a mask that is optional": (OptionalMask, "let forward make the causal mask where 'mask' is not given"),
     "an embedding with max_norm": (MaxNorm, r"renorm\(2, 0, emb.max_norm\)"),
     "an activation of PyTorch only": (partial(Own, mlp=partial(MLP, nn.ELU)), "nearest activation of transformers"),
     "a temperature for each head": (partial(Own, HeadTemperatures), "attention of the first layer"),
