@@ -145,6 +145,7 @@ class _Reader:
         self.module, self.logits_of, self.activations = module, logits_of, activations
         self.notes = list(notes)
         self.epsilon: float | None = None
+        self.unread: list[Tensor] = []  # joined projections that no form of attention fits
         self.device = next(module.parameters()).device
         self.parameters = {
             name: parameter.detach() for name, parameter in module.named_parameters() if parameter.is_floating_point()
@@ -232,10 +233,10 @@ class _Reader:
 
     def _padding(self, ends: Tensor, allowed: float) -> str:
         """The token that is hidden, in words: the first one whose logits are not the computed ones."""
-        errors = (ends - self.padded_logits)[1].square().mean(dim=1).sqrt() / self.padded_logits.std()
+        errors = (ends - self.padded_logits)[0].square().mean(dim=1).sqrt() / self.padded_logits.std()
         places = (~(errors < allowed)).nonzero()
         if len(errors) == self.length and len(places):
-            return f"token {self.padded_ids[1, places[0]].item()}"
+            return f"token {self.padded_ids[0, places[0]].item()}"
         return f"one of the tokens 0, 1, 2, 3 and {self.vocab_size - 1}"
 
     def _outputs(self, x: Tensor, layers: Sequence[Mapping[str, str]], layer: Layer) -> Iterator[Tensor]:
@@ -311,9 +312,9 @@ class _Reader:
             raise NoReadingError(f"{failure}; {NEEDED}")
         padded = self.ids.clone()
         unusual = torch.tensor([0, 1, 2, 3, self.vocab_size - 1]).clamp(max=self.vocab_size - 1)[: length - 2]
-        padded[1, 1 : 1 + len(unusual)] = unusual.to(self.device)
+        padded[0, 1 : 1 + len(unusual)] = unusual.to(self.device)
         again = self.logits_of(padded)
-        if not error_between(logits[0], again[0]) <= CLOSE:
+        if not error_between(logits[1], again[1]) <= CLOSE:  # so for rows that are positions: the second sees the first
             if not error_between(logits, self.logits_of(self.ids)) <= CLOSE:
                 raise NoReadingError(
                     "it gives other logits for the same tokens the second time: dropout that stays on in evaluation "
@@ -552,6 +553,8 @@ class _Reader:
         projected = by_role(projected)
         layer.projections = [linear for linear, _ in projected]
         joined = torch.cat([y for _, y in projected], dim=2)  # (B, L, 3 C)
+        if any(torch.equal(joined, other) for other in self.unread):
+            raise NoReadingError("no form of attention fits")  # found out already, in another list of layers
         nearest = math.inf
         n_parts = len(projected)
         heads = [n_parts // 3] if n_parts > 3 and n_parts % 3 == 0 else [n_parts] if n_parts > 3 else head_counts(C)
@@ -566,6 +569,7 @@ class _Reader:
             if tried:
                 break
         if not tried:
+            self.unread.append(joined)
             mask = mask_argument(self.module)
             makes = f" (let forward make the causal mask where {mask!r} is not given)" if mask else ""
             raise NoReadingError(

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_model import load
 from hf_model.errors import UserError
-from tests.trainers.own_models import Own, PreNorm, V, last_unless_targets, moved
+from tests.trainers.own_models import OptionalMask, Own, PreNorm, V, last_unless_targets, moved
 
 
 @pytest.fixture
@@ -120,6 +120,18 @@ def test_the_gpt_in_a_lightning_module_is_read(kind: Callable, text: Path) -> No
 def test_a_forward_that_passes_through_is_read_as_it_is(text: Path) -> None:
     (note,) = check_read(Passes(moved(Own())), text)
     assert "left out" in note and "metric.weight" in note
+
+
+class GivesMask(Trainer):
+    """Gives what the model's `forward` does not make by itself."""
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.model(ids, torch.ones(ids.shape[1], ids.shape[1]).tril().bool())
+
+
+def test_a_module_that_gives_the_causal_mask_is_read(text: Path) -> None:
+    (note,) = check_read(GivesMask(moved(OptionalMask())), text)
+    assert "metric.weight" in note
 
 
 class LowRank(nn.Module):
