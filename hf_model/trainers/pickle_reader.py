@@ -136,7 +136,7 @@ def read_pickle(
             raise ValueError(f"the opcode {opcode.name}")
         STEPS[opcode.name](machine, argument)
     (value,) = machine.last(1)
-    if refused := machine.refused | machine.unproven:
+    if refused := machine.refused | {name: None for name in machine.unproven if name not in machine.classes}:
         found = find(value, lambda value: isinstance(value, StandIn) and value.name in refused)
         name, place = (found[0].name, found[1]) if found else (next(iter(refused)), "")
         raise UserError(
@@ -229,6 +229,8 @@ class _Machine:
     """Names of code, unless their use shows otherwise, in the order of the file."""
     refused: dict[str, None] = field(default_factory=dict)
     """Names of code that the pickle has used as such."""
+    classes: set[str] = field(default_factory=set)
+    """Names of which the pickle makes objects as of a class."""
     storages: list[StoredBytes] = field(default_factory=list)
     budget: Budget = field(default_factory=Budget)
 
@@ -347,6 +349,8 @@ class _Machine:
             if len(args) > MAX_ARGS:
                 raise TypeError("a call with too many arguments")
             return UNDERSTOOD[function.name](self, *args)
+        if function.name in self.unproven:
+            self.refused[function.name] = None
         return StandIn(function.name, args)
 
     def new(self, cls: Any, args: Any, content: Any = None) -> StandIn:
@@ -354,7 +358,7 @@ class _Machine:
         if not isinstance(cls, StandIn) or not isinstance(args, tuple):
             raise TypeError("makes an object of a value that is not a class")
         if cls.name.partition(".")[0] not in STANDARD_LIBRARY:
-            self.unproven.pop(cls.name, None)
+            self.classes.add(cls.name)
         return StandIn(cls.name, args, content=content)
 
     def instance(self, cls: StandIn | None) -> Any:

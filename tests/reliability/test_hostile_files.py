@@ -234,6 +234,16 @@ def test_code_is_refused_by_its_name_of_today(name: str, where: str, tmp_path: P
         read_checkpoint(path)
 
 
+@pytest.mark.parametrize("name", ["torch.hub load", "numpy load", "joblib load"])
+def test_a_function_that_is_called_is_refused_although_the_file_makes_an_object_of_it(
+    name: str, tmp_path: Path
+) -> None:
+    function = b"c%b\n%b\n" % tuple(name.encode().split())
+    path = save_pickle(tmp_path / "ckpt.pt", PROTO + function + b")\x810" + function + b")R" + STOP)
+    with pytest.raises(UserError, match=f"refers to {name.replace(' ', '.')}"):
+        read_checkpoint(path)
+
+
 def test_a_name_that_leads_out_of_a_package_is_refused(tmp_path: Path) -> None:
     out = b"\x80\x04\x8c\x05train\x8c\x10subprocess.Popen\x93."
     with pytest.raises(UserError, match=r"refers to train\.subprocess\.Popen"):
