@@ -198,10 +198,7 @@ def logits_by(call: Call, module: nn.Module, positions_first: bool) -> Callable[
             output = call(module, ids.t() if positions_first else ids, future)
         except Exception as error:  # the user's code may fail in any way
             said = one_line(error, 200)
-            raise NoReadingError(
-                f"it does not run on token ids of shape {tuple(ids.shape)} ({said}); if it needs more than ids, "
-                "give a module whose forward takes ids alone"
-            ) from None
+            raise NoReadingError(f"it does not run on token ids of shape {tuple(ids.shape)} ({said})") from None
         if positions_first:
             return _logits(output, length, rows).transpose(0, 1)
         return _logits(output, rows, length)

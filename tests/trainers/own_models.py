@@ -937,7 +937,8 @@ class Narrow(nn.Module):
 
 class NeedsCache(Own):
     def forward(self, ids: Tensor, caches: list | None = None) -> Tensor:
-        caches[0] = ids  # type: ignore[index]
+        for cache in caches:  # type: ignore[union-attr]
+            cache.append(ids)
         return super().forward(ids)
 
 
@@ -1288,7 +1289,7 @@ REFUSED: Mapping[str, tuple[Callable[[], nn.Module], str]] = {
     "Llama's shape": (partial(Own, Rotary, GatedMLP, RootMeanSquare, positions="none"), "Llama's shape"),
     "fewer key heads": (partial(Own, FewerKeys), "fewer key heads"),
     "an attention narrower than the model": (partial(Own, Narrow), "have 48 rows in all.*another width"),
-    "a forward that needs a cache": (NeedsCache, "NoneType.*give a module whose forward takes ids alone"),
+    "a forward that needs a cache": (NeedsCache, "NoneType.*give a module whose forward takes token ids"),
     "parallel blocks": (partial(Own, block=Parallel), "parallel"),
     "one norm for two places": (partial(Own, block=SharedNorm), "one norm is used in two places"),
     "half a residual": (partial(Own, block=HalfResidual), "sum at the end"),
