@@ -21,13 +21,13 @@ BLOCK = 2**20 + 7  # random values that are drawn; a prime, so that no two rows 
 CONTAINERS = (list, dict, set, OrderedDict)
 CLOSE = 3e-5  # relative error (root mean square) of two float32 results that differ by rounding only
 NEEDED = "give a module whose forward takes token ids (B, T) and returns logits (B, T, V)"
-# What an argument of `forward` gets by its name, as a function of the token ids (B, T). The first that fits counts.
+# What an argument of `forward` gets by its name, as a function of the token ids (B, T).
 ARGUMENTS: Mapping[str, Callable[[Tensor], Any]] = {
-    "target|label": lambda ids: ids,
-    "start|offset": lambda ids: 0,
-    "pos": lambda ids: torch.arange(ids.shape[1], device=ids.device).expand_as(ids),
-    "pad": lambda ids: torch.zeros_like(ids, dtype=torch.bool),
-    "mask": torch.ones_like,
+    r"(\w+_)?(target|label)s?": lambda ids: ids,
+    r"start_pos(ition)?|((pos|position)_)?offset": lambda ids: 0,
+    r"((input|token)_)?pos(ition)?s?(_ids?)?": lambda ids: torch.arange(ids.shape[1], device=ids.device).expand_as(ids),
+    r"(\w+_)?pad(ding)?(_mask)?": lambda ids: torch.zeros_like(ids, dtype=torch.bool),
+    r"(\w+_)?mask": torch.ones_like,
 }
 # A way to call a module, with token ids (B, T) and a mask (T, T) that is True for the future.
 Call = Callable[[nn.Module, Tensor, Tensor], Any]
@@ -61,7 +61,7 @@ def _by_name(module: nn.Module, ids: Tensor) -> dict[str, Any]:
     """The arguments that a module's `forward` needs: the token ids, then what the names of the others stand for."""
     first, *others = inspect.signature(module.forward).parameters.values()
     needed = [one.name for one in others if one.default is one.empty]
-    values = {name: [value for part, value in ARGUMENTS.items() if re.search(part, name)] for name in needed}
+    values = {name: [value for form, value in ARGUMENTS.items() if re.fullmatch(form, name)] for name in needed}
     return {first.name: ids} | {name: found[0](ids) for name, found in values.items()}
 
 

@@ -1186,6 +1186,17 @@ class LearnedTypes(Own):
         return self.head(self.final(x))
 
 
+class Tags(LearnedTypes):
+    """`forward` needs tags, whose name begins as that of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds = nn.Embedding(T, C)
+
+    def forward(self, ids: Tensor, pos_tags: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(ids, pos_tags)
+
+
 class OptionalMask(Own):
     """Two-sided, unless a mask is given."""
 
@@ -1329,6 +1340,7 @@ REFUSED: Mapping[str, tuple[Callable[[], nn.Module], str]] = {
     "a projection of the embedding": (Factorized, "as wide as the token embedding, 12"),
     "token types as an argument": (LearnedTypes, "give a module whose forward takes token ids"),
     "a mask that is optional": (OptionalMask, "let forward make the causal mask where 'mask' is not given"),
+    "tags as an argument": (Tags, "give a module whose forward takes token ids"),
     "an embedding with max_norm": (MaxNorm, r"renorm\(2, 0, emb.max_norm\)"),
     "an activation of PyTorch only": (partial(Own, mlp=partial(MLP, nn.ELU)), "nearest activation of transformers"),
     "a temperature for each head": (partial(Own, HeadTemperatures), "attention of the first layer"),
