@@ -50,8 +50,13 @@ def check_page(path: Path) -> None:
     with disk_errors(path):
         if path.is_symlink():
             raise UserError(f"{path}: is a symbolic link; name the file itself")
-        if path.exists() and (not path.is_file() or not path.open("rb").read(len(MARK)) == MARK.encode()):
+        if path.exists() and not (path.is_file() and _is_page(path)):
             raise UserError(f"{path}: exists already and is no report; choose another name for --report")
+
+
+def _is_page(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(MARK)) == MARK.encode()
 
 
 @memory_for("to draw the report")

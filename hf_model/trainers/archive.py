@@ -159,10 +159,11 @@ def map_file(file: IO[bytes]) -> mmap.mmap:
         pass
     try:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
+    except OSError:
+        n_bytes = os.fstat(file.fileno()).st_size
         raise UserError(
-            f"cannot be mapped into memory ({error.strerror}): its {os.fstat(file.fileno()).st_size:,} bytes need as "
-            "much address space. Raise the limit that `ulimit -v` shows"
+            "there is not enough memory to load it: free some, or let `ulimit -v` allow more than the file's "
+            f"{n_bytes:,} bytes"
         ) from None
 
 

@@ -9,10 +9,14 @@ import enum
 import fractions
 import functools
 import io
+import logging
+import os
 import pathlib
 import pickle
+import platform
 import random
 import re
+import string
 import sys
 import types
 import typing
@@ -151,6 +155,11 @@ HONEST: dict[str, Any] = {
         torch.quantize_per_channel(torch.ones(4, 4), torch.ones(4), torch.zeros(4), 0, torch.quint4x2),
         torch.ones([1] * 20),
     ],
+    "records of the system": [
+        Path().stat(), os.terminal_size((80, 24)), os.times(), platform.uname(), re.IGNORECASE, string.Template("$a"),
+        logging.LogRecord("train", logging.INFO, "train.py", 1, "loss", (), None),
+    ],
+    "objects of the training": [torch.amp.GradScaler("cpu"), torch.utils.data.DataLoader([1, 2, 3])],
     "a module": nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.LayerNorm(2)),
     "an optimizer": torch.optim.AdamW(nn.Linear(2, 2).parameters()),
     "a schedule": torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1), 5),
