@@ -52,11 +52,35 @@ STORAGE_DTYPES = {
 }
 
 
+class Reads:
+    """A file's bytes by ordinary reads, for a file that the system does not let this process map."""
+
+    def __init__(self, file: IO[bytes]):
+        self.descriptor = os.dup(file.fileno())
+        self.size = os.fstat(self.descriptor).st_size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, part: slice) -> bytearray:
+        start, stop, _ = part.indices(self.size)
+        content = bytearray(max(stop - start, 0))
+        done = 0
+        while done < len(content):  # one call reads 2 GiB at most
+            if not (n_bytes := os.preadv(self.descriptor, [memoryview(content)[done:]], start + done)):
+                raise ValueError("it became shorter while it was read")
+            done += n_bytes
+        return content
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
 @dataclass(frozen=True)
 class Entry:
     """A stretch of a file."""
 
-    content: mmap.mmap | bytearray
+    content: mmap.mmap | bytearray | Reads
     """The whole file."""
     start: int
     length: int
@@ -66,8 +90,14 @@ class Entry:
 
     def is_intact(self) -> bool:
         """Whether the bytes have the CRC32. True without a CRC32: `set_crc32_options(False)` writes 0."""
-        with memoryview(self.content) as content:
-            return self.crc == 0 or zlib.crc32(content[self.start : self.start + self.length]) == self.crc
+        return self.crc == 0 or zlib.crc32(self.buffer()) == self.crc
+
+    def buffer(self) -> memoryview:
+        """The bytes, in memory that may be written to: mapped if the file is, or a copy of them."""
+        end = self.start + self.length
+        if isinstance(self.content, Reads):
+            return memoryview(self.content[self.start : end])
+        return memoryview(self.content)[self.start : end]
 
 
 @dataclass(frozen=True)
@@ -142,29 +172,18 @@ def _value(
         raise UserError(f"{error}. {ADVICE}") from None
 
 
-def map_file(file: IO[bytes]) -> mmap.mmap:
+def map_file(file: IO[bytes]) -> mmap.mmap | Reads:
     """Map the file for reading. Changes of the memory stay private and never reach the file.
 
     The system must not reserve memory for such private copies: a file can be larger than memory.
-
-    Raises:
-        UserError: the file is larger than the address space that the process may use.
     """
     if sys.platform != "linux":
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     try:
         flags, prot = mmap.MAP_PRIVATE | NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
         return mmap.mmap(file.fileno(), 0, flags=flags, prot=prot)
-    except OSError:  # vm.overcommit_memory=2 reserves memory anyway; the weights will be copied
-        pass
-    try:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError:
-        n_bytes = os.fstat(file.fileno()).st_size
-        raise UserError(
-            "there is not enough memory to load it: free some, or let `ulimit -v` allow more than the file's "
-            f"{n_bytes:,} bytes"
-        ) from None
+    except OSError:  # vm.overcommit_memory=2 reserves memory anyway, and `ulimit -v` counts it: the weights are copied
+        return Reads(file)
 
 
 # The zip format: an entry for the pickle, one for each storage, and some small ones.
@@ -202,7 +221,7 @@ def _bytes(entry: Entry) -> bytes:
     return raw
 
 
-def _entries(file: IO[bytes], content: mmap.mmap) -> dict[str, Entry]:
+def _entries(file: IO[bytes], content: mmap.mmap | Reads) -> dict[str, Entry]:
     """Name to place of each entry. The entries fill the file from its start to the directory and do not overlap."""
     _check_end(content)
     with zipfile.ZipFile(file) as archive:
@@ -223,14 +242,14 @@ def _entries(file: IO[bytes], content: mmap.mmap) -> dict[str, Entry]:
     return entries
 
 
-def _check_end(content: mmap.mmap) -> None:
+def _check_end(content: mmap.mmap | Reads) -> None:
     """Check that the file ends with its one directory, and that the directory is small."""
     end = len(content) - 22
-    magic, size, comment = struct.unpack_from("<4s8xI4xH", content, max(end, 0))
+    magic, size, comment = struct.unpack_from("<4s8xI4xH", content[max(end, 0) :])
     if end >= 76 and content[end - 20 : end].startswith(b"PK\x06\x07"):  # a large archive has a second, wider end
-        wide_magic, size = struct.unpack_from("<4s36xQ", content, end - 76)
+        wide_magic, size = struct.unpack_from("<4s36xQ", content[end - 76 : end])
         magic = magic if wide_magic == b"PK\x06\x06" else b""
-    if magic != b"PK\x05\x06" and content.rfind(b"PK\x05\x06", max(end - MAX_COMMENT_BYTES, 0)) < 0:
+    if magic != b"PK\x05\x06" and b"PK\x05\x06" not in content[max(end - MAX_COMMENT_BYTES, 0) :]:
         raise UserError("is incomplete: the end of the file is missing")
     if magic != b"PK\x05\x06" or comment:
         raise ValueError("no end of an archive at its end")
@@ -255,10 +274,10 @@ def _check_gap(length: int) -> None:
         raise UserError("holds entries that overlap, or bytes that belong to none")
 
 
-def _start_of(content: mmap.mmap, info: zipfile.ZipInfo) -> int:
+def _start_of(content: mmap.mmap | Reads, info: zipfile.ZipInfo) -> int:
     """Where an entry's bytes begin: behind a header of its own, which must have the same name."""
     place = info.header_offset + 30
-    magic, method, name_length, extra_length = struct.unpack_from("<4s4xH16x2H", content, info.header_offset)
+    magic, method, name_length, extra_length = struct.unpack("<4s4xH16x2H", content[info.header_offset : place])
     name = content[place : place + name_length].decode("utf-8" if info.flag_bits & 0x800 else "cp437")
     if magic != ZIP or method or name != info.orig_filename:
         raise ValueError("an entry is not what its directory says")
@@ -280,7 +299,7 @@ def _load_legacy(file: IO[bytes]) -> Archive:
             raise
 
 
-def _legacy(content: mmap.mmap | bytearray, head: IO[bytes] | mmap.mmap, budget: Budget) -> Archive:
+def _legacy(content: mmap.mmap | bytearray | Reads, head: IO[bytes] | mmap.mmap, budget: Budget) -> Archive:
     """Read the pickles from `head`, the beginning of the content."""
     _, _, _, (value, stored), (keys, _) = (_value(head, budget=budget) for _ in range(5))
     place = head.tell()
@@ -290,7 +309,7 @@ def _legacy(content: mmap.mmap | bytearray, head: IO[bytes] | mmap.mmap, budget:
 
 
 def _legacy_storages(
-    content: mmap.mmap | bytearray, place: int, keys: list[Any], stored: list[StoredBytes]
+    content: mmap.mmap | bytearray | Reads, place: int, keys: list[Any], stored: list[StoredBytes]
 ) -> dict[str, Entry]:
     by_key = {storage.key: storage for storage in stored}
     if len({(storage.key, storage.dtype, storage.length) for storage in stored}) > len(by_key):
@@ -298,7 +317,7 @@ def _legacy_storages(
     storages: dict[str, Entry] = {}
     for key in keys:
         storage = by_key.pop(key)
-        (length,) = struct.unpack_from("<q", content, place)
+        (length,) = struct.unpack("<q", content[place : place + 8])
         size = length * STORAGE_DTYPES[storage.dtype].itemsize
         if length != storage.length or place + 8 + size > len(content):
             raise ValueError(f"the storage {key!r} is cut short")

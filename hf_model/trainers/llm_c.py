@@ -14,7 +14,7 @@ import torch
 
 from hf_model.errors import UserError
 from hf_model.trainers.architecture import Architecture
-from hf_model.trainers.archive import map_file
+from hf_model.trainers.archive import Entry, map_file
 
 MAGIC, HEADER_BYTES = 20240326, 1024
 TOKENIZER = 20240328
@@ -49,7 +49,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         content = map_file(file)
     if len(content) < HEADER_BYTES:
         raise UserError("is damaged or was not written to its end")
-    _, version, block_size, vocab_size, n_layer, n_head, n_embd, rows = struct.unpack_from("<8i", content)
+    _, version, block_size, vocab_size, n_layer, n_head, n_embd, rows = struct.unpack("<8i", content[:32])
     if (dtype := DTYPES.get(version)) is None:
         raise UserError(f"is a model of llm.c in version {version}; versions {', '.join(map(str, DTYPES))} are read")
     if min(block_size, n_layer, n_head, n_embd, vocab_size) < 1 or vocab_size > rows or n_layer > MAX_LAYERS:
@@ -70,7 +70,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             f"is damaged or was not written to its end: it has {len(content):,} bytes, and its header says "
             f"{HEADER_BYTES + sum(counts) * dtype.itemsize:,}"
         )
-    values = torch.frombuffer(content, dtype=dtype, offset=HEADER_BYTES)
+    values = torch.frombuffer(Entry(content, HEADER_BYTES, len(content) - HEADER_BYTES).buffer(), dtype=dtype)
     if sys.byteorder == "big":
         values = values.clone()
         values.untyped_storage().byteswap(dtype)

@@ -233,15 +233,9 @@ class _Storages:
 
     def _storage(self, key: str, dtype: torch.dtype) -> torch.UntypedStorage:
         entry = self.archive.storages[key]
-        content = entry.content
         if not entry.length:
             return torch.UntypedStorage(0)
-        if memoryview(content).readonly:  # torch warns of tensors in read-only memory
-            copy = bytearray(content[entry.start : entry.start + entry.length])
-            storage = torch.frombuffer(copy, dtype=torch.uint8).untyped_storage()
-        else:
-            whole = torch.frombuffer(content, dtype=torch.uint8, count=entry.length, offset=entry.start)
-            storage = whole.untyped_storage()
+        storage = torch.frombuffer(entry.buffer(), dtype=torch.uint8).untyped_storage()
         if entry.is_big_endian != (sys.byteorder == "big"):
             storage = storage.clone()
             storage.byteswap(dtype)

@@ -4,6 +4,7 @@ import argparse
 import errno
 import mmap
 import os
+import resource
 import sys
 import warnings
 from collections.abc import Callable
@@ -317,6 +318,18 @@ def test_a_file_may_be_larger_than_memory(tmp_path: Path) -> None:
     assert {name: weight.shape for name, weight in read.items()} == {name: weights[name].shape for name in weights}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space of a process")
+def test_a_file_may_be_larger_than_the_address_space_that_ulimit_allows(tmp_path: Path) -> None:
+    path = tmp_path / "ckpt.pt"
+    weights = save_with_a_large_optimizer(path, gibibytes=500)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (64 * 2**30, hard))
+    try:
+        assert read_checkpoint(path).state_dict.keys() == weights.keys()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
 @pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "older format"])
 def test_a_change_of_the_weights_never_reaches_the_file(is_zip: bool, weights: State, saved: Callable) -> None:
     path = saved({"model": weights}, _use_new_zipfile_serialization=is_zip)
@@ -327,8 +340,9 @@ def test_a_change_of_the_weights_never_reaches_the_file(is_zip: bool, weights: S
     assert_same(read_checkpoint(path).state_dict, weights)
 
 
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "older format"])
 def test_a_system_that_reserves_memory_for_every_mapping_gets_copies(
-    weights: State, saved: Callable, monkeypatch: pytest.MonkeyPatch
+    is_zip: bool, weights: State, saved: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As Linux does with vm.overcommit_memory=2."""
 
@@ -338,7 +352,7 @@ def test_a_system_that_reserves_memory_for_every_mapping_gets_copies(
         return mmap_of(*args, **how)
 
     mmap_of = mmap.mmap
-    path = saved({"model": weights})
+    path = saved({"model": weights}, _use_new_zipfile_serialization=is_zip)
     monkeypatch.setattr(mmap, "mmap", refuse_private)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
