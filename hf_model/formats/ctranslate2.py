@@ -21,7 +21,7 @@ from hf_model.formats.target import (
     require,
     write_tokenizer,
 )
-from hf_model.loading import Loaded, Source, dtype_name
+from hf_model.loading import FROM_PRETRAINED, Loaded, Source, dtype_name
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 
 ACTIVATIONS = ("gelu", "gelu_fast", "gelu_new", "gelu_python", "gelu_pytorch_tanh", "relu", "silu", "swish")
@@ -78,7 +78,7 @@ def write(loaded: Loaded, folder: Path, options: Options) -> list[str]:
         stock.mkdir()
         gpt2.write(loaded, stock, options)
         name_padding_rows(stock, config.vocab_size)
-        with engine_errors("CTranslate2 does not take the model", folder):
+        with FROM_PRETRAINED, engine_errors("CTranslate2 does not take the model", folder):
             run_converter(stock, made, options.quantization)
         name_special_tokens(made / "config.json")
         for file in sorted(made.iterdir()):
