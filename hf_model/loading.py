@@ -181,7 +181,7 @@ class Source:
         """The source of the public functions' arguments.
 
         Raises:
-            UserError: `origin` is a state dict.
+            UserError: `origin` is a state dict or a class.
         """
         check_origin(origin)
         model = options.pop("model", None)
@@ -427,9 +427,11 @@ def untied(loaded: Loaded) -> Loaded:
 
 
 def check_origin(origin: object) -> None:
-    """Raises UserError for a state dict, which holds no code that the weights could be compared with."""
+    """Raises UserError for a state dict or a class: the one has no code, the other no weights."""
+    if isinstance(origin, type):
+        raise UserError(f"{origin.__name__} is a class: give the model, which has the weights")
     if isinstance(origin, Mapping):
-        raise UserError(f"the model is a {type(origin).__name__}: give the model, not its state dict")
+        raise UserError(f"the model is of type {type(origin).__name__}: give the model, not its state dict")
 
 
 def check_option_names(function: str, options: Mapping[str, Any], known: type) -> None:
@@ -526,10 +528,10 @@ def compare_logits(name: str, model: CustomGPTForCausalLM, reading: Reading) -> 
         if not off <= LOGITS_CLOSE[model.dtype]:
             raise UserError(
                 f"{name}: cannot be read as a GPT: its layers fit, but its logits for {ids.shape[1]} tokens are "
-                f"{off:.2g} of their spread off{rounded}"
+                f"{off:.2g} of their standard deviation off{rounded}"
             )
         largest = max(largest, off)
-    return "equal bit for bit" if largest == 0 else f"within {largest:.1e} of their spread"
+    return "equal bit for bit" if largest == 0 else f"equal to within {largest:.1e} of their standard deviation"
 
 
 def own_tokenizer(folder: Path, config: CustomGPTConfig | None = None) -> FoundTokenizer:

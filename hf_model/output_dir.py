@@ -76,11 +76,13 @@ def check_target(target: Path, overwrite: bool) -> None:
         if not target.exists():
             return
         if not target.is_dir():
-            raise UserError(f"{target}: is a file, not a folder")
+            raise UserError(f"{target}: is a file, not a folder; choose another --output_dir")
         if not any(target.iterdir()):
             return
         if not overwrite:
-            raise UserError(f"{target}: exists already; choose another --output_dir or add --overwrite")
+            raise UserError(
+                f"{target}: exists already; choose another --output_dir or add --overwrite (in Python: overwrite=True)"
+            )
         if not os.access(target, os.W_OK | os.X_OK):
             raise UserError(f"{target}: cannot be written (you may not change it); choose another --output_dir")
 
@@ -141,7 +143,7 @@ def difference(folder: Path) -> str:
     """How a folder differs from what this program wrote, such as "README.md was changed"; "" if it does not."""
     listed = _read_manifest(folder)
     if listed is None:
-        return f"it has no valid {MANIFEST}"
+        return f"no conversion wrote it, or its {MANIFEST} is damaged"
     try:
         for name in _entries(folder):
             path = folder / name
@@ -243,7 +245,7 @@ def _clear(place: Path, target: Path, say: Callable[[str], None]) -> None:
             names = (target.with_name(f"{target.name}.{number}") for number in itertools.count(1))
             kept = next(name for name in names if not os.path.lexists(name))
             old.rename(kept)
-            say(f"kept          {kept} (the folder that stood there: {reason})")
+            say(f"kept          {kept} (the old folder: {reason})")
         elif old.exists():
             old.rename(new)  # if the deletion is interrupted, the next run continues it
             shutil.rmtree(new)

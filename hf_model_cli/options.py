@@ -225,7 +225,9 @@ class Parser(argparse.ArgumentParser):
         elif option := next((word for word in unknown if word.startswith("-")), None):
             self.error(f"there is no option {option.partition('=')[0]}{self._advice(option)}")
         elif unknown:
-            advice = "a text of more than one word needs quotes, and each value needs its option in front"
+            advice = (
+                "a text of more than one word needs quotes, each value its option in front; a model's folder must exist"
+            )
             self.error(f"unrecognized arguments: {' '.join(unknown)} ({advice})")
         return known
 

@@ -209,6 +209,11 @@ class TestArguments:
             with pytest.raises(UserError, match="OrderedDict: give the model, not its state dict"):
                 call()
 
+    def test_a_class_is_answered_with_what_to_give(self, tmp_path: Path) -> None:
+        for call in (lambda: convert(GPT, None, tmp_path / "hf"), lambda: load(GPT)):
+            with pytest.raises(UserError, match="GPT is a class: give the model"):
+                call()
+
     def test_an_unknown_name_is_python_s_own_error(self, tmp_path: Path) -> None:
         for name, call in {
             "convert": lambda **how: convert(CHECKPOINT, TOKENIZER, tmp_path / "hf", **how),

@@ -117,7 +117,7 @@ class TestWhatThisProgramDidNotWriteIsKept:
         kept = tmp_path / "hf.1"
         assert (kept / name).is_dir() if name.endswith("/") else (kept / name).read_text() == "mine"
         assert (kept / "config.json").read_text() == "config.json"
-        assert said == [f"kept          {kept} (the folder that stood there: {name.rstrip('/')} was added)"]
+        assert said == [f"kept          {kept} (the old folder: {name.rstrip('/')} was added)"]
         assert names_in(tmp_path) == {"hf", "hf.1"}
 
     def test_a_file_that_was_edited(self, tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ class TestWhatThisProgramDidNotWriteIsKept:
         (target / "README.md").write_text("README.MD")  # of the same size
         self.replace(target, said)
         assert (tmp_path / "hf.1" / "README.md").read_text() == "README.MD"
-        assert said == [f"kept          {tmp_path / 'hf.1'} (the folder that stood there: README.md was changed)"]
+        assert said == [f"kept          {tmp_path / 'hf.1'} (the old folder: README.md was changed)"]
 
     def test_a_link_to_the_same_content(self, tmp_path: Path) -> None:
         target, said = written(tmp_path / "hf", "config.json"), []
@@ -139,7 +139,8 @@ class TestWhatThisProgramDidNotWriteIsKept:
         target, said = write(tmp_path / "hf", "thesis.tex"), []
         self.replace(target, said)
         assert names_in(tmp_path / "hf.1") == {"thesis.tex"}
-        assert f"kept          {tmp_path / 'hf.1'} (the folder that stood there: it has no valid {MANIFEST})" in said
+        reason = f"no conversion wrote it, or its {MANIFEST} is damaged"
+        assert f"kept          {tmp_path / 'hf.1'} (the old folder: {reason})" in said
 
     @pytest.mark.parametrize("content", ["", "[]", "{}", '{"written_by": 1, "sha256": []}', "[" * 10**5, "\xff"])
     def test_a_folder_whose_list_of_files_is_damaged(self, content: str, tmp_path: Path) -> None:

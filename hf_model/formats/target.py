@@ -69,7 +69,9 @@ def check_plain_gpt2(config: CustomGPTConfig, what: str) -> None:
         UserError: it is not.
     """
     if found := beyond_gpt2(config):
-        raise UserError(f"{what} cannot hold this model, which {' and '.join(found)}: use --format transformers")
+        raise UserError(
+            f"{what} cannot hold this model, which {' and '.join(found)}: use --format transformers or onnx"
+        )
 
 
 def with_usual_scale(model: CustomGPTForCausalLM) -> CustomGPTForCausalLM:

@@ -321,7 +321,8 @@ def _of_training_text(path: Path, model: ModelInfo, choices: Choices) -> FoundTo
     if len(stoi) != model.vocab_size:
         raise UserError(
             f"{path}: has {len(stoi)} different characters, but {model.path} has embeddings for {model.vocab_size}: it "
-            "is not the text that the model was trained on"
+            "is not the text that the vocabulary was made of. Give that text, or with --tokenizer_path a JSON dict of "
+            "the characters and their ids"
         )
     return _of_characters(stoi, f"the characters of {path}", model, choices)
 

@@ -250,7 +250,7 @@ def _check_end(content: mmap.mmap | Reads) -> None:
         wide_magic, size = struct.unpack_from("<4s36xQ", content[end - 76 : end])
         magic = magic if wide_magic == b"PK\x06\x06" else b""
     if magic != b"PK\x05\x06" and b"PK\x05\x06" not in content[max(end - MAX_COMMENT_BYTES, 0) :]:
-        raise UserError("is incomplete: the end of the file is missing")
+        raise UserError("is incomplete: the end of the file is missing; save it again or give an earlier file")
     if magic != b"PK\x05\x06" or comment:
         raise ValueError("no end of an archive at its end")
     if size > MAX_DIRECTORY_BYTES:

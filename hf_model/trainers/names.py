@@ -383,4 +383,4 @@ def _unknown_names(names: list[str]) -> str:
         return f"{said}. {LITGPT}"
     if any(mark in name.lower() for name in names for mark in LLAMA_MARKS):
         return f"{said}. {LLAMA}"
-    return f"{said}: give the code that makes your model, with --model train.py:GPT"
+    return f"{said}: name the class or function that makes your model, such as --model train.py:GPT"

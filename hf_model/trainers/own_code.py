@@ -90,6 +90,11 @@ def _running(model: str, code: Path) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"--model {model}: {error}") from None
+    except SystemExit:  # a parser of options at the top of the file does not know ours
+        raise UserError(
+            f"--model {model}: its code ended the program: put what parses options or trains "
+            'under `if __name__ == "__main__":`'
+        ) from None
     except Exception as error:  # the user's code may fail in any way
         raise UserError(f"--model {model}: failed: {type(error).__name__}: {one_line(error, 200)}") from error
     finally:
@@ -174,7 +179,9 @@ def _arguments(make: Any, stated: Stated) -> tuple[dict[str, Any], inspect.Param
         return named, missing[0]
     if missing:
         lacking = " and ".join(one.name for one in missing)
-        raise TypeError(f"nothing gives it {lacking}: write a function without arguments that returns the model")
+        raise TypeError(
+            f"the checkpoint has no value for {lacking}: write a function without arguments that returns the model"
+        )
     return named, None
 
 

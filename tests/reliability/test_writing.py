@@ -139,7 +139,7 @@ class TestWhatIsThere:
         convert(CHECKPOINT, TOKENIZER, tmp_path / "hf", overwrite=True, report=lines.append)
         assert (tmp_path / "hf" / "model.safetensors").is_file()
         assert (tmp_path / "hf.1" / name).read_text() == "mine"
-        assert any(f"{tmp_path / 'hf.1'} (the folder that stood there: {name} was added)" in line for line in lines)
+        assert any(f"{tmp_path / 'hf.1'} (the old folder: {name} was added)" in line for line in lines)
 
     def test_is_replaced_when_asked(self, replaced: str, tmp_path: Path) -> None:
         write(tmp_path / "hf", "old")

@@ -127,7 +127,7 @@ def test_a_file_of_a_package_may_have_relative_imports(tmp_path: Path, monkeypat
 
 def test_arguments_that_nothing_gives_are_named_with_what_to_do(code: Path) -> None:
     torch.save(weights(24), code.parent / "model.pt")
-    said = "nothing gives it width and depth: write a function without arguments that returns the model"
+    said = "the checkpoint has no value for width and depth: write a function without arguments that returns the model"
     with pytest.raises(UserError, match=said):
         load(code.parent / "model.pt", characters_of=code.parent / "input.txt", model=f"{code}:needy")
 
@@ -175,8 +175,16 @@ def test_of_several_dicts_the_one_with_the_arguments_names_is_taken(stated: dict
 
 def test_an_argument_that_is_a_number_is_not_given_a_whole_configuration(code: Path) -> None:
     torch.save({"state_dict": weights(24), "config": {"block_size": 24}}, code.with_name("ckpt.pt"))
-    with pytest.raises(UserError, match="nothing gives it count: write a function without arguments"):
+    with pytest.raises(UserError, match="the checkpoint has no value for count: write a function without arguments"):
         load(code.with_name("ckpt.pt"), None, characters_of=code.with_name("input.txt"), model=f"{code}:counted")
+
+
+def test_a_file_that_parses_options_when_it_is_imported_is_told_as_such(code: Path) -> None:
+    torch.save(weights(24), code.with_name("ckpt.pt"))
+    parser = code.with_name("parser.py")
+    parser.write_text("import argparse\nargparse.ArgumentParser().parse_args(['--model'])\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"parser\.py:build: its code ended the program: .* under `if __name__"):
+        load(code.with_name("ckpt.pt"), None, characters_of=code.with_name("input.txt"), model=f"{parser}:build")
 
 
 def test_llm_c_s_file_needs_no_code(code: Path) -> None:
