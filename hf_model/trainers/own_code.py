@@ -8,7 +8,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -99,7 +99,8 @@ def _running(model: str, code: Path) -> Iterator[None]:
         raise UserError(f"--model {model}: failed: {type(error).__name__}: {one_line(error, 200)}") from error
     finally:
         for folder in folders:
-            sys.path.remove(folder)
+            with suppress(ValueError):  # the user's code may have removed it
+                sys.path.remove(folder)
 
 
 def _import(code: Path, name: str) -> Any:
@@ -134,10 +135,17 @@ def _from_file(code: Path) -> ModuleType:
 
 
 def _stated(content: Mapping[Any, Any]) -> list[Stated]:
-    """What a checkpoint states of its model: the values under each key that may have them, and the dicts in these."""
-    outer = [fields for key in (*MODEL_KEYS, *MIXED_KEYS) if (fields := fields_of(content.get(key)))]
-    inner = [fields for one in outer for value in one.values() if (fields := fields_of(value))]
-    return [Stated({name: value for name, value in one.items() if isinstance(name, str)}) for one in (*outer, *inner)]
+    """What a checkpoint states of its model: the values under each key that may have them, and the dicts in these.
+
+    The options of the model alone, such as `model_args`, count before what is stated of the training too.
+    """
+    only, mixed = (
+        [fields for key in keys if (fields := fields_of(content.get(key)))] for keys in (MODEL_KEYS, MIXED_KEYS)
+    )
+    inner = [fields for one in (*only, *mixed) for value in one.values() if (fields := fields_of(value))]
+    of_model = {name: value for one in reversed(only) for name, value in one.items()}
+    stated = [one | of_model for one in (*only, *mixed, *inner)]
+    return [Stated({name: value for name, value in one.items() if isinstance(name, str)}) for one in stated]
 
 
 def _call(make: Any, stated: Sequence[Stated]) -> Any:

@@ -42,6 +42,18 @@ def counted(count: int):
 def future(config: "Config"):
     return GPT(config)
 
+def narrow(block_size, dropout=0.0):
+    return sized(block_size)
+
+def parses():
+    import argparse
+    argparse.ArgumentParser().parse_args(["--lr"])
+
+def removes():
+    import sys
+    sys.path[:] = sys.path[2:]
+    return build()
+
 def broken():
     raise ValueError("no such model")
 """
@@ -79,6 +91,7 @@ def test_the_code_makes_the_model_and_the_file_gives_its_weights(
     [
         ("mine.py:nothing", "has no class or function 'nothing'"),
         ("mine.py:broken", "ValueError: no such model"),
+        ("mine.py:parses", "ended the program: put what parses options"),
         ("other.py:build", "there is no file"),
         ("build", "such as train.py:build"),
     ],
@@ -171,6 +184,24 @@ def test_of_several_dicts_the_one_with_the_arguments_names_is_taken(stated: dict
     paths = code.with_name("ckpt.pt"), None
     model, _ = load(*paths, characters_of=code.with_name("input.txt"), model=f"{code}:{name}", device="cpu")
     assert model.config.block_size == 12
+
+
+@pytest.mark.parametrize("width", [None, 99])
+def test_the_options_of_the_model_alone_count_before_others(width: int | None, code: Path) -> None:
+    """A training's configuration may have more of the arguments' names, and values from an earlier run."""
+    stated = {"model_args": {"block_size": 12}, "config": {"block_size": width, "dropout": 0.1}}
+    torch.save({"model": weights(12)} | stated, code.with_name("ckpt.pt"))
+    paths = code.with_name("ckpt.pt"), None
+    model, _ = load(*paths, characters_of=code.with_name("input.txt"), model=f"{code}:narrow", device="cpu")
+    assert model.config.block_size == 12
+
+
+def test_the_code_may_change_where_it_imports_from(code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    torch.save(weights(24), code.with_name("ckpt.pt"))
+    paths = code.with_name("ckpt.pt"), None
+    model, _ = load(*paths, characters_of=code.with_name("input.txt"), model=f"{code}:removes", device="cpu")
+    assert model.config.block_size == 24
 
 
 def test_an_argument_that_is_a_number_is_not_given_a_whole_configuration(code: Path) -> None:
