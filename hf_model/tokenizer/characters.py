@@ -94,10 +94,11 @@ def read_json_characters(path: Path) -> dict[str, int] | None:
     """Token to id, from a JSON file that a trainer's own class wrote; None if it is no vocabulary of characters.
 
     The file is a dict of tokens and ids, a dict of ids and tokens or a list of tokens, or a dict that has one of these
-    under any key. The tokens are characters and special tokens such as `<unk>`; the ids are 0, 1, ….
+    under any key. The tokens are characters and special tokens such as `<unk>`; the ids are 0, 1, …. Of several
+    vocabularies the largest is taken: the others may be special tokens or separators.
 
     Raises:
-        UserError: the file cannot be read, or holds half of a character.
+        UserError: the file cannot be read, holds half of a character, or gives the characters two different ids.
     """
     if path.suffix != ".json" or path.stat().st_size > MAX_META_BYTES:
         return None
@@ -106,11 +107,14 @@ def read_json_characters(path: Path) -> dict[str, int] | None:
     except ValueError:
         return None
     inner = content.values() if isinstance(content, dict) else ()
-    found = (ids for one in (content, *inner) for ids in _both_ways(one))
-    ids = next((ids for ids in found if _are_of_characters(ids)), None)
-    if ids is not None:
-        _check_ids(path, ids)
-    return ids
+    found = [ids for one in (content, *inner) for ids in _both_ways(one) if _are_of_characters(ids)]
+    if not found:
+        return None
+    largest = max(found, key=len)
+    if any(len(ids) == len(largest) and ids != largest for ids in found):
+        raise UserError(f"{path}: has two vocabularies of {len(largest)} tokens with different ids: keep the model's")
+    _check_ids(path, largest)
+    return largest
 
 
 def _both_ways(value: Any) -> Iterator[dict[Any, Any]]:

@@ -256,6 +256,18 @@ class TestJSON:
         with pytest.raises(UserError, match=r"chars\.json: .*`tokenizers`"):
             find_tokenizer(tmp_path / "chars.json", model())
 
+    @pytest.mark.parametrize("other", [[" ", ","], {"a": 0, "b": 1}, ["<pad>", "x", "y"]], ids=str)
+    def test_the_largest_vocabulary_is_taken(self, other: object, tmp_path: Path) -> None:
+        (tmp_path / "chars.json").write_text(json.dumps({"separators": other, "stoi": STOI}))
+        tokenizer = find_tokenizer(tmp_path / "chars.json", model()).tokenizer
+        assert tokenizer(TEXT).input_ids == [STOI[character] for character in TEXT]
+
+    @pytest.mark.parametrize("other", ["chars", "itos"])
+    def test_which_of_two_vocabularies_is_not_guessed(self, other: str, tmp_path: Path) -> None:
+        (tmp_path / "chars.json").write_text(json.dumps({other: CHARACTERS[::-1], "stoi": STOI}))
+        with pytest.raises(UserError, match=r"chars\.json: has two vocabularies of \d+ tokens with different ids"):
+            find_tokenizer(tmp_path / "chars.json", model())
+
     def test_half_of_a_character_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "chars.json").write_text(json.dumps({"a": 0, "\ud800": 1}))
         with pytest.raises(UserError, match=r"chars\.json: .* is half of a character"):
