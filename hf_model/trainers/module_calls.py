@@ -46,6 +46,7 @@ CALLS: tuple[Call, ...] = (  # the usual ones first
     lambda module, ids, future: module(ids),
     lambda module, ids, future: module(ids, targets=ids),
     lambda module, ids, future: module(ids, labels=ids),
+    lambda module, ids, future: module(**_by_name(module, ids)),
     lambda module, ids, future: module(ids, ids),
     lambda module, ids, future: module(
         ids, torch.zeros_like(future, dtype=torch.float32).masked_fill(future, -math.inf)
@@ -53,14 +54,15 @@ CALLS: tuple[Call, ...] = (  # the usual ones first
     lambda module, ids, future: module(ids, future),
     lambda module, ids, future: module(ids, ~future),
     lambda module, ids, future: module(ids, ~future[None]),
-    lambda module, ids, future: module(**_by_name(module, ids)),
 )
 
 
 def _by_name(module: nn.Module, ids: Tensor) -> dict[str, Any]:
     """The arguments that a module's `forward` needs: the token ids, then what the names of the others stand for."""
     first, *others = inspect.signature(module.forward).parameters.values()
-    needed = [one.name for one in others if one.default is one.empty]
+    needed = [
+        one.name for one in others if one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+    ]
     values = {name: [value for form, value in ARGUMENTS.items() if re.fullmatch(form, name)] for name in needed}
     return {first.name: ids} | {name: found[0](ids) for name, found in values.items()}
 

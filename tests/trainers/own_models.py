@@ -571,6 +571,27 @@ class TakesMasks(Own):
         return self.head(self.final(x))
 
 
+class TakesMore(TakesMasks):
+    def forward(self, ids: Tensor, position_ids: Tensor, attention_mask: Tensor, **more: Any) -> Tensor:
+        return super().forward(ids, position_ids, attention_mask)
+
+
+class OpenTokens(Own):
+    """`forward` needs a mask that is 0 for tokens which all others may see."""
+
+    def everything(self, ids: Tensor) -> Tensor:
+        return self(ids, torch.ones_like(ids))
+
+    def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:  # type: ignore[override]
+        x, length = self.embedded(ids), ids.shape[1]
+        seen = torch.ones(length, length).tril().bool() | (attention_mask == 0)[:, None, None]
+        for layer in self.layers():
+            q, k, v = layer.att.parts(layer.norm1(x))
+            x = x + layer.att.out(join_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=seen)))
+            x = x + layer.ff(layer.norm2(x))
+        return self.head(self.final(x))
+
+
 class NeedsPadding(Own):
     """`forward` needs a padding mask, and takes keywords only."""
 
@@ -835,6 +856,8 @@ HONEST: Mapping[str, Callable[[], nn.Module]] = {
     "positions first, a mask as argument": partial(Tutorial, True),
     "a mask as argument": TakesMask,
     "positions and an attention mask as arguments": TakesMasks,
+    "positions, an attention mask and keywords": TakesMore,
+    "an attention mask by its name": OpenTokens,
     "a padding mask, by keyword": NeedsPadding,
     "logits of shape (B, V, T)": VocabularyFirst,
     "one-hot vectors": OneHot,

@@ -130,6 +130,13 @@ def test_log_probabilities_become_logits_with_the_same_probabilities_and_tokens(
         assert generated(own, prompt, 12, sample) == continued(model.everything, prompt, 12, sample)
 
 
+def test_a_mask_by_its_name_is_no_token_ids(text: Path) -> None:
+    """With token ids in place of the mask, token 0 would seem to be apart."""
+    lines: list[str] = []
+    converted(moved(HONEST["an attention mask by its name"]()), text, report=lines.append)
+    assert not any("padding" in line for line in lines)
+
+
 @pytest.mark.parametrize(
     "name, says",
     [
