@@ -13,9 +13,9 @@ from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.errors import UserError
 from hf_model.folder import with_weights
 
-LENGTHS = (128, 64, 32, 16, 8)  # tokens of a stretch
-SHORTER = 0.1  # nats by which a model must predict the beginning of a stretch better than the whole of it
+LENGTH = 128  # tokens of a stretch at most
 FIRST, MOST = 16, 1024  # stretches
+PROBED = 64  # stretches that tell which positions were trained; with fewer, the first positions seem best by chance
 CLEARLY = 5.0  # standard errors
 WELL_BELOW = 0.85  # of the text's entropy: a model that has learnt the text is below
 NEAR = 0.2  # nats above the loss that the checkpoint states: its text and its stretches are others
@@ -84,7 +84,7 @@ def choose_form(
         )
     if near:
         raise UserError(f"the text does not tell which form of the model is right ({told}). Give more text, or {CODE}")
-    is_short = length < min(LENGTHS[0], best.block_size)
+    is_short = length < min(LENGTH, best.block_size)
     warning = f"the model predicts badly after about {length} tokens: it was trained on shorter texts than its context"
     return Chosen(best, told, warning if is_short else "")
 
@@ -130,12 +130,15 @@ def _trained_length(
 
     With the positions behind it, the wrong form may have the lower loss.
     """
-    longest, *shorter = sorted({min(length, forms[0].block_size) for length in LENGTHS}, reverse=True)
-    stretches = _stretches(ids, longest)[:FIRST]
-    losses = [_losses_by_position(form, state_dict, stretches) for form in forms]
-    best = {length: min(one[:, :length].mean().item() for one in losses) for length in (longest, *shorter)}
-    length = min(best, key=best.__getitem__)
-    return length if best[length] < best[longest] - SHORTER else longest
+    longest = min(LENGTH, forms[0].block_size)
+    stretches = _stretches(ids, longest)[:PROBED]
+    losses = torch.stack([_losses_by_position(form, state_dict, stretches) for form in forms])  # (forms, stretches, T)
+    means = losses.mean(1).cumsum(1) / torch.arange(1, longest + 1)  # of the first 1, 2, … tokens: (forms, T)
+    best, last = divmod(int(means.argmin()), longest)
+    if last + 1 == longest:
+        return longest
+    beginnings, rests = losses[best, :, : last + 1].mean(1), losses[best, :, last + 1 :].mean(1)
+    return last + 1 if _standard_errors(rests.tolist(), beginnings.tolist()) >= CLEARLY else longest
 
 
 def _losses(
