@@ -110,9 +110,7 @@ def check_supported(model: CustomGPTForCausalLM) -> None:
     Raises:
         UserError: CTranslate2 does not know the model's activation or epsilon.
     """
-    check_plain_gpt2(model.config, "CTranslate2's GPT-2")
-    if model.config.activation_function not in ACTIVATIONS:
-        raise UserError(f"CTranslate2 does not know this model's activation, {model.config.activation_function}")
+    check_plain_gpt2(model.config, "CTranslate2's GPT-2", activations=ACTIVATIONS)
     if model.config.layer_norm_epsilon != 1e-5:
         raise UserError(f"CTranslate2's GPT-2 has an epsilon of 1e-5, this model {model.config.layer_norm_epsilon}")
 

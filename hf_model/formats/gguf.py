@@ -154,12 +154,7 @@ def check_supported(model: CustomGPTForCausalLM, gguf_type: str) -> None:
         UserError: it does not know the activation, cannot pack the width, or the type cannot hold the values.
     """
     config = model.config
-    check_plain_gpt2(config, "llama.cpp's GPT-2")
-    if config.activation_function not in GELU:
-        raise UserError(
-            f"llama.cpp's GPT-2 has GELU only, and this model's activation is {config.activation_function}: "
-            "use --format transformers or onnx"
-        )
+    check_plain_gpt2(config, "llama.cpp's GPT-2", activations=GELU)
     widths = (config.n_embd, config.n_inner or 4 * config.n_embd)
     if gguf_type == "q8_0" and (odd := [width for width in widths if width % 32]):
         raise UserError(f"q8_0 packs 32 values, and this model is {odd[0]} wide: use --gguf_type f16")

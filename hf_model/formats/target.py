@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,16 +59,20 @@ def beyond_gpt2(config: CustomGPTConfig) -> list[str]:
     return [name for name, is_so in differs.items() if is_so]
 
 
-def check_plain_gpt2(config: CustomGPTConfig, what: str) -> None:
+def check_plain_gpt2(config: CustomGPTConfig, what: str, activations: Collection[str] | None = None) -> None:
     """Check that a model is a GPT-2 but for sizes, activation and attention scale.
 
     Args:
         what: the format's model, such as `"llama.cpp's GPT-2"`.
+        activations: those that it has; None for any.
 
     Raises:
-        UserError: it is not.
+        UserError: it is not; the message names all that differs.
     """
-    if found := beyond_gpt2(config):
+    found = beyond_gpt2(config)
+    if activations is not None and config.activation_function not in activations:
+        found.append(f"has the activation {config.activation_function}")
+    if found:
         raise UserError(
             f"{what} cannot hold this model, which {' and '.join(found)}: use --format transformers or onnx"
         )

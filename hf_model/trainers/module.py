@@ -33,6 +33,7 @@ from hf_model.trainers.module_calls import (
     find_calls,
     mask_argument,
     random_weights,
+    unknown_arguments,
     untouched,
 )
 from hf_model.trainers.module_parts import check_held, main_part, unwrap, without_fsdp
@@ -119,19 +120,21 @@ def _readers(module: nn.Module, activations: Mapping[str, Activation]) -> Iterat
     part: nn.Module | None = module
     failure: NoReadingError | None = None
     while part is not None:
-        notes = []
-        if part is not module:
-            name = next(name for name, one in module.named_modules() if one is part)
-            kinds = type(part).__name__, type(module).__name__
-            notes.append(f"read from its part {name!r} ({kinds[0]}), as {kinds[1]} itself gives no logits")
+        name = next(name for name, one in module.named_modules() if one is part)
+        kinds = type(part).__name__, type(module).__name__
+        said = f"read from its part {name!r} ({kinds[0]}), as {kinds[1]} itself gives no logits: {failure}"
+        notes = [] if failure is None else [said]
         try:
             for logits_of in find_calls(part, ids):
                 yield _Reader(part, logits_of, activations, notes)
             return
         except NoReadingError as error:
-            failure, part = failure or error, main_part(part)
-    assert failure is not None
-    raise failure
+            failure, inner = failure or error, main_part(part)
+            if inner is not None and unknown_arguments(part):
+                kind = type(inner).__name__
+                raise NoReadingError(f"{error}. If its part {kind} is a whole GPT by itself, give this part") from None
+            part = inner
+    raise NoReadingError(f"{failure}; {NEEDED}")
 
 
 class _Reader:

@@ -21,13 +21,13 @@ BLOCK = 2**20 + 7  # random values that are drawn; a prime, so that no two rows 
 CONTAINERS = (list, dict, set, OrderedDict)
 CLOSE = 3e-5  # relative error (root mean square) of two float32 results that differ by rounding only
 NEEDED = "give a module whose forward takes token ids (B, T) and returns logits (B, T, V)"
-# What an argument of `forward` gets by its name, as a function of the token ids (B, T).
+# What an argument of `forward` gets by its name, as a function of the token ids (B, T). The first that fits counts.
 ARGUMENTS: Mapping[str, Callable[[Tensor], Any]] = {
-    r"(\w+_)?(target|label)s?": lambda ids: ids,
+    r"(\w+_)?(target|label)s?|tgt|[yY]b?": lambda ids: ids,
     r"start_pos(ition)?|((pos|position)_)?offset": lambda ids: 0,
     r"((input|token)_)?pos(ition)?s?(_ids?)?": lambda ids: torch.arange(ids.shape[1], device=ids.device).expand_as(ids),
     r"(\w+_)?pad(ding)?(_mask)?": lambda ids: torch.zeros_like(ids, dtype=torch.bool),
-    r"(\w+_)?mask": torch.ones_like,
+    r"(\w+_)?mask|m|causal|tril": torch.ones_like,
 }
 # A way to call a module, with token ids (B, T) and a mask (T, T) that is True for the future.
 Call = Callable[[nn.Module, Tensor, Tensor], Any]
@@ -59,12 +59,24 @@ CALLS: tuple[Call, ...] = (  # the usual ones first
 
 def _by_name(module: nn.Module, ids: Tensor) -> dict[str, Any]:
     """The arguments that a module's `forward` needs: the token ids, then what the names of the others stand for."""
-    first, *others = inspect.signature(module.forward).parameters.values()
-    needed = [
-        one.name for one in others if one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
-    ]
-    values = {name: [value for form, value in ARGUMENTS.items() if re.fullmatch(form, name)] for name in needed}
-    return {first.name: ids} | {name: found[0](ids) for name, found in values.items()}
+    first, *others = _needed_arguments(module)
+    values = {name: [value for form, value in ARGUMENTS.items() if re.fullmatch(form, name)] for name in others}
+    return {first: ids} | {name: found[0](ids) for name, found in values.items()}
+
+
+def unknown_arguments(module: nn.Module) -> list[str]:
+    """The arguments that a module's `forward` needs beside its first one, and of which no name in `ARGUMENTS` tells."""
+    others = _needed_arguments(module)[1:]
+    return [name for name in others if not any(re.fullmatch(form, name) for form in ARGUMENTS)]
+
+
+def _needed_arguments(module: nn.Module) -> list[str]:
+    try:
+        first, *others = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):  # no Python function, or one without arguments
+        return []
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [first.name, *(one.name for one in others if one.default is one.empty and one.kind not in several)]
 
 
 class NoReadingError(Exception):
@@ -164,6 +176,8 @@ def find_calls(module: nn.Module, ids: Tensor) -> Iterator[Callable[[Tensor], Te
     Raises:
         NoReadingError: the module does not run on token ids, or returns no logits.
     """
+    if others := unknown_arguments(module):
+        raise NoReadingError(f"its forward needs {' and '.join(others)} too, which may change what it computes")
     last: Tensor | None = None
     only_last: Callable[[Tensor], Tensor] | None = None
     failure: NoReadingError | None = None
@@ -189,7 +203,8 @@ def find_calls(module: nn.Module, ids: Tensor) -> Iterator[Callable[[Tensor], Te
                 yield only_last
             return
     if not n_found:
-        raise NoReadingError(f"{failure}; {NEEDED}")
+        assert failure is not None
+        raise failure
 
 
 def logits_by(call: Call, module: nn.Module, positions_first: bool) -> Callable[[Tensor], Tensor]:

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -107,7 +108,8 @@ def _import(code: Path, name: str) -> Any:
     _, module_name = _package(code)
     module = importlib.import_module(module_name) if "." in module_name else _from_file(code)
     if not callable(make := getattr(module, name, None)):
-        raise UserError(f"{code.name} has no class or function {name!r}")
+        near = get_close_matches(name, vars(module), n=1)
+        raise UserError(f"{code.name} has no class or function {name!r}" + (f"; is it {near[0]!r}?" if near else ""))
     return make
 
 
@@ -156,9 +158,16 @@ def _call(make: Any, stated: Sequence[Stated]) -> Any:
 def _call_with(make: Any, stated: Stated) -> Any:
     """Call with the values that have an argument's name. A single argument of another name gets them all."""
     named, other = _arguments(make, stated)
-    if other is not None:
-        named[other.name] = _call_with(other.annotation, stated) if _is_class(other) else stated
-    return make(**named)
+    if other is None:
+        return make(**named)
+    if _is_class(other):
+        return make(**named, **{other.name: _call_with(other.annotation, stated)})
+    try:
+        return make(**named, **{other.name: stated})
+    except Exception as error:  # the argument may be no configuration
+        raise TypeError(
+            f"{one_line(error, 200)}; the checkpoint has no value for {other.name}, which got all values as one object"
+        ) from error
 
 
 def _n_given(make: Any, stated: Stated) -> int:

@@ -1,5 +1,6 @@
 """What people wrap a GPT in is looked through, and weights that are not there are named with what to do."""
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,17 @@ class GivesLoss(Trainer):
 @pytest.mark.parametrize("kind", [Trainer, TakesBatch, GivesLoss])
 def test_the_gpt_in_a_lightning_module_is_read(kind: Callable, text: Path) -> None:
     (note,) = check_read(kind(moved(Own())), text)
-    assert "read from its part 'model' (Own)" in note
+    assert re.search(rf"read from its part 'model' \(Own\), as {kind.__name__} itself gives no logits: it .+", note)
+
+
+class NeedsMemory(Trainer):
+    def forward(self, ids: Tensor, memory: Tensor) -> Any:
+        return self.model(ids) + memory.float()[:1, :1, None] * torch.arange(V)
+
+
+def test_a_part_is_not_taken_for_a_module_that_needs_more_than_token_ids(text: Path) -> None:
+    with pytest.raises(UserError, match=r"needs memory.*its part Own .* give this part"):
+        check_read(NeedsMemory(moved(Own())), text)
 
 
 def test_a_forward_that_passes_through_is_read_as_it_is(text: Path) -> None:
