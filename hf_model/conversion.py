@@ -18,7 +18,7 @@ from hf_model.descriptions import (
     describe_rounding,
     describe_source,
 )
-from hf_model.errors import UserError, memory_for, one_line
+from hf_model.errors import UserError, memory_for, one_line, only_warnings
 from hf_model.formats import Format, Options, find_format
 from hf_model.formats.cards import About, card_facts, state_not_compared
 from hf_model.formats.target import MissingEngineError
@@ -50,7 +50,7 @@ def convert(
     report_page: str | Path | None = None,
     about: About | None = None,
     on_tokenizer: Callable[[PreTrainedTokenizerFast], None] = lambda tokenizer: None,
-    report: Callable[[str], None] = lambda line: None,
+    report: Callable[[str], None] = only_warnings,
     on_step: Callable[[str], None] = lambda step: None,
     **options: Unpack[ConvertOptions],
 ) -> Path:
@@ -68,7 +68,7 @@ def convert(
         report_page: where to write an HTML page that shows what the model has learnt.
         about: what the checkpoint does not tell and the model card needs: licence, languages and so on.
         on_tokenizer: called with the model's tokenizer, if the format needs one.
-        report: called with each line of the report.
+        report: called with each line of the report. By default, its warnings become Python's.
         on_step: called with the name of each step when it begins.
         options: those of `load`; `max_shard_size` (such as `"5GB"`); `gguf_type` (`"f32"`, `"f16"` or `"q8_0"`);
             `quantization` (a name that CTranslate2 knows); `like` (the trainer that reads what the format
@@ -82,7 +82,7 @@ def convert(
             be written, or the folder differs from its source.
     """
     check_option_names("convert", options, ConvertOptions)
-    check_origin(checkpoint_path)
+    check_origin(checkpoint_path, tokenizer_path)
     named = cast(dict[str, Any], options)
     how = {name: named.pop(name) for name in SourceOptions.__annotations__ if name in named}
     target, choices = find_format(format), Options(**named)

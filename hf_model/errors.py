@@ -1,5 +1,6 @@
-"""`UserError`: the one error type for what a user can cause and mend."""
+"""`UserError`: the one error type for what a user can cause and mend; and warnings."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -50,3 +51,13 @@ def memory_for(what: str, advice: str = "choose a narrower --dtype") -> Iterator
         if isinstance(error, MemoryError) or any(phrase in str(error) for phrase in OUT_OF_MEMORY):
             raise UserError(f"there is not enough memory {what}: free some, or {advice}") from None
         raise
+
+
+def only_warnings(line: str, stacklevel: int = 4) -> None:
+    """Make a line of a report that begins with "warning: " a warning of Python; leave other lines out.
+
+    Args:
+        stacklevel: as in `warnings.warn`. By default the warning names the caller of a function in `memory_for`.
+    """
+    if line.startswith("warning: "):
+        warnings.warn(line.removeprefix("warning: "), stacklevel=stacklevel)

@@ -20,7 +20,7 @@ from hf_model.choosing import CODE, TEXT_BYTES, Chosen, choose_form, describe_fo
 from hf_model.configuration_custom_gpt import CustomGPTConfig
 from hf_model.descriptions import checkpoint_choices, describe_rounding, shown, tokenizer_choices
 from hf_model.devices import pick_device, pick_dtype
-from hf_model.errors import UserError, memory_for, one_line
+from hf_model.errors import UserError, memory_for, one_line, only_warnings
 from hf_model.fast_cpu import fast_on_cpu
 from hf_model.folder import (
     CONVERTED_FROM,
@@ -183,7 +183,7 @@ class Source:
         Raises:
             UserError: `origin` is a state dict or a class.
         """
-        check_origin(origin)
+        check_origin(origin, tokenizer_path)
         model = options.pop("model", None)
         if isinstance(origin, nn.Module):
             return cls(Path(type(unwrap(origin)).__name__), tokenizer_path, module=origin, **options)
@@ -350,6 +350,8 @@ class Source:
     def _load_module(self, needs_tokenizer: bool) -> Loaded:
         if self.tokenizer_path is None and self.characters_of is None and needs_tokenizer:
             raise UserError(f"{self.path}: needs a tokenizer: give tokenizer_path, or characters_of=TEXT")
+        if self.n_head is not None or self.activation != "auto":
+            raise UserError(f"{self.path}: n_head and activation are for a checkpoint; your own model tells")
         reading, evidence = self._read
         config = _module_config(reading)
         own, model = config.dtype, with_weights(config, reading.state_dict)
@@ -426,8 +428,10 @@ def untied(loaded: Loaded) -> Loaded:
     return replace(loaded, model=model, choices=(said, *choices))
 
 
-def check_origin(origin: object) -> None:
-    """Raises UserError for a state dict or a class: the one has no code, the other no weights."""
+def check_origin(origin: object, tokenizer_path: object) -> None:
+    """Raises UserError for a state dict or a class, or for a model in the tokenizer's place."""
+    if isinstance(tokenizer_path, nn.Module):
+        raise UserError(f"the tokenizer is a {type(tokenizer_path).__name__}: the model comes first")
     if isinstance(origin, type):
         raise UserError(f"{origin.__name__} is a class: give the model, which has the weights")
     if isinstance(origin, Mapping):
@@ -453,7 +457,7 @@ def load(
     tokenizer_path: str | Path | None = None,
     *,
     device: torch.device | str | None = None,
-    report: Callable[[str, str], None] = lambda item, text: None,
+    report: Callable[[str, str], None] = lambda item, text: only_warnings(f"{item}: {text}", 5),
     **options: Unpack[SourceOptions],
 ) -> tuple[CustomGPTForCausalLM, PreTrainedTokenizerFast]:
     """Load a trainer's checkpoint or a converted folder. Nothing is written.
@@ -467,7 +471,8 @@ def load(
         tokenizer_path: a tokenizer's file, folder or Hub name, or `"auto"` to look where the trainer put it. A folder
             has its own.
         device: where the model goes; by default the best device (see `pick_device`).
-        report: called with a name and a description for each thing that was found or chosen.
+        report: called with a name and a description for each thing that was found or chosen. By default, warnings
+            become Python's.
         options: `dtype` (`"auto"` keeps the weights' dtype), `n_head`, `activation`, `characters_of` (the training text
             of a character-level model), `raw`, `instructions` or `chat_template` (the kind of prompts), `bos_token`,
             `eos_token`, `pad_token` (names of tokens), `ignore_model_args` and `untie`, as in `Source`; `model`

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -213,6 +215,26 @@ class TestArguments:
         for call in (lambda: convert(GPT, None, tmp_path / "hf"), lambda: load(GPT)):
             with pytest.raises(UserError, match="GPT is a class: give the model"):
                 call()
+
+    def test_in_another_order_are_answered_with_the_right_one(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"the tokenizer is a GPT: the model comes first"):
+            convert(TOKENIZER, gpt(), tmp_path / "hf")
+
+    @pytest.mark.parametrize("option", [{"n_head": 1}, {"activation": "relu"}])
+    def test_that_a_model_of_one_s_own_tells_are_refused(self, option: dict, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"n_head and activation are for a checkpoint"):
+            convert(gpt(), TOKENIZER, tmp_path / "hf", **option)
+
+    def test_without_a_report_its_warnings_are_python_s(self, tmp_path: Path) -> None:
+        model = gpt()
+        model.lm_head.weight.data[3] = math.nan
+        files = save_files(tmp_path, model)
+        with pytest.warns(UserWarning, match=r"^there are NaN or infinite values in lm_head\.weight"):
+            convert(*files, tmp_path / "hf")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            convert(*files, tmp_path / "hf", overwrite=True, report=lambda line: None)
+            convert(*save_files(tmp_path, gpt()), tmp_path / "hf", overwrite=True)
 
     def test_an_unknown_name_is_python_s_own_error(self, tmp_path: Path) -> None:
         for name, call in {

@@ -3,9 +3,9 @@
 The code runs because the user named it. What the checkpoint holds is still only read, never run.
 """
 
+import ast
 import importlib.util
 import inspect
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
@@ -24,7 +24,6 @@ from hf_model.trainers.pickle_reader import fields_of
 from hf_model.trainers.stated import MIXED_KEYS, MODEL_KEYS
 from hf_model.trainers.tensors import find_weights, is_no_weight, weights_of
 
-RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.", re.MULTILINE)
 PLAIN = (int, float, str, bool)  # annotations of an argument that is one value
 
 
@@ -116,10 +115,18 @@ def _import(code: Path, name: str) -> Any:
 def _package(code: Path) -> tuple[Path, str]:
     """The folder to import from, and the module's name. With relative imports, a file is part of a package."""
     root, name = code.parent, code.stem
-    if RELATIVE_IMPORT.search(code.read_text(encoding="utf-8", errors="ignore")):
+    if _has_relative_imports(code):
         while (root / "__init__.py").is_file():
             root, name = root.parent, f"{root.name}.{name}"
     return root, name
+
+
+def _has_relative_imports(code: Path) -> bool:
+    try:
+        tree = ast.parse(code.read_bytes())
+    except SyntaxError:  # the import tells where
+        return False
+    return any(isinstance(node, ast.ImportFrom) and node.level > 0 for node in ast.walk(tree))
 
 
 def _from_file(code: Path) -> ModuleType:

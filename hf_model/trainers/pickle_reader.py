@@ -17,7 +17,8 @@ from hf_model.errors import UserError, one_line
 
 MAX_PICKLE_BYTES = 64 * 2**20
 # A step takes at most 120 bytes of memory, and a million take a second. Long lists and logs take 3 to 9 bytes a step.
-STEPS_OF_ANY_FILE, BYTES_PER_MORE_STEP = 5_000_000, 4
+STEPS_OF_ANY_FILE, BYTES_PER_MORE_STEP = 5_000_000, 3
+LARGE = ("EMPTY_DICT", "EMPTY_SET", "MARK")  # these count as two steps: one byte of the file takes 60 of memory
 MAX_NAME = 1000
 MAX_DEPTH = 100
 MAX_DIMENSIONS = 64
@@ -133,7 +134,7 @@ def read_pickle(
         budget = Budget(len(file) if isinstance(file, (bytes, mmap)) else 0)
     machine = _Machine(embedded, budget=budget)
     for opcode, argument, _ in pickletools.genops(file):  # type: ignore[arg-type]  # which an mmap serves too
-        machine.budget.count(1)
+        machine.budget.count(2 if opcode.name in LARGE else 1)
         if opcode.name == "STOP":
             break
         if opcode.name not in STEPS:

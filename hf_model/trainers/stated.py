@@ -18,7 +18,8 @@ SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dro
 HEADS = ("n_head", "n_heads", "num_heads", "nhead", "num_attention_heads")
 # Other trainers' names of what no shape shows.
 OTHER_NAMES = {**dict.fromkeys(HEADS, "n_head"), "drop_rate": "dropout"}
-MODEL_KEYS = ("model_args", "model_cfg")  # hold options of the model only; as does a configuration object under others
+# Options of the model only. A configuration object under one of the other keys holds such options too.
+MODEL_KEYS = ("model_args", "model_cfg")
 MIXED_KEYS = ("config", "hyper_parameters", "cfg", "model_config", "hparams", "args")  # may hold the training's too
 NAMESPACES = ("Namespace", "SimpleNamespace", "AttributeDict")  # hold a command line, or Lightning's hyperparameters
 PROGRESS = ("iter_num", "step", "loss", "best_val_loss", "val_loss")

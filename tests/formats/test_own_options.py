@@ -83,8 +83,8 @@ def test_onnx_holds_every_option(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "format, name, says",
     [
-        ("gguf", "SiLU", "GELU only"),
-        ("ctranslate2", "Mish", "does not know this model's activation"),
+        ("gguf", "SiLU", "has the activation silu: use"),
+        ("ctranslate2", "Mish", "has the activation mish: use"),
         ("ctranslate2", "another epsilon", "epsilon"),
         ("checkpoint", "SiLU", "activation"),
         ("checkpoint", "another epsilon", "epsilon"),

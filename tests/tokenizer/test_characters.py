@@ -256,6 +256,17 @@ class TestJSON:
         with pytest.raises(UserError, match=r"chars\.json: .*`tokenizers`"):
             find_tokenizer(tmp_path / "chars.json", model())
 
+    @pytest.mark.parametrize("rows, is_read", [(len(STOI), True), (64, True), (len(STOI) + 1, False), (512, False)])
+    def test_must_have_as_many_characters_as_the_model_but_for_padding(
+        self, rows: int, is_read: bool, tmp_path: Path
+    ) -> None:
+        (tmp_path / "chars.json").write_text(json.dumps({"flags": CHARACTERS}))
+        if is_read:
+            assert len(find_tokenizer(tmp_path / "chars.json", model(rows)).tokenizer) == len(STOI)
+        else:
+            with pytest.raises(UserError, match=rf"{len(STOI)} characters, and the model has {rows} tokens"):
+                find_tokenizer(tmp_path / "chars.json", model(rows))
+
     @pytest.mark.parametrize("other", [[" ", ","], {"a": 0, "b": 1}, ["<pad>", "x", "y"]], ids=str)
     def test_the_largest_vocabulary_is_taken(self, other: object, tmp_path: Path) -> None:
         (tmp_path / "chars.json").write_text(json.dumps({"separators": other, "stoi": STOI}))
