@@ -16,6 +16,7 @@ from hf_model.folder import with_weights
 LENGTH = 128  # tokens of a stretch at most
 FIRST, MOST = 16, 1024  # stretches
 PROBED = 64  # stretches that tell which positions were trained; with fewer, the first positions seem best by chance
+MOST_PROBED = 4  # forms that are asked that
 CLEARLY = 5.0  # standard errors
 WELL_BELOW = 0.85  # of the text's entropy: a model that has learnt the text is below
 NEAR = 0.2  # nats above the loss that the checkpoint states: its text and its stretches are others
@@ -58,21 +59,21 @@ def choose_form(
     Raises:
         UserError: the text is too short, no form is clearly the best one, or none fits the text.
     """
-    length = _trained_length(forms, state_dict, ids)
-    stretches = _stretches(ids, length)
-    compared: list[tuple[CustomGPTConfig, list[float]]] = [(form, []) for form in forms]
+    length, known = _trained_length(forms, state_dict, ids)
+    stretches, entropy = _stretches(ids, length), _entropy(ids)
+    compared = list(zip(forms, known, strict=True))
     for n in _doubled(FIRST, min(MOST, len(stretches))):
         for form, losses in compared:
             losses += _losses(form, state_dict, stretches[len(losses) : n])
         (best, lowest), *others = compared = sorted(compared, key=lambda one: sum(one[1]))
         ahead = [_standard_errors(losses, lowest) for _, losses in others]
         near = [other for other, errors in zip(others, ahead, strict=True) if errors < CLEARLY]
-        if not near:
+        if not near or sum(lowest) / n > WELL_BELOW * entropy:
             break
         compared = [(best, lowest), *near]
     mean, second = sum(lowest) / n, sum(others[0][1]) / n
     told = f"loss {mean:.3f}, and {second:.3f} for the next best form, {min(ahead):.0f} standard errors apart"
-    entropy, other = _entropy(ids), ""
+    other = ""
     if mean > WELL_BELOW * entropy:
         other = f"guessing by the frequency of each token alone has {entropy:.3f}"
     elif stated is not None and mean > stated + NEAR:
@@ -125,20 +126,30 @@ def _stretches(ids: Sequence[int], length: int) -> list[list[int]]:
 
 def _trained_length(
     forms: Sequence[CustomGPTConfig], state_dict: Mapping[str, torch.Tensor], ids: Sequence[int]
-) -> int:
-    """Up to how many tokens the model predicts well. Some trainers use only the beginning of the context.
+) -> tuple[int, list[list[float]]]:
+    """Up to how many tokens the model predicts well, and for each form the losses of stretches that are known by then.
 
-    With the positions behind it, the wrong form may have the lower loss.
+    Some trainers use only the beginning of the context. With the positions behind it, the wrong form may have the lower
+    loss. The forms that predict some beginning best are asked on more stretches.
     """
     longest = min(LENGTH, forms[0].block_size)
     stretches = _stretches(ids, longest)[:PROBED]
-    losses = torch.stack([_losses_by_position(form, state_dict, stretches) for form in forms])  # (forms, stretches, T)
-    means = losses.mean(1).cumsum(1) / torch.arange(1, longest + 1)  # of the first 1, 2, … tokens: (forms, T)
-    best, last = divmod(int(means.argmin()), longest)
-    if last + 1 == longest:
-        return longest
-    beginnings, rests = losses[best, :, : last + 1].mean(1), losses[best, :, last + 1 :].mean(1)
-    return last + 1 if _standard_errors(rests.tolist(), beginnings.tolist()) >= CLEARLY else longest
+    first = [_losses_by_position(form, state_dict, stretches[:FIRST]) for form in forms]
+    known = [losses.mean(1).tolist() for losses in first]
+    likeliest = sorted(range(len(forms)), key=lambda i: _by_length(first[i]).min())[:MOST_PROBED]
+    losses = {i: _losses_by_position(forms[i], state_dict, stretches) for i in likeliest}  # (stretches, T)
+    best = min(losses, key=lambda i: _by_length(losses[i]).min())
+    length = int(_by_length(losses[best]).argmin()) + 1
+    if length < longest:
+        beginnings, rests = losses[best][:, :length].mean(1), losses[best][:, length:].mean(1)
+        if _standard_errors(rests.tolist(), beginnings.tolist()) >= CLEARLY:
+            return length, [[] for _ in forms]
+    return longest, known
+
+
+def _by_length(losses: torch.Tensor) -> torch.Tensor:
+    """The mean loss of the first 1, 2, … tokens, (T,), of the losses of stretches, (stretches, T)."""
+    return losses.mean(0).cumsum(0) / torch.arange(1, losses.shape[1] + 1)
 
 
 def _losses(
