@@ -1,6 +1,7 @@
 """Run a module of any class, and record each tensor that its operators return."""
 
 import inspect
+import itertools
 import math
 import re
 from collections import OrderedDict
@@ -166,12 +167,12 @@ def find_calls(module: nn.Module, ids: Tensor) -> Iterator[Callable[[Tensor], Te
     """Ways to get logits from a module: functions of ids (B, T) to logits (B, T, V), the usual ones first.
 
     The module may return a tensor, a tuple or list that holds one, a dict or an object with `logits`; of shape
-    (B, T, V), (B, V, T) or (B T, V). If it gives the last position only, it is called with targets too. If it gives no
+    (B, T, V), (B, V, T) or (B T, V). Which one is found out with `ids`, and holds for any length. If it gives the last position only, it is called with targets too. If it gives no
     more then, the function's logits have the shape (B, 1, V). It may need a mask or positions, and take ids of shape
     (T, B).
 
     Args:
-        ids: to try it with, (B, T).
+        ids: to try it with, (B, 2): no vocabulary is that small.
 
     Raises:
         NoReadingError: the module does not run on token ids, or returns no logits.
@@ -183,8 +184,8 @@ def find_calls(module: nn.Module, ids: Tensor) -> Iterator[Callable[[Tensor], Te
     failure: NoReadingError | None = None
     n_found = 0
     for positions_first in (False, True):
-        for call in CALLS:
-            logits_of = logits_by(call, module, positions_first)
+        for call, vocabulary_second in itertools.product(CALLS, (False, True)):
+            logits_of = logits_by(call, module, positions_first, vocabulary_second)
             try:
                 logits = logits_of(ids)
             except NoReadingError as error:
@@ -207,7 +208,9 @@ def find_calls(module: nn.Module, ids: Tensor) -> Iterator[Callable[[Tensor], Te
         raise failure
 
 
-def logits_by(call: Call, module: nn.Module, positions_first: bool) -> Callable[[Tensor], Tensor]:
+def logits_by(
+    call: Call, module: nn.Module, positions_first: bool, vocabulary_second: bool
+) -> Callable[[Tensor], Tensor]:
     def logits(ids: Tensor) -> Tensor:
         rows, length = ids.shape
         future = torch.ones((length, length), dtype=torch.bool, device=ids.device).triu(1)
@@ -217,13 +220,13 @@ def logits_by(call: Call, module: nn.Module, positions_first: bool) -> Callable[
             said = one_line(error, 200)
             raise NoReadingError(f"it does not run on token ids of shape {tuple(ids.shape)} ({said})") from None
         if positions_first:
-            return _logits(output, length, rows).transpose(0, 1)
-        return _logits(output, rows, length)
+            return _logits(output, length, rows, vocabulary_second).transpose(0, 1)
+        return _logits(output, rows, length, vocabulary_second)
 
     return logits
 
 
-def _logits(output: Any, rows: int, length: int) -> Tensor:
+def _logits(output: Any, rows: int, length: int, vocabulary_second: bool) -> Tensor:
     for name in ("logits", "lm_logits"):
         if isinstance(output, Mapping) and name in output:
             output = output[name]
@@ -235,12 +238,13 @@ def _logits(output: Any, rows: int, length: int) -> Tensor:
         output = next((part for part in output if isinstance(part, Tensor) and part.ndim >= 2), None)
     if not isinstance(output, Tensor) or not output.is_floating_point():
         raise NoReadingError(f"it returns {type(output).__name__}, not logits")
+    shape = tuple(output.shape)
     if output.ndim == 2:
         output = output.view(rows, -1, output.shape[-1])
-    if output.ndim == 3 and output.shape[1] not in (1, length) and output.shape[2] == length:
+    if vocabulary_second and output.ndim == 3:
         output = output.transpose(1, 2)  # (B, V, T), as torch's cross-entropy takes them
     if output.ndim != 3 or output.shape[0] != rows or output.shape[1] not in (1, length):
-        raise NoReadingError(f"it returns shape {tuple(output.shape)} for {rows} rows of {length} tokens")
+        raise NoReadingError(f"it returns shape {shape} for {rows} rows of {length} tokens")
     return output
 
 

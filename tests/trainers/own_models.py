@@ -860,6 +860,7 @@ HONEST: Mapping[str, Callable[[], nn.Module]] = {
     "an attention mask by its name": OpenTokens,
     "a padding mask, by keyword": NeedsPadding,
     "logits of shape (B, V, T)": VocabularyFirst,
+    "logits of shape (B, V, T), as many positions as tokens": partial(VocabularyFirst, context=V),
     "one-hot vectors": OneHot,
     "a linear layer on one-hot vectors": OneHotLinear,
     "one layer that runs three times": partial(Shared, [0, 0, 0]),
