@@ -531,8 +531,9 @@ def compare_logits(name: str, model: CustomGPTForCausalLM, reading: Reading) -> 
         difference -= expected
         off = float(max(difference.max(), -difference.min())) / spread if spread > 0 else 0.0
         if not off <= LOGITS_CLOSE[model.dtype]:
+            tokens = "1 token" if ids.shape[1] == 1 else f"{ids.shape[1]} tokens"
             raise UserError(
-                f"{name}: cannot be read as a GPT: its layers fit, but its logits for {ids.shape[1]} tokens are "
+                f"{name}: cannot be read as a GPT: its layers fit, but its logits for {tokens} are "
                 f"{off:.2g} of their standard deviation off{rounded}"
             )
         largest = max(largest, off)

@@ -153,10 +153,12 @@ class _Reader:
         self.parameters = {
             name: parameter.detach() for name, parameter in module.named_parameters() if parameter.is_floating_point()
         }
+        is_double = all(parameter.dtype == torch.float64 for parameter in self.parameters.values())
+        self.dtype = torch.float64 if is_double else torch.float32  # in which the forms are compared
 
     def read(self) -> Reading:
         self._find_embedding()
-        with exchanged(self.module, random_weights(std=1.5 * self.width**-0.5)):
+        with exchanged(self.module, random_weights(1.5 * self.width**-0.5, self.dtype)):
             self.moved = {name: self.module.get_parameter(name).detach().cpu() for name in self.parameters}
             self._record()
             self._find_input()
@@ -304,7 +306,7 @@ class _Reader:
         """Run the module on the longest input of `LENGTHS` that it takes."""
         for length in LENGTHS:
             self.ids = self._random_ids(B, length)
-            recorder = Recorder(self.ids)
+            recorder = Recorder(self.ids, dtype=self.dtype)
             try:
                 with NoFastPath(), recorder:
                     logits = self.logits_of(recorder.ids)
@@ -350,14 +352,12 @@ class _Reader:
             difference = form[0] - form[1]
             scale = float((difference * between).sum() / between.square().sum())
             positions = (form - scale * rows).mean(dim=0)  # (L, C)
-            if scale > 0 and error_between(positions + scale * rows, form) < CLOSE:
+            if scale and error_between(positions + scale * rows, form) < CLOSE:
                 found = (form, scale, place)
         if found is None:
             raise NoReadingError("the input of its first layer is not token embedding plus position embedding")
         self.x, self.scale, self.place = found
-        for usual in (1.0, math.sqrt(self.width)):
-            if abs(self.scale / usual - 1) < 1e-5:
-                self.scale = usual
+        self.scale = self._usual(self.scale, math.sqrt(self.width))
         self.positions = (self.x - self.scale * rows).mean(dim=0)
 
     def _find_positions(self) -> None:
@@ -365,7 +365,7 @@ class _Reader:
         self.position_name, self.first_position = "", 0
         for name, tensor in {**dict(self.module.named_buffers()), **self.moved}.items():
             if tensor.is_floating_point() and tensor.ndim >= 2 and tensor.shape[-1] == self.width:
-                table = tensor.float().cpu().reshape(-1, self.width)
+                table = tensor.to("cpu", self.dtype).reshape(-1, self.width)
                 for start in range(min(4, max(0, len(table) - self.length + 1))):
                     if error_between(table[start : start + self.length], self.positions) < CLOSE:
                         self.position_name, self.first_position = name, start
@@ -380,7 +380,7 @@ class _Reader:
             return table.detach().cpu().reshape(-1, self.width)[self.first_position :]
         for length in self._stated_lengths():
             ids = self._random_ids(B, length)
-            recorder = Recorder(ids, width=self.width, most=self.place + 1)
+            recorder = Recorder(ids, most=self.place + 1, width=self.width, dtype=self.dtype)
             try:
                 with NoFastPath(), recorder:
                     self.logits_of(ids)
@@ -718,8 +718,12 @@ class _Reader:
     def _scale_between(self, y: Tensor) -> float:
         """The number that `y` is multiplied by to become the logits, if there is one."""
         y, logits = y.double(), self.logits.double()
-        scale = float((y * logits).sum() / y.square().sum())
-        return next((usual for usual in (1.0, self.width**-0.5) if abs(scale / usual - 1) < 1e-5), scale)
+        return self._usual(float((y * logits).sum() / y.square().sum()), self.width**-0.5)
+
+    def _usual(self, factor: float, usual: float) -> float:
+        """1 or the usual factor, if a factor is so but for rounding."""
+        rounding = 1e-12 if self.dtype == torch.float64 else 1e-5
+        return next((one for one in (1.0, usual) if abs(factor / one - 1) < rounding), factor)
 
     def _final_norm(self, last: Tensor, entry: Tensor, outside: Mapping[str, Tensor]) -> Norm | None:
         """The norm between the last layer's result and what the head reads; None if the two are the same."""
@@ -806,7 +810,12 @@ class _Reader:
         used |= set() if final is None else {final.weight, final.bias}
         if unused := [name for name in self.parameters if name not in used]:
             table = "" if self.position_name else "it became part of the table of positions, or "
-            self.notes.append(f"left out, because {table}no logit depends on it: {some_of(unused, 3)}")
+            factor = (
+                "it became a factor of a matrix, or "
+                if any(self.parameters[name].numel() == 1 for name in unused)
+                else ""
+            )
+            self.notes.append(f"left out, because {table}{factor}no logit depends on it: {some_of(unused, 3)}")
 
     def _dropout(self) -> float:
         rates = {part.p for part in self.module.modules() if isinstance(part, nn.Dropout)}

@@ -141,24 +141,25 @@ def exchanged(module: nn.Module, new: Callable[[Tensor], Tensor]) -> Iterator[No
             tensor.data = data
 
 
-def random_weights(std: float) -> Callable[[Tensor], Tensor]:
-    """Random float32 values in place of a parameter's: matrices of this standard deviation, vectors of 0.5 around 0.5.
+def random_weights(std: float, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Random values in place of a parameter's: matrices of this standard deviation, vectors of 0.5 around 0.5.
 
     Which form a module computes does not depend on its weights. An untrained model's weights hide the form: a bias of
-    zeros, gains of one and attention that is almost even make several forms give the same result.
+    zeros, gains of one and attention that is almost even make several forms give the same result. Parameters of one
+    element keep their value: a factor is read as a number, which becomes part of a matrix.
     """
     generator = torch.Generator().manual_seed(0)
     block = torch.randn(BLOCK, generator=generator, device="cpu", dtype=torch.float32)
 
     def random(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            return tensor.data.float()
+        if not isinstance(tensor, nn.Parameter) or tensor.numel() == 1:
+            return tensor.data.to(dtype)
         rolled = block.roll(int(torch.randint(BLOCK, (), generator=generator, device="cpu")))
         values = torch.empty(tensor.shape, device="cpu", dtype=torch.float32)
         for part in values.view(-1).split(BLOCK):
             part.copy_(rolled[: len(part)])
         values.mul_(std) if tensor.ndim > 1 else values.mul_(0.5).add_(0.5)
-        return values.to(tensor.device)
+        return values.to(tensor.device, dtype)
 
     return random
 
@@ -264,13 +265,16 @@ class Recorder(TorchDispatchMode):
         ids: what the module is run on, (B, L).
         most: how many tensors to keep at most.
         width: D of the tensors (B, L, D) to keep; None for any.
+        dtype: what they are converted to.
     """
 
-    def __init__(self, ids: Tensor, most: int | None = None, width: int | None = None):
+    def __init__(
+        self, ids: Tensor, most: int | None = None, width: int | None = None, dtype: torch.dtype = torch.float32
+    ):
         super().__init__()
-        self.ids, self.most, self.width = ids, most, width
+        self.ids, self.most, self.width, self.dtype = ids, most, width, dtype
         self.values: list[Tensor] = []
-        """Of shape (B, L, D), in float32."""
+        """Of shape (B, L, D)."""
         self.epsilons: list[float] = []
         self.embedding: Tensor | None = None
         """The matrix (V, C) that the token ids look up, or that their one-hot vectors are multiplied by."""
@@ -289,7 +293,7 @@ class Recorder(TorchDispatchMode):
             if isinstance(value, Tensor) and value.is_floating_point() and len(self.values) != self.most:
                 rows = as_rows(value.detach(), self.ids.shape[1])
                 if rows is not None and self.width in (None, rows.shape[2]):
-                    self.values.append(rows.float().cpu().clone())
+                    self.values.append(rows.to("cpu", self.dtype, copy=True))
         return output
 
     def _look_up(self, matrix: Tensor, index: Tensor | None) -> None:

@@ -648,6 +648,20 @@ class ScaledLogits(Own):
         return super().everything(ids) * 0.3
 
 
+class LearnedScales(Own):
+    """Learned factors of the embedding and of the logits, each a parameter of one element."""
+
+    def __init__(self, shape: tuple[int, ...], **parts: Any):
+        super().__init__(**parts)
+        self.final_factor, self.normal_factor = (nn.Parameter(torch.ones(shape)) for _ in range(2))
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        return self.tok(ids) * self.normal_factor + self.pos(torch.arange(ids.shape[1]))
+
+    def everything(self, ids: Tensor) -> Tensor:
+        return super().everything(ids) * self.final_factor
+
+
 class ScaledHidden(Own):
     """What the head reads is scaled, as in T5."""
 
@@ -871,6 +885,8 @@ HONEST: Mapping[str, Callable[[], nn.Module]] = {
     "scaled logits, tied": partial(ScaledLogits, head="tied"),
     "scaled logits, biased": partial(ScaledLogits, head="biased"),
     "scaled logits at the last position only": partial(ScaledLogits, returns=only_last),
+    "learned scales": partial(LearnedScales, ()),
+    "learned scales of one element, tied": partial(LearnedScales, (1,), head="tied"),
     "a scaled input of a tied head": partial(ScaledHidden, head="tied"),
     "token types and scaled positions": TokenTypes,
     "one Sequential": InSequence,
@@ -1372,7 +1388,7 @@ REFUSED: Mapping[str, tuple[Callable[[], nn.Module], str]] = {
     "a slow decay": (partial(Own, Decay), "attention of the first layer"),
     "half of the token before": (partial(Own, block=TokenShift), "first norm"),
     "another scale in the last layer": (OtherScaleLast, "layer 2 of 2"),
-    "positions from the end": (FromTheEnd, "1 tokens"),
+    "positions from the end": (FromTheEnd, "for 1 token are"),
     "positions that start again": (PositionsAgain, "40 tokens"),
     "another epsilon at the end": (partial(OtherFinalEpsilon, layer_norm, 1e-6), "different epsilons"),
     "another epsilon at the end, written out": (partial(OtherFinalEpsilon, ScaleShift, 1e-3), "different epsilons"),

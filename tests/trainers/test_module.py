@@ -145,6 +145,7 @@ def test_a_mask_by_its_name_is_no_token_ids(text: Path) -> None:
         ("layers that run twice", "its 2 layers run 4 times in all"),
         ("scaled logits", r"factor 0\.3 became part of the head$"),
         ("scaled logits, tied", "no longer tied to the embedding"),
+        ("learned scales", "it became a factor of a matrix, or no logit depends on it: .*factor"),
         ("token types and scaled positions", "became part of the table of positions, or .*kinds.weight"),
     ],
 )
@@ -316,6 +317,16 @@ def test_weights_keep_their_dtype(dtype: torch.dtype, text: Path) -> None:
     with torch.no_grad():
         expected = model.eval().float().everything(ids)
         assert (own.float()(ids).logits - expected).abs().max() <= 1e-5 * expected.std()
+
+
+@pytest.mark.parametrize("name", ["scaled logits", "learned scales", "token types and scaled positions"])
+def test_factors_are_exact_in_float64(name: str, text: Path) -> None:
+    model = moved(HONEST[name]()).double().eval()
+    own = converted(model, text)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        expected = model.everything(ids)
+        assert (own(ids).logits - expected).abs().max() <= 1e-12 * expected.std()
 
 
 def test_a_module_without_a_tokenizer_asks_for_one() -> None:
