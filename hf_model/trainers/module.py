@@ -688,7 +688,7 @@ class _Reader:
             y = self._linear_of(form[:, -self.logits.shape[1] :], head, outside)
             if y.shape[2] != V:
                 continue
-            self.logit_scale = 1.0 if self.log_probabilities else self._scale_between(y)
+            self.logit_scale = self._scale_between(y)
             error = error_between(self._as_returned(self.logit_scale * y), self.logits)
             nearest = min(nearest, error)
             if error < CLOSE:
@@ -716,8 +716,13 @@ class _Reader:
             )
 
     def _scale_between(self, y: Tensor) -> float:
-        """The number that `y` is multiplied by to become the logits, if there is one."""
+        """The number that `y` is multiplied by to become the logits, if there is one.
+
+        Log-probabilities are logits less one number for each token.
+        """
         y, logits = y.double(), self.logits.double()
+        if self.log_probabilities:
+            y, logits = (values - values.mean(dim=-1, keepdim=True) for values in (y, logits))
         return self._usual(float((y * logits).sum() / y.square().sum()), self.width**-0.5)
 
     def _usual(self, factor: float, usual: float) -> float:

@@ -673,8 +673,12 @@ class ScaledHidden(Own):
 
 
 class LogProbabilities(Own):
+    def __init__(self, temperature: float = 1.0):
+        super().__init__()
+        self.temperature = temperature
+
     def everything(self, ids: Tensor) -> Tensor:
-        return super().everything(ids).log_softmax(-1)
+        return (super().everything(ids) / self.temperature).log_softmax(-1)
 
 
 class TokenTypes(Own):

@@ -115,9 +115,10 @@ def test_the_written_folder_is_verified_and_the_report_says_how_near_it_is(text:
     assert "those of its own trainer's code: equal bit for bit" in (text.parent / "hf" / "README.md").read_text()
 
 
-def test_log_probabilities_become_logits_with_the_same_probabilities_and_tokens(text: Path) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probabilities_become_logits_with_the_same_probabilities(temperature: float, text: Path) -> None:
     lines: list[str] = []
-    model = moved(LogProbabilities()).eval()
+    model = moved(LogProbabilities(temperature)).eval()
     own = converted(model, text, report=lines.append)
     assert any("log-probabilities" in line and line.startswith("note") for line in lines)
     for length in (1, 5, 40):
