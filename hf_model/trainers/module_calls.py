@@ -22,6 +22,12 @@ BLOCK = 2**20 + 7  # random values that are drawn; a prime, so that no two rows 
 CONTAINERS = (list, dict, set, OrderedDict)
 CLOSE = 3e-5  # relative error (root mean square) of two float32 results that differ by rounding only
 NEEDED = "give a module whose forward takes token ids (B, T) and returns logits (B, T, V)"
+# The operators of a product, and the place of its first factor among the arguments.
+PRODUCTS = {
+    torch.ops.aten.mm.default: 0,
+    torch.ops.aten.bmm.default: 0,
+    torch.ops.aten.addmm.default: 1,
+}
 # What an argument of `forward` gets by its name, as a function of the token ids (B, T). The first that fits counts.
 ARGUMENTS: Mapping[str, Callable[[Tensor], Any]] = {
     r"(\w+_)?(target|label)s?|tgt|[yY]b?": lambda ids: ids,
@@ -287,8 +293,10 @@ class Recorder(TorchDispatchMode):
             self._look_up(args[0], args[1])
         if func is torch.ops.aten.index.Tensor and self.embedding is None and args[0].ndim == 2:
             self._look_up(args[0], args[1][0])
-        if func is torch.ops.aten.mm.default and self.embedding is None and self._is_one_hot(args[0]):
-            self.embedding = args[1]
+        if func in PRODUCTS and self.embedding is None:
+            rows, matrix = args[PRODUCTS[func] :][:2]
+            if self._is_one_hot(rows.flatten(0, -2)):
+                self.embedding = matrix if matrix.ndim == 2 else matrix[0]
         for value in output if isinstance(output, (tuple, list)) else (output,):
             if isinstance(value, Tensor) and value.is_floating_point() and len(self.values) != self.most:
                 rows = as_rows(value.detach(), self.ids.shape[1])

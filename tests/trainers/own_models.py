@@ -610,17 +610,25 @@ class VocabularyFirst(Own):
 class OneHot(Own):
     """Multiplies one-hot vectors by a matrix."""
 
+    def __init__(self, product: Callable[[Tensor, Tensor], Tensor] = torch.matmul):
+        super().__init__()
+        self.product = product
+
     def embedded(self, ids: Tensor) -> Tensor:
         positions = F.one_hot(torch.arange(ids.shape[1]), T).float()
-        return F.one_hot(ids, V).float() @ self.tok.weight + positions @ self.pos.weight
+        return self.product(F.one_hot(ids, V).float(), self.tok.weight) + positions @ self.pos.weight
+
+
+def for_each_row(vectors: Tensor, matrix: Tensor) -> Tensor:
+    return torch.bmm(vectors, matrix.expand(len(vectors), -1, -1))
 
 
 class OneHotLinear(Own):
     """A linear layer on one-hot vectors: the embedding is (C, V)."""
 
-    def __init__(self) -> None:
+    def __init__(self, bias: bool = False) -> None:
         super().__init__()
-        self.tok = nn.Linear(V, C, bias=False)  # type: ignore[assignment]
+        self.tok = nn.Linear(V, C, bias=bias)  # type: ignore[assignment]
 
     def embedded(self, ids: Tensor) -> Tensor:
         return self.tok(F.one_hot(ids, V).float()) + self.pos(torch.arange(ids.shape[1]))
@@ -880,7 +888,10 @@ HONEST: Mapping[str, Callable[[], nn.Module]] = {
     "logits of shape (B, V, T)": VocabularyFirst,
     "logits of shape (B, V, T), as many positions as tokens": partial(VocabularyFirst, context=V),
     "one-hot vectors": OneHot,
+    "one-hot vectors, by einsum": partial(OneHot, partial(torch.einsum, "btv,vc->btc")),
+    "one-hot vectors, by bmm": partial(OneHot, for_each_row),
     "a linear layer on one-hot vectors": OneHotLinear,
+    "a linear layer with a bias on one-hot vectors": partial(OneHotLinear, True),
     "one layer that runs three times": partial(Shared, [0, 0, 0]),
     "one layer three times in a list": SharedInList,
     "layers that run twice": partial(Shared, [0, 1, 0, 1]),
