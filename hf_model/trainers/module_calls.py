@@ -7,6 +7,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,16 +29,35 @@ PRODUCTS = {
     torch.ops.aten.bmm.default: 0,
     torch.ops.aten.addmm.default: 1,
 }
-# What an argument of `forward` gets by its name, as a function of the token ids (B, T). The first that fits counts.
-ARGUMENTS: Mapping[str, Callable[[Tensor], Any]] = {
-    r"(\w+_)?(target|label)s?|tgt|[yY]b?": lambda ids: ids,
-    r"start_pos(ition)?|((pos|position)_)?offset": lambda ids: 0,
-    r"((input|token)_)?pos(ition)?s?(_ids?)?": lambda ids: torch.arange(ids.shape[1], device=ids.device).expand_as(ids),
-    r"(\w+_)?pad(ding)?(_mask)?": lambda ids: torch.zeros_like(ids, dtype=torch.bool),
-    r"(\w+_)?mask|m|causal|tril": torch.ones_like,
+# A value made from token ids (B, T) and a mask (T, T) that is True for the future.
+Value = Callable[[Tensor, Tensor], Any]
+# What an argument of `forward` may get by its name. The first pattern that fits counts; its values are tried in turn.
+ARGUMENTS: Mapping[str, tuple[Value, ...]] = {
+    r"(\w+_)?(target|label)s?|tgt|[yY]b?": (lambda ids, future: ids,),
+    r"start_pos(ition)?|((pos|position)_)?offset": (lambda ids, future: 0,),
+    r"((input|token)_)?pos(ition)?s?(_ids?)?": (
+        lambda ids, future: torch.arange(ids.shape[1], device=ids.device).expand_as(ids),
+    ),
+    r"(\w+_)?pad(ding)?(_mask)?": (  # 1 for padding, or for tokens
+        lambda ids, future: torch.zeros_like(ids, dtype=torch.bool),
+        lambda ids, future: torch.ones_like(ids),
+        lambda ids, future: torch.ones_like(ids, dtype=torch.bool),
+    ),
+    r"(\w+_)?mask|m|causal|tril": (  # 1 for tokens, or a causal mask
+        lambda ids, future: torch.ones_like(ids),
+        lambda ids, future: torch.ones_like(ids, dtype=torch.bool),
+        lambda ids, future: _added(future),
+        lambda ids, future: future,
+        lambda ids, future: ~future,
+    ),
 }
-# A way to call a module, with token ids (B, T) and a mask (T, T) that is True for the future.
+# A way to call a module, with the same two.
 Call = Callable[[nn.Module, Tensor, Tensor], Any]
+
+
+def _added(future: Tensor) -> Tensor:
+    """The mask that is added to the scores."""
+    return torch.zeros_like(future, dtype=torch.float32).masked_fill(future, -math.inf)
 
 
 def mask_argument(module: nn.Module) -> str:
@@ -49,26 +69,32 @@ def mask_argument(module: nn.Module) -> str:
     return next((name for name in names if "mask" in name and "pad" not in name), "")
 
 
-CALLS: tuple[Call, ...] = (  # the usual ones first
+WITHOUT_MASK: tuple[Call, ...] = (  # the usual ones first
     lambda module, ids, future: module(ids),
     lambda module, ids, future: module(ids, targets=ids),
     lambda module, ids, future: module(ids, labels=ids),
-    lambda module, ids, future: module(**_by_name(module, ids)),
+)
+IN_PLACE: tuple[Call, ...] = (
     lambda module, ids, future: module(ids, ids),
-    lambda module, ids, future: module(
-        ids, torch.zeros_like(future, dtype=torch.float32).masked_fill(future, -math.inf)
-    ),
+    lambda module, ids, future: module(ids, _added(future)),
     lambda module, ids, future: module(ids, future),
     lambda module, ids, future: module(ids, ~future),
     lambda module, ids, future: module(ids, ~future[None]),
 )
 
 
-def _by_name(module: nn.Module, ids: Tensor) -> dict[str, Any]:
-    """The arguments that a module's `forward` needs: the token ids, then what the names of the others stand for."""
-    first, *others = _needed_arguments(module)
-    values = {name: [value for form, value in ARGUMENTS.items() if re.fullmatch(form, name)] for name in others}
-    return {first: ids} | {name: found[0](ids) for name, found in values.items()}
+def _by_name(module: nn.Module) -> Iterator[Call]:
+    """Calls with all arguments that a module's `forward` needs: token ids, then what the others' names stand for."""
+    first, others = _needed_arguments(module)[:1], _needed_arguments(module)[1:]
+    values: dict[str, tuple[Value, ...]] = {name: (lambda ids, future: ids,) for name in first}
+    for name in others:
+        values[name] = next(found for form, found in ARGUMENTS.items() if re.fullmatch(form, name))
+    for chosen in itertools.product(*values.values()):
+        yield partial(_call_with, dict(zip(values, chosen, strict=True)))
+
+
+def _call_with(arguments: Mapping[str, Value], module: nn.Module, ids: Tensor, future: Tensor) -> Any:
+    return module(**{name: value(ids, future) for name, value in arguments.items()})
 
 
 def unknown_arguments(module: nn.Module) -> list[str]:
@@ -174,9 +200,9 @@ def find_calls(module: nn.Module, ids: Tensor) -> Iterator[Callable[[Tensor], Te
     """Ways to get logits from a module: functions of ids (B, T) to logits (B, T, V), the usual ones first.
 
     The module may return a tensor, a tuple or list that holds one, a dict or an object with `logits`; of shape
-    (B, T, V), (B, V, T) or (B T, V). Which one is found out with `ids`, and holds for any length. If it gives the last position only, it is called with targets too. If it gives no
-    more then, the function's logits have the shape (B, 1, V). It may need a mask or positions, and take ids of shape
-    (T, B).
+    (B, T, V), (B, V, T) or (B T, V). The shape that fits `ids` is expected for all other lengths. If the module gives
+    the last position only, it is called with targets too. If it gives no more then, the function's logits have the
+    shape (B, 1, V). It may need a mask or positions, and take ids of shape (T, B).
 
     Args:
         ids: to try it with, (B, 2): no vocabulary is that small.
@@ -189,9 +215,10 @@ def find_calls(module: nn.Module, ids: Tensor) -> Iterator[Callable[[Tensor], Te
     last: Tensor | None = None
     only_last: Callable[[Tensor], Tensor] | None = None
     failure: NoReadingError | None = None
+    calls = (*WITHOUT_MASK, *_by_name(module), *IN_PLACE)
     n_found = 0
     for positions_first in (False, True):
-        for call, vocabulary_second in itertools.product(CALLS, (False, True)):
+        for call, vocabulary_second in itertools.product(calls, (False, True)):
             logits_of = logits_by(call, module, positions_first, vocabulary_second)
             try:
                 logits = logits_of(ids)
@@ -204,7 +231,7 @@ def find_calls(module: nn.Module, ids: Tensor) -> Iterator[Callable[[Tensor], Te
             elif last is None or torch.allclose(logits[:, -1:], last, rtol=1e-3, atol=1e-4, equal_nan=True):
                 n_found += 1
                 yield logits_of
-                if call is CALLS[0]:
+                if call is calls[0]:
                     break
         if only_last is not None:
             if not n_found:

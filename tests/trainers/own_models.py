@@ -553,6 +553,21 @@ class TakesMask(Own):
         return self.head(self.final(x))
 
 
+class TakesMaskByKeyword(TakesMask):
+    """`forward` needs a causal mask (T, T), by keyword; `kept` makes it a mask that is 1 where a position may look."""
+
+    def __init__(self, kept: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.kept = kept
+
+    def everything(self, ids: Tensor) -> Tensor:
+        return super().forward(ids, torch.ones(ids.shape[1], ids.shape[1]).tril())
+
+    def forward(self, ids: Tensor, *, attn_mask: Tensor) -> Tensor:  # type: ignore[override]
+        assert attn_mask.shape == (ids.shape[1], ids.shape[1])
+        return super().forward(ids, self.kept(attn_mask))
+
+
 class TakesMasks(Own):
     """`forward` needs positions and an attention mask, 1 for tokens and 0 for padding, both (B, T)."""
 
@@ -590,6 +605,26 @@ class OpenTokens(Own):
             x = x + layer.att.out(join_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=seen)))
             x = x + layer.ff(layer.norm2(x))
         return self.head(self.final(x))
+
+
+class KeepsTokens(TakesMasks):
+    """`forward` needs a padding mask that is 1 for tokens and 0 for padding."""
+
+    def everything(self, ids: Tensor) -> Tensor:
+        return self(ids, torch.ones_like(ids))
+
+    def forward(self, ids: Tensor, pad_mask: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(ids, torch.arange(ids.shape[1]).expand_as(ids), pad_mask.long())
+
+
+class KeepsTrueTokens(KeepsTokens):
+    """The same with True and False, and positions."""
+
+    def everything(self, ids: Tensor) -> Tensor:
+        return self(ids, torch.arange(ids.shape[1]), torch.ones_like(ids).bool())
+
+    def forward(self, ids: Tensor, pos: Tensor, padding_mask: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(ids, ~(~padding_mask))
 
 
 class NeedsPadding(Own):
@@ -881,6 +916,11 @@ HONEST: Mapping[str, Callable[[], nn.Module]] = {
     "positions first": partial(Tutorial, False),
     "positions first, a mask as argument": partial(Tutorial, True),
     "a mask as argument": TakesMask,
+    "a mask by keyword": partial(TakesMaskByKeyword, lambda mask: mask),
+    "a mask of the future by keyword": partial(TakesMaskByKeyword, lambda mask: ~mask),
+    "a mask that is added, by keyword": partial(TakesMaskByKeyword, torch.exp),
+    "a padding mask of ones": KeepsTokens,
+    "positions and a padding mask of True": KeepsTrueTokens,
     "positions and an attention mask as arguments": TakesMasks,
     "positions, an attention mask and keywords": TakesMore,
     "an attention mask by its name": OpenTokens,

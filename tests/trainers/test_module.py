@@ -131,10 +131,13 @@ def test_log_probabilities_become_logits_with_the_same_probabilities(temperature
         assert generated(own, prompt, 12, sample) == continued(model.everything, prompt, 12, sample)
 
 
-def test_a_mask_by_its_name_is_no_token_ids(text: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["an attention mask by its name", "a padding mask of ones", "positions and a padding mask of True"]
+)
+def test_a_mask_by_its_name_is_no_token_ids(name: str, text: Path) -> None:
     """With token ids in place of the mask, token 0 would seem to be apart."""
     lines: list[str] = []
-    converted(moved(HONEST["an attention mask by its name"]()), text, report=lines.append)
+    converted(moved(HONEST[name]()), text, report=lines.append)
     assert not any("padding" in line for line in lines)
 
 
