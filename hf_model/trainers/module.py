@@ -62,6 +62,7 @@ APART = 10.0  # how many times further off the second-best form must be
 ROUNDING = CLOSE / 10  # of a norm in the first layer; an epsilon of 1e-6 in place of 1e-5 makes more
 EPSILONS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-3, 0.0)
 EPSILONS_DIFFER = "its norms have different epsilons, and a model of this family has one for all"
+OUT_OF_LINE = "a layer whose result is not used, or something added between layers"
 LENGTH_NAMES = re.compile(
     r"(block|context|ctx|max|seq|pos).*(size|len|length|ctx|positions?|embeddings)|n_ctx|n_positions"
 )
@@ -211,7 +212,10 @@ class _Reader:
             x = results[fits]
         if (place := len(set(order))) < len(layers):
             error = errors.get(place, math.inf)
-            raise NoReadingError(f"layer {place + 1} of {len(layers)} is not like the first: it is {error:.2g} off")
+            raise NoReadingError(
+                f"layer {place + 1} of {len(layers)} is not like the first: it is {error:.2g} off; another form, "
+                f"{OUT_OF_LINE}?"
+            )
         if len(order) > len(layers):
             n = f"its {len(layers)} layers run" if len(layers) > 1 else "its one layer runs"
             self.notes.append(f"{n} {len(order)} times in all: each run became a layer with a copy of the weights")
@@ -743,7 +747,8 @@ class _Reader:
         if (settled := self._settled(found)) is None:
             raise NoReadingError(
                 "the layers that were found fit, but what the head reads is no norm of the last one's result; layers "
-                "in another order, or without a number in their names?"
+                "in another order, or without a number in their names, an attention or MLP that layers share, "
+                f"{OUT_OF_LINE}?"
             )
         return settled[0]
 

@@ -1236,6 +1236,53 @@ class OnceMore(Own):
         return self.head(self.final(x))
 
 
+class StepEmbedding(Own):
+    """One layer or two that run by turns, each time with the vector of the step added."""
+
+    def __init__(self, layers: int):
+        super().__init__(layers=layers)
+        self.steps = nn.Embedding(4, C)
+
+    def everything(self, ids: Tensor) -> Tensor:
+        x, layers = self.embedded(ids), self.layers()
+        for step, vector in enumerate(self.steps.weight):
+            x = layers[step % len(layers)](x + vector)
+        return self.head(self.final(x))
+
+
+class BesideTrunk(Own):
+    """Three layers; the result of one is kept in an attribute, and no other layer reads it."""
+
+    def __init__(self, beside: int):
+        super().__init__(layers=3)
+        self.beside = beside
+
+    def everything(self, ids: Tensor) -> Tensor:
+        x = self.embedded(ids)
+        for i, layer in enumerate(self.layers()):
+            if i == self.beside:
+                self.kept = layer(x)
+            else:
+                x = layer(x)
+        return self.head(self.final(x))
+
+
+class OneAttention(Own):
+    """One attention and its norm run before each MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.blocks
+        self.norm, self.att = nn.LayerNorm(C), Fused()
+        self.mlps = nn.ModuleList(Residual(MLP()) for _ in range(3))
+
+    def everything(self, ids: Tensor) -> Tensor:
+        x = self.embedded(ids)
+        for mlp in self.mlps:
+            x = mlp(x + self.att(self.norm(x)))
+        return self.head(self.final(x))
+
+
 class CrossAttention(Own):
     """PyTorch's decoder, whose memory is its own input."""
 
@@ -1431,6 +1478,11 @@ REFUSED: Mapping[str, tuple[Callable[[], nn.Module], str]] = {
     "one layer on its result and the embedding": (Injected, "the head reads is no norm|norm of the first layer"),
     "a layer that runs once more on long inputs": (OnceMore, "40 tokens"),
     "layers from the last one on": (partial(Shared, [2, 1, 0]), "another order"),
+    "a layer that runs again with a step's vector": (partial(StepEmbedding, 1), "something added between layers"),
+    "layers that run again with a step's vector": (partial(StepEmbedding, 2), "something added between layers"),
+    "the second layer beside the trunk": (partial(BesideTrunk, 1), "a layer whose result is not used"),
+    "the last layer beside the trunk": (partial(BesideTrunk, 2), "a layer whose result is not used"),
+    "one attention for all MLPs": (OneAttention, "an attention or MLP that layers share"),
     "a second attention": (CrossAttention, "a second attention, as in nn.TransformerDecoder"),
     "a projection of the embedding": (Factorized, "as wide as the token embedding, 12"),
     "token types as an argument": (LearnedTypes, "give a module whose forward takes token ids"),
