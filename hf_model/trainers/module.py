@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_model.errors import UserError, some_of
+from hf_model.errors import UserError
 from hf_model.trainers.module_calls import (
     CLOSE,
     NEEDED,
+    OUT_OF_LINE,
     B,
     NoFastPath,
     NoReadingError,
@@ -36,25 +37,26 @@ from hf_model.trainers.module_calls import (
     unknown_arguments,
     untouched,
 )
+from hf_model.trainers.module_head import Head, check_returned, find_head
 from hf_model.trainers.module_parts import check_held, main_part, unwrap, without_fsdp
 from hf_model.trainers.module_roles import (
     Attention,
+    Embedding,
     Layer,
     Linear,
     Norm,
     attend,
     attentions,
     by_role,
-    filled,
+    factor_between,
     head_counts,
     layer_lists,
-    layer_tensors,
     linears_in,
-    norm_tensors,
     normalized,
     norms_in,
     same_attention,
 )
+from hf_model.trainers.module_tensors import Found, notes_of, options_of, tensors_of
 from hf_model.trainers.names import LLAMA
 
 LENGTHS = (23, 13, 7, 5, 3, 2)  # primes, so that a length is taken for no other size; the longest that runs is taken
@@ -62,7 +64,6 @@ APART = 10.0  # how many times further off the second-best form must be
 ROUNDING = CLOSE / 10  # of a norm in the first layer; an epsilon of 1e-6 in place of 1e-5 makes more
 EPSILONS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-3, 0.0)
 EPSILONS_DIFFER = "its norms have different epsilons, and a model of this family has one for all"
-OUT_OF_LINE = "a layer whose result is not used, or something added between layers"
 LENGTH_NAMES = re.compile(
     r"(block|context|ctx|max|seq|pos).*(size|len|length|ctx|positions?|embeddings)|n_ctx|n_positions"
 )
@@ -164,30 +165,37 @@ class _Reader:
             self._record()
             self._find_input()
             self._find_positions()
-            layers, layer, final, head = self._find_layers()
+            found = self._find_layers()
         del self.moved, self.pool, self.recorder
         with self._own_weights():
             positions = self._position_table()
             samples = self._samples(len(positions))
-        return self._assemble(layers, layer, final, head, positions[: samples[-1][0].shape[1]], samples)
+        own = {name: parameter.cpu() for name, parameter in self.parameters.items()}
+        tensors = tensors_of(found, own, positions[: samples[-1][0].shape[1]])
+        options = options_of(found, tensors) | {"dropout": self._dropout()}
+        return Reading(options, tensors, samples, found.head.log_probabilities, (*self.notes, *notes_of(found, own)))
 
-    def _find_layers(self) -> tuple[list[dict[str, str]], Layer, Norm | None, Linear]:
-        """The layers in the order in which they run, their form, the final norm and the head."""
+    def _dropout(self) -> float:
+        rates = {part.p for part in self.module.modules() if isinstance(part, nn.Dropout)}
+        return max(rates) if rates and max(rates) < 1 else 0.0
+
+    def _find_layers(self) -> Found:
+        """The first list of layers of which each one, and the head after them, computes what was recorded."""
         failures: list[NoReadingError] = []
         is_read = False
         notes = list(self.notes)
-        for found in layer_lists(self.parameters):
+        for listed in layer_lists(self.parameters):
             self.epsilon, self.notes = None, list(notes)
             try:
-                layer = self._layer(self._in_layer(found[0]))
+                layer = self._layer(self._in_layer(listed[0]))
             except NoReadingError as error:
                 failures.append(error)
                 continue
             try:
-                layers, last, allowed = self._runs(found, layer)
-                final, head = self._head(layers, layer, last)
-                self._check_logits(layers, layer, final, head, allowed)
-                return layers, layer, final, head
+                layers, last, allowed = self._runs(listed, layer)
+                head = self._head(layers, layer, last)
+                self._check_logits(layers, layer, head, allowed)
+                return Found(self.embedding, self.scale, self.position_name, layers, layer, head, self._epsilon)
             except NoReadingError as error:
                 if not is_read:
                     is_read, failures = True, [error]  # it says more than why other lists are none
@@ -221,19 +229,27 @@ class _Reader:
             self.notes.append(f"{n} {len(order)} times in all: each run became a layer with a copy of the weights")
         return [layers[i] for i in order], self.pool.nearest(x), allowed
 
+    def _head(self, layers: Sequence[Mapping[str, str]], layer: Layer, last: Tensor) -> Head:
+        inside = {names[template] for names in layers for template in layer.names()}
+        outside = {name: p for name, p in self.moved.items() if name not in inside}
+        check_returned(self.logits, self.vocab_size)
+        head = find_head(last, self.logits, self.pool.forms.get(self.width, []), outside, self._norm_of)
+        if head.log_probabilities:
+            self.notes.append(
+                "your model returns log-probabilities, the converted one logits with the same probabilities"
+            )
+        return head
+
     def _in_layer(self, names: Mapping[str, str]) -> dict[str, Tensor]:
         return {template: self.moved[name] for template, name in names.items()}
 
-    def _check_logits(
-        self, layers: Sequence[Mapping[str, str]], layer: Layer, final: Norm | None, head: Linear, allowed: float
-    ) -> None:
+    def _check_logits(self, layers: Sequence[Mapping[str, str]], layer: Layer, head: Head, allowed: float) -> None:
         """Compute the logits from the embeddings on; for tokens that may be padding, a difference is only noted."""
-        *_, x = self._outputs(self.x, layers, layer)
-        if not (error := error_between(self._ending(x, final, head), self.logits)) < allowed:
+        ends = self._ending(self._after(self.x, layers, layer), head)
+        if not (error := error_between(ends, self.logits)) < allowed:
             raise NoReadingError(f"its layers fit, but its logits are {error:.2g} off")
-        x = self.scale * self._embedding(self.moved)[self.padded_ids] + self.positions
-        *_, x = self._outputs(x, layers, layer)
-        ends = self._ending(x, final, head)
+        x = self.scale * self.embedding.matrix(self.moved)[self.padded_ids] + self.positions
+        ends = self._ending(self._after(x, layers, layer), head)
         if not error_between(ends, self.padded_logits) < allowed:
             self.notes.append(
                 f"your model treats {self._padding(ends, allowed)} apart, as padding; the converted one does so only "
@@ -248,33 +264,27 @@ class _Reader:
             return f"token {self.padded_ids[0, places[0]].item()}"
         return f"one of the tokens 0, 1, 2, 3 and {self.vocab_size - 1}"
 
-    def _outputs(self, x: Tensor, layers: Sequence[Mapping[str, str]], layer: Layer) -> Iterator[Tensor]:
-        """The result of each layer, (B, L, C)."""
+    def _after(self, x: Tensor, layers: Sequence[Mapping[str, str]], layer: Layer) -> Tensor:
+        """The last layer's result, (B, L, C)."""
         for names in layers:
             x = self._run(layer, x, self._in_layer(names))
-            yield x
+        return x
 
-    def _ending(self, x: Tensor, final: Norm | None, head: Linear) -> Tensor:
+    def _ending(self, x: Tensor, head: Head) -> Tensor:
         """What the module returns, from the last layer's result, for as many positions as the module gives."""
-        x = x[:, -self.logits.shape[1] :]
-        if final is not None:
-            x = normalized(x, final, self.moved, self._epsilon)
-        return self._as_returned(self.logit_scale * self._linear_of(x, head, self.moved))
-
-    def _as_returned(self, logits: Tensor) -> Tensor:
-        return logits.log_softmax(dim=-1) if self.log_probabilities else logits
+        return head.on(x[:, -self.logits.shape[1] :], self.moved, self._epsilon)
 
     def _run(self, layer: Layer, x: Tensor, own: Mapping[str, Tensor]) -> Tensor:
         def attention(u: Tensor) -> Tensor:
             assert layer.attention is not None
-            joined = torch.cat([self._linear_of(u, linear, own) for linear in layer.projections], dim=2)
+            joined = torch.cat([linear.on(u, own) for linear in layer.projections], dim=2)
             z = attend(joined, layer.attention)
-            return z if layer.output is None else self._linear_of(z, layer.output, own)
+            return z if layer.output is None else layer.output.on(z, own)
 
         def mlp(u: Tensor) -> Tensor:
             assert layer.up is not None and layer.down is not None
-            active = self.activations[layer.activation](self._linear_of(u, layer.up, own))
-            return self._linear_of(active, layer.down, own)
+            active = self.activations[layer.activation](layer.up.on(u, own))
+            return layer.down.on(active, own)
 
         first, second = ((lambda u, n=norm: normalized(u, n, own, self._epsilon)) for norm in layer.norms)
         if layer.norm_first:
@@ -298,13 +308,8 @@ class _Reader:
         equal = (form for form in like if torch.equal(form[2], found))
         if (form := next(iter(same), None) or next(equal, None)) is None:
             raise NoReadingError("its token embedding is not one of its parameters")
-        self.embedding_name, self.embedding_transposed, _ = form
+        self.embedding = Embedding(form[0], form[1])
         self.vocab_size, self.width = found.shape
-
-    def _embedding(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """The token embedding, (V, C)."""
-        matrix = parameters[self.embedding_name]
-        return matrix.t() if self.embedding_transposed else matrix
 
     def _record(self) -> None:
         """Run the module on the longest input of `LENGTHS` that it takes."""
@@ -335,7 +340,6 @@ class _Reader:
             )
         self.length, self.recorder = length, recorder
         self.ids, self.logits = self.ids.cpu(), logits.cpu()
-        self.log_probabilities = _are_ones(self.logits.exp().sum(dim=-1))
         self.padded_ids, self.padded_logits = padded.cpu(), again.cpu()
         self.pool = Pool(recorder.values, length)
 
@@ -349,20 +353,18 @@ class _Reader:
 
     def _find_input(self) -> None:
         """Find the first layer's input among the recorded tensors: a multiple of the embedding, plus positions."""
-        rows = self._embedding(self.moved)[self.ids]  # (B, L, C)
+        rows = self.embedding.matrix(self.moved)[self.ids]  # (B, L, C)
         between = rows[0] - rows[1]  # in which positions cancel
         found = None
         for place, form in enumerate(self.pool.forms.get(self.width, [])):
             difference = form[0] - form[1]
-            scale = float((difference * between).sum() / between.square().sum())
+            scale = factor_between(between, difference, math.sqrt(self.width))
             positions = (form - scale * rows).mean(dim=0)  # (L, C)
             if scale and error_between(positions + scale * rows, form) < CLOSE:
-                found = (form, scale, place)
+                found = (form, scale, positions, place)
         if found is None:
             raise NoReadingError("the input of its first layer is not token embedding plus position embedding")
-        self.x, self.scale, self.place = found
-        self.scale = self._usual(self.scale, math.sqrt(self.width))
-        self.positions = (self.x - self.scale * rows).mean(dim=0)
+        self.x, self.scale, self.positions, self.place = found
 
     def _find_positions(self) -> None:
         """Find the parameter or buffer that holds the positions, if one does."""
@@ -390,8 +392,8 @@ class _Reader:
                     self.logits_of(ids)
             except NoReadingError:
                 continue
-            own = {self.embedding_name: self.module.get_parameter(self.embedding_name)}
-            table = recorder.values[self.place][0] - self.scale * self._embedding(own)[ids[0]].cpu()
+            own = {self.embedding.name: self.module.get_parameter(self.embedding.name)}
+            table = recorder.values[self.place][0] - self.scale * self.embedding.matrix(own)[ids[0]].cpu()
             became = "computed positions became a table" if table.any() else "positions are zeros: your model adds none"
             self.notes.append(f"the {length} {became}")
             return table
@@ -490,14 +492,18 @@ class _Reader:
         return list(dict.fromkeys([*stated, *EPSILONS]))
 
     def _norm_of(
-        self, x: Tensor, norms: Sequence[Norm], parameters: Mapping[str, Tensor]
+        self,
+        x: Tensor,
+        norms: Sequence[Norm],
+        parameters: Mapping[str, Tensor],
+        error_of: Callable[[Tensor], float] | None = None,
     ) -> tuple[Norm, Tensor] | None:
-        """The norm whose result on `x` was recorded, and that result."""
+        """The norm whose result on `x` was recorded, or has a small error by `error_of`; and that result."""
         found = []
         for norm in norms:
             for epsilon in self._epsilons():
                 y = normalized(x, norm, parameters, epsilon)
-                error = self.pool.error(y)
+                error = (error_of or self.pool.error)(y)
                 if error < CLOSE:
                     found.append((error, norm, epsilon, y))
         return self._settled(found)
@@ -523,11 +529,6 @@ class _Reader:
         errors = [self.pool.error(normalized(x, n, parameters, self._epsilon)) for n in norms]
         return min(errors, default=math.inf)
 
-    def _linear_of(self, x: Tensor, linear: Linear, parameters: Mapping[str, Tensor]) -> Tensor:
-        y = x @ linear.matrix(parameters, x.shape[2]).t()
-        bias = linear.vector(parameters, y.shape[2])
-        return y if bias is None else y + bias
-
     def _linears_on(
         self, x: Tensor, parameters: Mapping[str, Tensor], n_out: int | None = None
     ) -> list[tuple[Linear, Tensor]]:
@@ -535,7 +536,7 @@ class _Reader:
         found = []
         for name, weight in parameters.items():
             for linear in linears_in(name, weight, x.shape[2], parameters):
-                y = self._linear_of(x, linear, parameters)
+                y = linear.on(x, parameters)
                 if (n_out is None or y.shape[2] == n_out) and self._holds_in_all(y):
                     found.append((linear, y))
                     break
@@ -671,166 +672,3 @@ class _Reader:
             raise NoReadingError(f"the activation may be {best} or {different[0]}: its input is too small to tell")
         exact = [name for name in fits if errors[name] == 0.0]
         return (exact or fits)[0]
-
-    # The head.
-
-    def _head(self, layers: Sequence[Mapping[str, str]], layer: Layer, last: Tensor) -> tuple[Norm | None, Linear]:
-        """The final norm and the head: the norm of `last` whose result, times a matrix of V rows, is the logits."""
-        inside = {names[template] for names in layers for template in layer.names()}
-        outside = {name: p for name, p in self.moved.items() if name not in inside}
-        V = self.logits.shape[2]
-        forms = self.pool.forms.get(self.width, [])
-        heads = [
-            linear
-            for name, weight in outside.items()
-            if weight.numel() == V * self.width
-            for linear in linears_in(name, weight, self.width, outside)
-        ]
-        self._check_returned(V)
-        nearest, failure = math.inf, None
-        for form, head in itertools.product(reversed(forms), heads):
-            y = self._linear_of(form[:, -self.logits.shape[1] :], head, outside)
-            if y.shape[2] != V:
-                continue
-            self.logit_scale = self._scale_between(y)
-            error = error_between(self._as_returned(self.logit_scale * y), self.logits)
-            nearest = min(nearest, error)
-            if error < CLOSE:
-                try:
-                    return self._final_norm(last, form, outside), head
-                except NoReadingError as reason:  # what the head reads may itself be scaled
-                    failure = failure or reason
-        raise failure or NoReadingError(
-            f"the head: no matrix of {V} rows gives the logits from a recorded tensor (the nearest is {nearest:.2g} "
-            "off); a soft cap?"
-        )
-
-    def _check_returned(self, n: int) -> None:
-        """Check that the module returns logits or log-probabilities, n for each token."""
-        if n != self.vocab_size:
-            raise NoReadingError(
-                f"it returns {n} values for each token, and its embedding has {self.vocab_size} rows: let forward "
-                "return the logits, alone or as the first tensor"
-            )
-        if self.logits.min() >= 0 and _are_ones(self.logits.sum(dim=-1)):
-            raise NoReadingError("it returns probabilities: let forward return the logits, without softmax")
-        if self.log_probabilities:
-            self.notes.append(
-                "your model returns log-probabilities, the converted one logits with the same probabilities"
-            )
-
-    def _scale_between(self, y: Tensor) -> float:
-        """The number that `y` is multiplied by to become the logits, if there is one.
-
-        Log-probabilities are logits less one number for each token.
-        """
-        y, logits = y.double(), self.logits.double()
-        if self.log_probabilities:
-            y, logits = (values - values.mean(dim=-1, keepdim=True) for values in (y, logits))
-        return self._usual(float((y * logits).sum() / y.square().sum()), self.width**-0.5)
-
-    def _usual(self, factor: float, usual: float) -> float:
-        """1 or the usual factor, if a factor is so but for rounding."""
-        rounding = 1e-12 if self.dtype == torch.float64 else 1e-5
-        return next((one for one in (1.0, usual) if abs(factor / one - 1) < rounding), factor)
-
-    def _final_norm(self, last: Tensor, entry: Tensor, outside: Mapping[str, Tensor]) -> Norm | None:
-        """The norm between the last layer's result and what the head reads; None if the two are the same."""
-        if error_between(last, entry) < CLOSE:
-            return None
-        found = []
-        for norm in norms_in(outside, self.width):
-            for epsilon in self._epsilons():
-                y = normalized(last, norm, outside, epsilon)
-                if (error := error_between(y, entry)) < CLOSE:
-                    found.append((error, norm, epsilon, y))
-        if (settled := self._settled(found)) is None:
-            raise NoReadingError(
-                "the layers that were found fit, but what the head reads is no norm of the last one's result; layers "
-                "in another order, or without a number in their names, an attention or MLP that layers share, "
-                f"{OUT_OF_LINE}?"
-            )
-        return settled[0]
-
-    # Everything under this project's names.
-
-    def _assemble(
-        self,
-        layers: Sequence[Mapping[str, str]],
-        layer: Layer,
-        final: Norm | None,
-        head: Linear,
-        positions: Tensor,
-        samples: tuple[tuple[Tensor, Tensor], ...],
-    ) -> Reading:
-        assert layer.attention is not None
-        C, n_head, scale = self.width, layer.attention.n_head, layer.attention.scale
-        own = {name: parameter.cpu() for name, parameter in self.parameters.items()}
-        embedding, matrix = self._embedding(own), head.matrix(own, C)
-        is_same = torch.equal(matrix, embedding)
-        tied = is_same and self.scale == self.logit_scale == 1
-        if self.logit_scale != 1:
-            untied = ", which is therefore no longer tied to the embedding" if is_same else ""
-            self.notes.append(f"your logits' factor {self.logit_scale:.6g} became part of the head{untied}")
-        state: dict[str, Tensor | None] = {
-            "transformer.wte.weight": embedding.contiguous() if self.scale == 1 else embedding * self.scale,
-            "transformer.wpe.weight": positions.to(embedding.dtype),
-        }
-        for i, names in enumerate(layers):
-            again = names in layers[:i]
-            in_layer = {template: own[name].clone() if again else own[name] for template, name in names.items()}
-            state |= {f"transformer.h.{i}.{name}": p for name, p in layer_tensors(layer, in_layer, C).items()}
-        if final is not None:
-            state |= norm_tensors("transformer.ln_f", final, own, C)
-        has_bias = any(value is not None for name, value in state.items() if name.endswith(".bias"))
-        if not tied:
-            state["lm_head.weight"] = self._scaled(matrix.contiguous())
-        if head.bias is not None:
-            bias = head.vector(own, len(matrix))
-            assert bias is not None
-            state["lm_head.bias"] = self._scaled(bias)
-        self._note_unused(layers, layer, final, head)
-        H = state["transformer.h.0.mlp.c_fc.weight"]
-        assert H is not None
-        options = {
-            "vocab_size": len(embedding),
-            "block_size": len(positions),
-            "n_layer": len(layers),
-            "n_head": n_head,
-            "n_embd": C,
-            "bias": has_bias,
-            "dropout": self._dropout(),
-            "activation_function": layer.activation,
-            "layer_norm_epsilon": self._epsilon,
-            "tie_word_embeddings": tied,
-            "n_inner": None if len(H) == 4 * C else len(H),
-            "norm_first": layer.norm_first,
-            "final_norm": final is not None,
-            "head_bias": head.bias is not None,
-            "attention_scale": None if scale == (C // n_head) ** -0.5 else scale,
-        }
-        return Reading(options, filled(state, has_bias), samples, self.log_probabilities, tuple(self.notes))
-
-    def _scaled(self, tensor: Tensor) -> Tensor:
-        return tensor if self.logit_scale == 1 else tensor * self.logit_scale
-
-    def _note_unused(self, layers: Sequence[Mapping[str, str]], layer: Layer, final: Norm | None, head: Linear) -> None:
-        used = {self.embedding_name, self.position_name, head.weight, head.bias}
-        used |= {names[template] for names in layers for template in layer.names()}
-        used |= set() if final is None else {final.weight, final.bias}
-        if unused := [name for name in self.parameters if name not in used]:
-            table = "" if self.position_name else "it became part of the table of positions, or "
-            factor = (
-                "it became a factor of a matrix, or "
-                if any(self.parameters[name].numel() == 1 for name in unused)
-                else ""
-            )
-            self.notes.append(f"left out, because {table}{factor}no logit depends on it: {some_of(unused, 3)}")
-
-    def _dropout(self) -> float:
-        rates = {part.p for part in self.module.modules() if isinstance(part, nn.Dropout)}
-        return max(rates) if rates and max(rates) < 1 else 0.0
-
-
-def _are_ones(sums: Tensor) -> bool:
-    return float((sums - 1).abs().max()) < 10 * CLOSE

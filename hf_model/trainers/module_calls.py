@@ -23,6 +23,7 @@ BLOCK = 2**20 + 7  # random values that are drawn; a prime, so that no two rows 
 CONTAINERS = (list, dict, set, OrderedDict)
 CLOSE = 3e-5  # relative error (root mean square) of two float32 results that differ by rounding only
 NEEDED = "give a module whose forward takes token ids (B, T) and returns logits (B, T, V)"
+OUT_OF_LINE = "a layer whose result is not used, or something added between layers"
 # The operators of a product, and the place of its first factor among the arguments.
 PRODUCTS = {
     torch.ops.aten.mm.default: 0,

@@ -1,4 +1,4 @@
-"""The roles that a module's parameters may have, the forms that a step may take, and the tensors of a role."""
+"""The roles that a module's parameters may have, and the forms that a step may take."""
 
 import collections
 import itertools
@@ -26,6 +26,24 @@ class Linear:
 
     def vector(self, parameters: Mapping[str, Tensor], n_out: int) -> Tensor | None:
         return None if self.bias is None else parameters[self.bias].reshape(n_out)
+
+    def on(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The result for `x`, (B, L, in)."""
+        y = x @ self.matrix(parameters, x.shape[2]).t()
+        bias = self.vector(parameters, y.shape[2])
+        return y if bias is None else y + bias
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """The name of the token embedding, and whether the parameter is (C, V)."""
+
+    name: str
+    transposed: bool
+
+    def matrix(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The token embedding, (V, C)."""
+        return parameters[self.name].t() if self.transposed else parameters[self.name]
 
 
 @dataclass(frozen=True)
@@ -67,6 +85,13 @@ class Layer:
 def normalized(x: Tensor, norm: Norm, parameters: Mapping[str, Tensor], epsilon: float) -> Tensor:
     weight, bias = (None if name is None else parameters[name] for name in (norm.weight, norm.bias))
     return F.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
+
+
+def factor_between(x: Tensor, y: Tensor, usual: float) -> float:
+    """The number that `x` is multiplied by to become `y`, if there is one: 1 or the usual one but for rounding."""
+    rounding = 1e-12 if x.dtype == torch.float64 else 1e-5
+    factor = float((x.double() * y.double()).sum() / x.double().square().sum())
+    return next((one for one in (1.0, usual) if abs(factor / one - 1) < rounding), factor)
 
 
 def attend(joined: Tensor, attention: Attention) -> Tensor:
@@ -252,52 +277,3 @@ def _lists(places: Mapping[str, tuple[str, int]], parameters: Mapping[str, Tenso
 
     for numbers in sorted(lists, key=size, reverse=True):
         yield [{template: templates[template][number] for template in lists[numbers]} for number in numbers]
-
-
-def layer_tensors(layer: Layer, own: Mapping[str, Tensor], width: int) -> dict[str, Tensor | None]:
-    """One layer's tensors under this project's names; None for a bias that the layer does not have."""
-    C = width
-    assert layer.attention is not None and layer.up is not None and layer.down is not None
-    tensors: dict[str, Tensor | None] = {}
-    for place, norm in zip(("ln_1", "ln_2"), layer.norms, strict=True):
-        tensors |= norm_tensors(place, norm, own, C)
-    parts = [linear.matrix(own, C) for linear in layer.projections]
-    biases = [linear.vector(own, len(matrix)) for linear, matrix in zip(layer.projections, parts, strict=True)]
-    rows = layer.attention.rows
-    tensors["attn.c_attn.weight"] = _rows(torch.cat(parts), rows)
-    tensors["attn.c_attn.bias"] = None
-    if any(bias is not None for bias in biases):
-        joined = [part.new_zeros(len(part)) if bias is None else bias for bias, part in zip(biases, parts, strict=True)]
-        tensors["attn.c_attn.bias"] = _rows(torch.cat(joined), rows)
-    tensors["attn.c_proj.weight"], tensors["attn.c_proj.bias"] = torch.eye(C, dtype=parts[0].dtype), None
-    H = layer.up.matrix(own, C).shape[0]
-    linears = {"attn.c_proj": (layer.output, C, C), "mlp.c_fc": (layer.up, C, H), "mlp.c_proj": (layer.down, H, C)}
-    for place, (linear, n_in, n_out) in linears.items():
-        if linear is not None:
-            tensors[f"{place}.weight"] = linear.matrix(own, n_in).contiguous()
-            tensors[f"{place}.bias"] = linear.vector(own, n_out)
-    return tensors
-
-
-def _rows(joined: Tensor, rows: Tensor) -> Tensor:
-    """The rows in that order; the tensor itself if they stand so already."""
-    return joined if torch.equal(rows, torch.arange(len(rows))) else joined[rows]
-
-
-def norm_tensors(place: str, norm: Norm, parameters: Mapping[str, Tensor], width: int) -> dict[str, Tensor | None]:
-    weight = None if norm.weight is None else parameters[norm.weight].reshape(width)
-    bias = None if norm.bias is None else parameters[norm.bias].reshape(width)
-    return {f"{place}.weight": torch.ones(width) if weight is None else weight, f"{place}.bias": bias}
-
-
-def filled(state: Mapping[str, Tensor | None], has_bias: bool) -> dict[str, Tensor]:
-    """The tensors, with zeros for a bias that some layers of the model have and others do not."""
-    filled = {}
-    for name, tensor in state.items():
-        if tensor is not None:
-            filled[name] = tensor
-        elif has_bias:
-            weight = state[name.removesuffix("bias") + "weight"]
-            assert weight is not None
-            filled[name] = weight.new_zeros(weight.shape[0])
-    return filled
