@@ -4,7 +4,7 @@ import collections
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -207,42 +207,56 @@ def layer_lists(parameters: Mapping[str, Tensor]) -> Iterator[list[dict[str, str
 
 
 def _layer_lists(parameters: Mapping[str, Tensor]) -> Iterator[list[dict[str, str]]]:
+    """The same, with repetitions.
+
+    In "blocks.3.heads.0.weight", the layer's number may be 3 or 0. The rest of the name is then
+    "blocks.#.heads.0.weight" or "blocks.3.heads.#.weight". How many parameters share this rest tells the two apart:
+    it should be the number of layers.
+    """
     places = {name: list(_numbers(name)) for name in parameters}
     counts = collections.Counter(template for found in places.values() for template, _ in found)
-    several = {
-        name: next(((template, n) for template, n in found if counts[template] > 1), None)
-        for name, found in places.items()
-    }
-    first = {name: next(iter(found), None) for name, found in places.items()}
-    for chosen in (several, first):  # the first number that differs from name to name, or simply the first one
-        yield from _lists({name: place for name, place in chosen.items() if place is not None}, parameters)
-    for n in sorted(set(counts.values()) - {1}):
+    several = {template for template, count in counts.items() if count > 1}
+    for templates in (several, set(counts)):
+        yield from _lists(_first_numbers(places, templates), parameters)
+    for n in sorted(set(counts.values()) - {1}):  # n layers, and one or two parts of a kind in each
+        templates = {template for template, count in counts.items() if n <= count < 3 * n}
         for inner_first in (True, False):
-            chosen = {
-                name: next(((t, i) for t, i in found[:: -1 if inner_first else 1] if counts[t] // n in (1, 2)), None)
-                for name, found in places.items()
-            }
-            yield from _joined({name: place for name, place in chosen.items() if place is not None}, n, parameters)
+            if layers := _joined(_first_numbers(places, templates, inner_first), n, parameters):
+                yield layers
     yield [{name: name for name in parameters}]  # one layer that stands in no list
 
 
-def _joined(
-    places: Mapping[str, tuple[str, int]], n: int, parameters: Mapping[str, Tensor]
-) -> Iterator[list[dict[str, str]]]:
-    """n layers whose parts stand in several lists, or in one list by turns: the k-th of n, or two of 2 n, is layer k's.
+def _first_numbers(
+    places: Mapping[str, list[tuple[str, int]]], templates: Collection[str], inner_first: bool = False
+) -> dict[str, tuple[str, int]]:
+    """For each name, its first number for which the rest of the name is one of the templates: the rest, the number."""
+    chosen = {}
+    for name, numbers in places.items():
+        fits = [(template, number) for template, number in numbers if template in templates]
+        if fits:
+            chosen[name] = fits[-1] if inner_first else fits[0]
+    return chosen
 
-    Of a list of 2 n + 1, such as the norms, the last one is none of a layer's.
+
+def _joined(places: Mapping[str, tuple[str, int]], n: int, parameters: Mapping[str, Tensor]) -> list[dict[str, str]]:
+    """n layers whose parts stand in several lists, or in one list by turns; empty if no list is long enough.
+
+    With two layers, attentions.0 and attentions.1 are a part of one layer each. Of norms.0 to norms.4, the first two
+    are the first layer's, the next two the second layer's, and norms.4, such as a final norm, is in none.
     """
     layers: list[dict[str, str]] = [{} for _ in range(n)]
     for template, names in _by_template(places).items():
-        each = len(names) // n
-        turns = [[names[number] for number in sorted(names)[turn::each][:n]] for turn in range(each)]
-        if len(names) - n * each < each and all(len({parameters[name].shape for name in turn}) == 1 for turn in turns):
-            for turn, of_layers in enumerate(turns):
-                for layer, name in zip(layers, of_layers, strict=True):
-                    layer[template if each == 1 else f"{turn} {template}"] = name
-    if layers[0]:
-        yield layers
+        in_order = [names[number] for number in sorted(names)]
+        each, left = divmod(len(in_order), n)  # how many of them each layer has, and how many are in none
+        if left >= each:
+            continue
+        turns = [in_order[turn : n * each : each] for turn in range(each)]
+        if any(len({parameters[name].shape for name in of_layers}) > 1 for of_layers in turns):
+            continue
+        for turn, of_layers in enumerate(turns):
+            for layer, name in zip(layers, of_layers, strict=True):
+                layer[template if each == 1 else f"{turn} {template}"] = name
+    return layers if layers[0] else []
 
 
 def _numbers(name: str) -> Iterator[tuple[str, int]]:
