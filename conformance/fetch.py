@@ -48,7 +48,8 @@ def _unpack(archive: Path) -> Path:
     root = archive.with_name(archive.name.removesuffix(".tar.gz"))
     with tarfile.open(archive) as tar:
         tests = [member for member in tar if member.name.startswith(f"{root.name}/tests/")]
-        tar.extractall(root.parent, members=tests, filter="data")
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python has none before 3.11.4 and 3.10.12
+        tar.extractall(root.parent, members=tests)
     if not tests:
         raise RuntimeError(f"{archive.name} holds no tests.")
     return root
