@@ -1,9 +1,9 @@
 """How long a conversion takes, beside copying the weights: `python -m benchmarks.conversion [--sizes 124M 774M]`.
 
 For each size a checkpoint of nanoGPT's form is written, with AdamW's state. Then `cp` of the converted weights and
-`convert_checkpoint.py` run in turn, each to a new place and with nothing left to write to the disk from before. Private
-memory is the most that the process has beside the mapped files, sampled from /proc ten times a second (Linux). Writes
-results/conversion.md beside this file.
+`convert_checkpoint.py` run in turn, each to a new place and with nothing left to write to the disk from before. As a
+conversion ends when its files are on the disk, a copy does too (`sync`). Private memory is the most that the process has
+beside the mapped files, sampled from /proc ten times a second (Linux). Writes results/conversion.md beside this file.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def measure(folder: Path, size: str, rounds: int) -> str:
     copies, conversions = [], []
     for _ in range(rounds):
         copy.mkdir()
-        copies.append(run(["cp", *map(str, out.glob("*.safetensors")), str(copy)])[0])
+        copies.append(run(["sh", "-c", f"cp {out}/*.safetensors {copy} && sync {copy}/*"])[0])
         for written in (copy, out):
             shutil.rmtree(written)
         conversions.append(run(convert))
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    head = ["parameters", "file", "weights", "`cp` of the weights", "conversion", "ratio", "private memory"]
+    head = ["parameters", "file", "weights", "`cp` and `sync` of the weights", "conversion", "ratio", "private memory"]
     lines = [f"| {' | '.join(head)} |", "|---|---:|---:|---:|---:|---:|---:|"]
     for size in args.sizes:
         with tempfile.TemporaryDirectory() as folder:
