@@ -2,8 +2,9 @@
 
 For each size a checkpoint of nanoGPT's form is written, with AdamW's state. Then `cp` of the converted weights and
 `convert_checkpoint.py` run in turn, each to a new place and with nothing left to write to the disk from before. As a
-conversion ends when its files are on the disk, a copy does too (`sync`). Private memory is the most that the process has
-beside the mapped files, sampled from /proc ten times a second (Linux). Writes results/conversion.md beside this file.
+conversion ends when its files are on the disk, a copy does too (`sync`). Private memory is the most that the process
+has beside the mapped files, sampled from /proc ten times a second (Linux). Writes results/conversion.md beside this
+file.
 """
 
 import argparse
