@@ -135,9 +135,11 @@ def _trained_length(
     longest = min(LENGTH, forms[0].block_size)
     stretches = _stretches(ids, longest)[:PROBED]
     first = [_losses_by_position(form, state_dict, stretches[:FIRST]) for form in forms]
-    known = [losses.mean(1).tolist() for losses in first]
-    likeliest = sorted(range(len(forms)), key=lambda i: _by_length(first[i]).min())[:MOST_PROBED]
-    losses = {i: _losses_by_position(forms[i], state_dict, stretches) for i in likeliest}  # (stretches, T)
+    known = [losses.mean(1).tolist() for losses in map(torch.stack, first)]
+    likeliest = sorted(range(len(forms)), key=lambda i: _by_length(torch.stack(first[i])).min())[:MOST_PROBED]
+    losses = {
+        i: torch.stack(first[i] + _losses_by_position(forms[i], state_dict, stretches[FIRST:])) for i in likeliest
+    }  # (stretches, T)
     best = min(losses, key=lambda i: _by_length(losses[i]).min())
     length = int(_by_length(losses[best]).argmin()) + 1
     if length < longest:
@@ -156,21 +158,21 @@ def _losses(
     form: CustomGPTConfig, state_dict: Mapping[str, torch.Tensor], stretches: Sequence[Sequence[int]]
 ) -> list[float]:
     """The mean loss of each stretch, in nats."""
-    return _losses_by_position(form, state_dict, stretches).mean(1).tolist() if stretches else []
+    return [losses.mean().item() for losses in _losses_by_position(form, state_dict, stretches)]
 
 
 @torch.inference_mode()
 def _losses_by_position(
     form: CustomGPTConfig, state_dict: Mapping[str, torch.Tensor], stretches: Sequence[Sequence[int]]
-) -> torch.Tensor:
-    """The loss of each token, in nats: (stretches, T)."""
+) -> list[torch.Tensor]:
+    """For each stretch the loss of each token, in nats, (T,)."""
     model = with_weights(form, {name: tensor.float() for name, tensor in used_weights(form, state_dict).items()})
     losses = []
     for stretch in stretches:
         ids = torch.tensor([stretch])  # (1, T + 1)
         logits = model(ids[:, :-1], use_cache=False).logits[0].float()  # (T, V)
         losses.append(cross_entropy(logits, ids[0, 1:], reduction="none"))
-    return torch.stack(losses)
+    return losses
 
 
 def _entropy(ids: Sequence[int]) -> float:

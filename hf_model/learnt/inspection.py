@@ -22,10 +22,10 @@ from hf_model.learnt.training_data import Measurement, measure
 from hf_model.loading import Loaded, Source, SourceOptions, check_option_names
 from hf_model.modeling_custom_gpt import CustomGPTForCausalLM
 from hf_model.tokenizer import CHAT_TEMPLATE, PAD, chat_template, is_of_characters
+from hf_model.tokenizer.find import PADDED_TO
 from hf_model.trainers.tensors import dtype_name
 
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "tie_word_embeddings", "dropout")
-PADDED_TO = 128  # trainers pad a vocabulary to a multiple of 64 or 128
 READ_KEYS = ("iter_num", "step", "loss", "best_val_loss", "val_loss", "model_args")
 
 

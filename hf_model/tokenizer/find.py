@@ -46,7 +46,7 @@ from hf_model.tokenizer.wrap import (
 from hf_model.trainers import llm_c
 
 AUTO = "auto"  # in place of a path: look where the trainer put it
-MOST_PADDING = 128  # rows of the embedding without a token, in steps of 8
+PADDED_TO = 128  # trainers pad a vocabulary to a multiple of 8, 64 or 128
 GPT2 = "gpt2"
 GPT2_SIZES = (50257, 50304)  # the encoding's own size, and nanoGPT's padded one for training from scratch
 GPT2_REPOSITORIES = ("openai-community/gpt2", GPT2)
@@ -329,7 +329,7 @@ def _of_training_text(path: Path, model: ModelInfo, choices: Choices) -> FoundTo
 
 
 def _of_json_characters(ids: dict[str, int], path: Path, model: ModelInfo, choices: Choices) -> FoundTokenizer:
-    is_padded = model.vocab_size % 8 == 0 and len(ids) < model.vocab_size < len(ids) + MOST_PADDING
+    is_padded = model.vocab_size % 8 == 0 and len(ids) < model.vocab_size < len(ids) + PADDED_TO
     if len(ids) != model.vocab_size and not is_padded:
         raise UserError(
             f"{path}: holds {len(ids)} characters, and the model has {model.vocab_size} tokens: it is not the model's "

@@ -63,10 +63,7 @@ def _added(future: Tensor) -> Tensor:
 
 def mask_argument(module: nn.Module) -> str:
     """The argument of a module's `forward` that may be a causal mask, by its name."""
-    try:
-        names = list(inspect.signature(module.forward).parameters)
-    except (TypeError, ValueError):  # no Python function
-        return ""
+    names = (one.name for one in _arguments(module))
     return next((name for name in names if "mask" in name and "pad" not in name), "")
 
 
@@ -86,9 +83,9 @@ IN_PLACE: tuple[Call, ...] = (
 
 def _by_name(module: nn.Module) -> Iterator[Call]:
     """Calls with all arguments that a module's `forward` needs: token ids, then what the others' names stand for."""
-    first, others = _needed_arguments(module)[:1], _needed_arguments(module)[1:]
-    values: dict[str, tuple[Value, ...]] = {name: (lambda ids, future: ids,) for name in first}
-    for name in others:
+    needed = _needed_arguments(module)
+    values: dict[str, tuple[Value, ...]] = {name: (lambda ids, future: ids,) for name in needed[:1]}
+    for name in needed[1:]:
         values[name] = next(found for form, found in ARGUMENTS.items() if re.fullmatch(form, name))
     for chosen in itertools.product(*values.values()):
         yield partial(_call_with, dict(zip(values, chosen, strict=True)))
@@ -105,12 +102,18 @@ def unknown_arguments(module: nn.Module) -> list[str]:
 
 
 def _needed_arguments(module: nn.Module) -> list[str]:
-    try:
-        first, *others = inspect.signature(module.forward).parameters.values()
-    except (TypeError, ValueError):  # no Python function, or one without arguments
-        return []
+    """The name of `forward`'s first argument, and of the others that have no default."""
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [first.name, *(one.name for one in others if one.default is one.empty and one.kind not in several)]
+    arguments = _arguments(module)
+    needed = [one for one in arguments[1:] if one.default is one.empty and one.kind not in several]
+    return [one.name for one in (*arguments[:1], *needed)]
+
+
+def _arguments(module: nn.Module) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(module.forward).parameters.values())
+    except (TypeError, ValueError):  # no Python function
+        return []
 
 
 class NoReadingError(Exception):

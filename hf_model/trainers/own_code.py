@@ -53,8 +53,9 @@ def build_module(model: str, checkpoint_path: Path) -> nn.Module:
             raise UserError("is a model of llm.c, whose code is known here: leave out --model")
         file, content = load_content(checkpoint_path)
         _, weights = find_weights(content)
-    with _running(model, code):
-        module = _call(_import(code, name), _stated(content))
+    root, module_name = _package(code)
+    with _running(model, code, root):
+        module = _call(_import(code, module_name, name), _stated(content))
     if not isinstance(module, nn.Module):
         raise UserError(f"--model {model}: gives a {type(module).__name__}, not a torch.nn.Module")
     with naming(checkpoint_path):
@@ -82,9 +83,9 @@ def _named(model: str) -> tuple[Path, str]:
 
 
 @contextmanager
-def _running(model: str, code: Path) -> Iterator[None]:
+def _running(model: str, code: Path, root: Path) -> Iterator[None]:
     """Let the user's code import what is beside it and in the current folder, where a trainer is started."""
-    folders = [str(code.parent), str(Path.cwd()), str(_package(code)[0])]
+    folders = [str(code.parent), str(Path.cwd()), str(root)]
     sys.path[:0] = folders
     try:
         yield
@@ -103,8 +104,7 @@ def _running(model: str, code: Path) -> Iterator[None]:
                 sys.path.remove(folder)
 
 
-def _import(code: Path, name: str) -> Any:
-    _, module_name = _package(code)
+def _import(code: Path, module_name: str, name: str) -> Any:
     module = importlib.import_module(module_name) if "." in module_name else _from_file(code)
     if not callable(make := getattr(module, name, None)):
         near = get_close_matches(name, vars(module), n=1)
@@ -124,7 +124,7 @@ def _package(code: Path) -> tuple[Path, str]:
 def _has_relative_imports(code: Path) -> bool:
     try:
         tree = ast.parse(code.read_bytes())
-    except SyntaxError:  # the import tells where
+    except (SyntaxError, ValueError):  # the import tells where; before Python 3.11.4, a NUL byte is a ValueError
         return False
     return any(isinstance(node, ast.ImportFrom) and node.level > 0 for node in ast.walk(tree))
 
